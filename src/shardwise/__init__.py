@@ -1,0 +1,58 @@
+"""shardwise: bring pretrained PyTorch models into FSDP2 training form, every rank holding only its own shard.
+
+The two strategies wrap a model; the report says what it did cost:
+
+    strategy = shardwise.NativeFSDPStrategy(mixed_precision="bf16")
+    model = strategy.load_pretrained(AutoModelForCausalLM, "path-or-hub-id")
+    model, optimizer = strategy.wrap_model(model, torch.optim.AdamW(model.parameters()))
+    print(strategy.last_report.to_json())
+"""
+
+from shardwise.errors import (
+    AlreadyWrappedError,
+    CheckpointError,
+    CommandError,
+    ConfigurationError,
+    LeftOnMetaError,
+    MissingDependencyError,
+    ModelError,
+    OptimizerError,
+    PeerError,
+    RankError,
+    RankMismatchError,
+    RankTimeoutError,
+    ShapeMismatchError,
+    ShardwiseError,
+    UnsupportedParameterError,
+    UnsupportedVersionError,
+)
+from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
+from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccelerateStrategy",
+    "AlreadyWrappedError",
+    "CheckpointError",
+    "CommandError",
+    "ConfigurationError",
+    "LeftOnMetaError",
+    "LoadReport",
+    "MemoryProfile",
+    "MissingDependencyError",
+    "ModelError",
+    "NativeFSDPStrategy",
+    "OptimizerError",
+    "PeerError",
+    "RankError",
+    "RankMismatchError",
+    "RankReport",
+    "RankTimeoutError",
+    "ShapeMismatchError",
+    "ShardwiseError",
+    "UnsupportedParameterError",
+    "UnsupportedVersionError",
+    "fsdp_pretrained_load_context",
+    "profile_memory",
+]

@@ -1,0 +1,30 @@
+"""The command line. torch is imported by the commands that need it, not by asking for help."""
+
+from __future__ import annotations
+
+import typer
+
+from shardwise.cli.compare import compare_command
+from shardwise.cli.demo import demo_command
+
+app = typer.Typer(
+    name="shardwise",
+    help="Bring pretrained PyTorch models into FSDP2 training form with every rank holding only its own shard.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo_command)
+app.command("compare")(compare_command)
+
+
+@app.callback()
+def _shardwise() -> None:
+    # Only there so that a command keeps its name when it is the only one.
+    pass
+
+
+def main() -> None:
+    """Run the command line and leave with its status: 0 done, 1 a run failed, 2 wrong options or set-up."""
+    app()

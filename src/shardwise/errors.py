@@ -1,0 +1,87 @@
+"""Every error that shardwise raises on purpose.
+
+    ShardwiseError
+    ├── ConfigurationError            an option is unknown, contradictory or not possible here
+    │   ├── MissingDependencyError    an extra is not installed
+    │   └── UnsupportedVersionError   an upstream release cannot do what is asked
+    ├── ModelError                    the model itself
+    │   ├── AlreadyWrappedError       wrapped twice
+    │   ├── UnsupportedParameterError FSDP2 cannot shard this parameter
+    │   └── LeftOnMetaError           a tensor would have stayed without storage
+    ├── OptimizerError                an optimizer that cannot be rebound to the shards
+    ├── CheckpointError               what is on disk, or in a state dict
+    │   └── ShapeMismatchError        a tensor is not of the shape that the model expects
+    ├── RankError                     ranks do not agree
+    │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
+    │   ├── PeerError                 another rank failed; its first error is in the message
+    │   └── RankTimeoutError          a rank did not arrive within the timeout
+    └── CommandError                  a command line run could not be carried out
+
+Each message says what was expected, what was found, where (file, tensor, rank), and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class ShardwiseError(Exception):
+    """Base of all errors raised by shardwise on purpose."""
+
+
+class ConfigurationError(ShardwiseError, ValueError):
+    """An option is unknown, contradicts another one, or is not possible here."""
+
+
+class MissingDependencyError(ConfigurationError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class UnsupportedVersionError(ConfigurationError):
+    """An installed upstream release cannot do what is asked."""
+
+
+class ModelError(ShardwiseError):
+    """The model cannot be brought into FSDP2 form as it is."""
+
+
+class AlreadyWrappedError(ModelError):
+    """The model, or a part of it, was sharded before."""
+
+
+class UnsupportedParameterError(ModelError):
+    """FSDP2 cannot shard a parameter of this shape or dtype; the message names it and the remedy."""
+
+
+class LeftOnMetaError(ModelError):
+    """A parameter or buffer would have stayed on the meta device, without values."""
+
+
+class OptimizerError(ShardwiseError):
+    """An optimizer cannot be rebound to the sharded parameters."""
+
+
+class CheckpointError(ShardwiseError):
+    """A checkpoint, or a state dict in memory, does not hold what the model needs."""
+
+
+class ShapeMismatchError(CheckpointError):
+    """A tensor's shape is not the one that the model expects."""
+
+
+class RankError(ShardwiseError):
+    """The ranks of a job do not agree, or one of them failed."""
+
+
+class RankMismatchError(RankError):
+    """Names, shapes, dtypes, options or values differ between ranks."""
+
+
+class PeerError(RankError):
+    """Another rank failed first; the message carries that rank's error."""
+
+
+class RankTimeoutError(RankError, TimeoutError):
+    """A rank did not arrive, or made no progress, within the timeout."""
+
+
+class CommandError(ShardwiseError):
+    """A command could not be carried out; the message says what to do."""

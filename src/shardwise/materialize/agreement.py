@@ -1,0 +1,227 @@
+"""Ranks start and finish each phase together, or fail together with the first error.
+
+Each phase of a call has one outcome, a key in the process group's store: the last rank to arrive sets it to `ok`, the
+first rank to fail sets it to its error, and every rank waits for that one key. So a failed rank need not wait for
+anybody, a waiting rank learns of a failure at once, and a rank that never arrives is named at the timeout. Nothing
+here uses a collective: the store works before, between and after collectives, also when some of them are stuck.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from shardwise.errors import PeerError, RankMismatchError, RankTimeoutError
+from shardwise.profiling import phase as record_phase
+
+_OK = "ok"
+_LONGEST_PAUSE_SECONDS = 0.5
+_POLL_SECONDS_WHILE_MOVING = 0.25
+
+# Calls are counted per set of ranks. Like collectives, shardwise calls must come in one order on all ranks, so the
+# n-th call of every rank is the same call.
+_calls_of_ranks: dict[tuple[int, ...], int] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparable:
+    """Something that must be equal on all ranks.
+
+    Args:
+        what: Its name in a message, for example "the model's structure".
+        digest: Equal exactly where it is.
+        details: Returns it as text; called only where digests differ.
+        explain: Says how two such texts, expected and got, differ.
+        remedy: What the user can do.
+    """
+
+    what: str
+    digest: str
+    details: Callable[[], str]
+    explain: Callable[[str, str], str]
+    remedy: str
+
+
+@dataclass(slots=True)
+class Phase:
+    """A phase in progress on this rank.
+
+    Args:
+        same: What must be equal on all ranks when the phase ends, if anything.
+    """
+
+    same: Comparable | None = None
+
+
+class Agreement:
+    """One collective call of shardwise, seen from one rank.
+
+    Args:
+        ranks: Global ranks that take part, in one order on all of them.
+        timeout_seconds: How long to wait for a rank that does not arrive, or for data that does not move.
+        call: Name of the call, for messages.
+    """
+
+    def __init__(self, ranks: Sequence[int], *, timeout_seconds: float, call: str) -> None:
+        key = tuple(ranks)
+        _calls_of_ranks[key] = _calls_of_ranks.get(key, 0) + 1
+        group = "all" if len(key) == dist.get_world_size() else "-".join(map(str, key))
+        self.ranks = key
+        self.rank = dist.get_rank()
+        self.timeout_seconds = timeout_seconds
+        self._call = call
+        self._prefix = f"shardwise/{group}/{_calls_of_ranks[key]}"
+        self._store = dist.distributed_c10d._get_default_store()
+        self._phase = ""
+        self._last_check_seconds = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Phase]:
+        """Run a phase on all ranks; leave it together, or raise the first error everywhere.
+
+        Args:
+            name: Of the phase; the same on all ranks, unique within the call.
+
+        Yields:
+            A place for what must be equal on all ranks when the phase ends.
+
+        Raises:
+            PeerError: Another rank failed first.
+            RankMismatchError: What must be equal differs.
+            RankTimeoutError: A rank did not arrive in time.
+        """
+        self._phase = name
+        together = Phase()
+        try:
+            with record_phase(name):
+                yield together
+        except BaseException as error:
+            self._fail(error)
+            raise
+        same = together.same
+        with record_phase("agree"):
+            self._arrive(same.digest if same is not None else "")
+            self._wait(lambda: self._store.check([self._outcome_key]), what="the other ranks")
+            outcome = self._outcome()
+        if same is not None and "mismatch" in outcome:
+            reference, differing = outcome["mismatch"]
+            self._raise_mismatch(reference, differing, same)
+        self._raise_peer_error(outcome)
+
+    def publish(self, key: str, value: str | None) -> str:
+        """Hand a text from the one rank that has it to all others.
+
+        Args:
+            key: The same on all ranks, unique within the call.
+            value: The text on the rank that has it, None elsewhere.
+
+        Returns:
+            The text, on every rank.
+        """
+        full_key = f"{self._prefix}/{key}"
+        if value is not None:
+            self._store.set(full_key, value)
+            return value
+        self._wait(lambda: self._store.check([full_key]), what=f"the source rank's {key}")
+        return str(self._store.get(full_key), "utf-8")
+
+    def gather(self, key: str, value: str) -> list[str]:
+        """Return every rank's text, in the order of `ranks`."""
+        keys = [f"{self._prefix}/{key}/{rank}" for rank in self.ranks]
+        self._store.set(f"{self._prefix}/{key}/{self.rank}", value)
+        self._wait(lambda: self._store.check(keys), what=f"every rank's {key}")
+        return [text.decode() for text in self._store.multi_get(keys)]
+
+    def check(self) -> None:
+        """Raise if another rank has failed in this phase; cheap enough to call while data moves."""
+        now = time.monotonic()
+        if now - self._last_check_seconds >= _POLL_SECONDS_WHILE_MOVING:
+            self._last_check_seconds = now
+            if self._store.check([self._outcome_key]):
+                self._raise_peer_error(self._outcome())
+
+    @property
+    def _outcome_key(self) -> str:
+        return f"{self._prefix}/{self._phase}/outcome"
+
+    def _outcome(self) -> dict[str, Any]:
+        outcome: dict[str, Any] = json.loads(self._store.get(self._outcome_key).decode())
+        return outcome
+
+    def _settle(self, outcome: dict[str, Any]) -> None:
+        # Only the first outcome of a phase counts: compare_set leaves an existing value alone.
+        self._store.compare_set(self._outcome_key, "", json.dumps(outcome))
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, PeerError):
+            return
+        text = f"{type(error).__name__}: {error}"
+        outcome = {"rank": self.rank, "host": socket.gethostname(), "error": text[:8000]}
+        try:
+            self._settle(outcome)
+        except RuntimeError as lost:  # the store's host has ended; the first error is what matters
+            error.add_note(f"The other ranks could not be told: {lost}")
+
+    def _arrive(self, digest: str) -> None:
+        base = f"{self._prefix}/{self._phase}"
+        self._store.set(f"{base}/rank/{self.rank}", digest)
+        if self._store.add(f"{base}/arrived", 1) < len(self.ranks):
+            return
+        digests = self._store.multi_get([f"{base}/rank/{rank}" for rank in self.ranks])
+        differing = [rank for rank, text in zip(self.ranks, digests, strict=True) if text != digests[0]]
+        self._settle({"mismatch": [self.ranks[0], differing]} if differing else {_OK: True})
+
+    def _wait(self, is_there: Callable[[], bool], *, what: str) -> None:
+        started = time.monotonic()
+        while not is_there():
+            waited = time.monotonic() - started
+            if waited > self.timeout_seconds:
+                raise RankTimeoutError(self._timeout_message(what))
+            self.check()
+            # Short waits stay quick and long ones do not load the store's host.
+            time.sleep(min(_LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
+
+    def _timeout_message(self, what: str) -> str:
+        base = f"{self._prefix}/{self._phase}/rank"
+        missing = [rank for rank in self.ranks if not self._store.check([f"{base}/{rank}"])]
+        names = ", ".join(map(str, missing)) or "none"
+        return (
+            f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}; "
+            f"ranks that did not arrive: {names} of {len(self.ranks)}. Check that every rank makes the same "
+            "shardwise calls in the same order, look at the logs of the named ranks, or pass a longer timeout."
+        )
+
+    def _raise_peer_error(self, outcome: dict[str, Any]) -> None:
+        if "error" in outcome:
+            raise PeerError(
+                f"{self._call}, phase {self._phase!r}: rank {outcome['rank']} on {outcome['host']} failed first: "
+                f"{outcome['error']}"
+            )
+
+    def _raise_mismatch(self, reference: int, differing: list[int], same: Comparable) -> None:
+        base = f"{self._prefix}/{self._phase}/details"
+        if self.rank in (reference, differing[0]):
+            self._store.set(f"{base}/{self.rank}", same.details())
+        keys = [f"{base}/{reference}", f"{base}/{differing[0]}"]
+        self._wait(lambda: self._store.check(keys), what="the other ranks' details")
+        expected, got = (value.decode() for value in self._store.multi_get(keys))
+        ranks = ", ".join(map(str, differing))
+        raise RankMismatchError(
+            f"{self._call}, phase {self._phase!r}: {same.what} on rank {ranks} is not that of rank {reference}: "
+            f"{same.explain(expected, got)}. {same.remedy}"
+        )
+
+
+def timeout_seconds_of(timeout: float | timedelta | None) -> float:
+    """Return a timeout in seconds; None means the default of the process group's own waits, 30 minutes."""
+    if timeout is None:
+        return dist.distributed_c10d.default_pg_timeout.total_seconds()
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)

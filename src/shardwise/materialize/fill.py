@@ -1,0 +1,185 @@
+"""Fill a model that was sharded on meta from the full tensors of one rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.checkpoint import StateDictSource
+from shardwise.errors import LeftOnMetaError
+from shardwise.materialize.agreement import Agreement
+from shardwise.materialize.data_plane import open_data_plane
+from shardwise.materialize.scatter import Scatter
+from shardwise.materialize.storage import allocate_parameters
+from shardwise.materialize.structure import Entry, entries_of
+from shardwise.plan import Layout, PlannedTensor, ScatterPlan, plan_scatter
+from shardwise.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """What a fill did on this rank.
+
+    Args:
+        plan: What was carried out.
+        staging_bytes: Size of this rank's staging buffers.
+        received_bytes: Payload that reached this rank over the network.
+    """
+
+    plan: ScatterPlan
+    staging_bytes: int
+    received_bytes: int
+
+
+def fill_from_source(
+    model: nn.Module,
+    source: StateDictSource,
+    *,
+    ranks: Sequence[int],
+    source_rank: int,
+    device: torch.device,
+    staging_bytes: int,
+    agreement: Agreement,
+) -> Filled:
+    """Allocate this rank's shards and bring the source rank's values into them.
+
+    Args:
+        model: Sharded on meta; equal in structure on all ranks.
+        source: Full values on the source rank, as `take_values` returned them; empty elsewhere. Emptied on the way.
+        ranks: Global ranks of the call.
+        source_rank: The one whose values win.
+        device: Of the mesh, on this rank.
+        staging_bytes: Bound of the staging buffers of any rank, in bytes.
+        agreement: Of the call.
+
+    Returns:
+        The plan that was carried out, and its bytes.
+
+    Raises:
+        CheckpointError: The source rank lacks a tensor or its values.
+        LeftOnMetaError: A plain tensor exists on this rank alone, without values.
+        PeerError: Another rank failed.
+    """
+    is_source = agreement.rank == source_rank
+    with agreement.phase("describe"):
+        parameters = [entry for entry in entries_of(model) if entry.role == "parameter"]
+        planned = [PlannedTensor(spec=_spec(entry), layout=_layout(entry, ranks)) for entry in parameters]
+        if is_source:
+            for tensor in planned:
+                source.require(tensor.spec)
+        shared = _plain_specs(model, source, agreement, is_source=is_source)
+        planned += [PlannedTensor(spec=spec, layout=Layout.replicated(ranks)) for spec in shared]
+        plan = plan_scatter(planned, ranks=ranks, source_rank=source_rank, staging_bytes=staging_bytes)
+    with agreement.phase("allocate"):
+        allocate_parameters(model, device)
+        targets = {entry.fqn: _local(entry.tensor) for entry in parameters}
+        targets |= _place_plain_tensors(model, shared, source, device, is_source=is_source)
+    with agreement.phase("transfer"):
+        staging = 0
+        with ExitStack() as stack:
+            plane = None
+            if plan.buckets:
+                plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+            scatter = Scatter(
+                plan,
+                source=source,
+                targets=targets,
+                rank=agreement.rank,
+                device=plane.device if plane is not None else device,
+            )
+            staging = scatter.staging_bytes
+            scatter.run(plane)
+        _refuse_meta(model)
+    return Filled(
+        plan=plan,
+        staging_bytes=staging,
+        received_bytes=plan.bytes_to_rank[list(ranks).index(agreement.rank)],
+    )
+
+
+def _spec(entry: Entry) -> TensorSpec:
+    return TensorSpec(fqn=entry.fqn, shape=tuple(entry.tensor.shape), dtype=entry.tensor.dtype)
+
+
+def _layout(entry: Entry, ranks: Sequence[int]) -> Layout:
+    tensor = entry.tensor
+    if not isinstance(tensor, DTensor):
+        return Layout.replicated(ranks)
+    mesh = tensor.device_mesh
+    return Layout(
+        mesh_shape=tuple(mesh.shape),
+        mesh_ranks=tuple(mesh.mesh.flatten().tolist()),
+        placements=tuple(tensor.placements),
+    )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _plain_specs(
+    model: nn.Module, source: StateDictSource, agreement: Agreement, *, is_source: bool
+) -> list[TensorSpec]:
+    """Return the source rank's buffers and plain tensor attributes, whose dtypes win over the other ranks'."""
+    text = None
+    if is_source:
+        specs = [_spec(entry) for entry in _plain_entries(model)]
+        for spec in specs:
+            source.require(spec)
+        text = json.dumps([(s.fqn, s.shape, str(s.dtype).removeprefix("torch.")) for s in specs])
+    return [
+        TensorSpec(fqn=fqn, shape=tuple(shape), dtype=getattr(torch, dtype))
+        for fqn, shape, dtype in json.loads(agreement.publish("buffers", text))
+    ]
+
+
+def _plain_entries(model: nn.Module) -> list[Entry]:
+    entries = entries_of(model)
+    parameters = {id(entry.tensor) for entry in entries if entry.role == "parameter"}
+    first: dict[int, Entry] = {}
+    for entry in entries:
+        if entry.role != "parameter" and id(entry.tensor) not in parameters:
+            first.setdefault(id(entry.tensor), entry)
+    return list(first.values())
+
+
+def _place_plain_tensors(
+    model: nn.Module,
+    specs: Sequence[TensorSpec],
+    source: StateDictSource,
+    device: torch.device,
+    *,
+    is_source: bool,
+) -> dict[str, torch.Tensor]:
+    """Put buffers and plain tensors on the device: the source rank's own, and empty ones to be filled elsewhere."""
+    placed: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        if is_source:
+            placed[spec.fqn] = source.tensor(spec.fqn).to(device)
+        else:
+            placed[spec.fqn] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+    replaced: dict[int, torch.Tensor] = {}
+    for entry in entries_of(model):
+        if entry.role == "parameter":
+            continue
+        tensor = replaced.get(id(entry.tensor), placed.get(entry.fqn))
+        if tensor is not None:
+            replaced[id(entry.tensor)] = tensor
+            entry.replace(tensor)
+    return {} if is_source else placed
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    left = [entry.fqn for entry in entries_of(model) if entry.tensor.is_meta]
+    if left:
+        raise LeftOnMetaError(
+            f"expected every tensor of the model to have values, got {', '.join(left[:10])} on meta "
+            f"({len(left)} in all). The source rank has no such tensor: build the model there the way the other "
+            "ranks did."
+        )

@@ -1,0 +1,35 @@
+"""Move a model's parameters to the meta device without breaking ties, keeping their values aside."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from shardwise.checkpoint.state_dict import StateDictSource
+from shardwise.materialize.structure import entries_of
+
+
+def take_values(model: nn.Module, *, keep: bool) -> StateDictSource:
+    """Replace every parameter by one on meta and hand over what it held.
+
+    `nn.Module.to("meta")` makes one new parameter per place, which unties tied weights; here each parameter is
+    replaced once, in all its places.
+
+    Args:
+        model: Not sharded.
+        keep: Whether this rank's values are wanted; otherwise they are dropped.
+
+    Returns:
+        The values by name: parameters, buffers and plain tensor attributes; empty unless `keep`.
+    """
+    values: dict[str, torch.Tensor] = {}
+    for entry in entries_of(model):
+        if keep:
+            values.setdefault(entry.fqn, entry.tensor.detach())
+        if entry.role == "parameter" and not entry.tensor.is_meta:
+            empty = nn.Parameter(
+                torch.empty_like(entry.tensor, device="meta"), requires_grad=entry.tensor.requires_grad
+            )
+            empty.__dict__.update(entry.tensor.__dict__)
+            entry.replace(empty)
+    return StateDictSource(values)

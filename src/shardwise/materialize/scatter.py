@@ -1,0 +1,122 @@
+"""Execute a scatter plan: the source rank packs buckets, every other rank unpacks its slot into its shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+
+from shardwise.checkpoint import StateDictSource
+from shardwise.materialize.data_plane import DataPlane
+from shardwise.plan import Bucket, Piece, ScatterPlan
+from shardwise.tensors import Region
+
+_BUCKETS_IN_FLIGHT = 2
+
+
+class Scatter:
+    """One rank's part in a scatter plan.
+
+    Args:
+        plan: The same on all ranks.
+        source: Full tensors on the source rank; empty elsewhere.
+        targets: This rank's shards by tensor name, each of its region's shape; tensors it owns none of are absent.
+        rank: This rank, global.
+        device: Of the staging buffers.
+    """
+
+    def __init__(
+        self,
+        plan: ScatterPlan,
+        *,
+        source: StateDictSource,
+        targets: Mapping[str, torch.Tensor],
+        rank: int,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._targets = targets
+        self._rank = rank
+        self._position = plan.ranks.index(rank)
+        slots = len(plan.ranks) if rank == plan.source_rank else 1
+        in_flight = min(_BUCKETS_IN_FLIGHT, len(plan.buckets))
+        self._ring = [
+            torch.empty(slots, plan.slot_bytes, dtype=torch.uint8, device=device) for _ in range(in_flight)
+        ]
+        self._regions: dict[int, Region] = {}
+        last = plan.last_bucket_of_tensor if rank == plan.source_rank else {}
+        self._ending_with: dict[int, list[int]] = {}
+        for tensor, bucket in last.items():
+            self._ending_with.setdefault(bucket, []).append(tensor)
+        self._travels = frozenset(last)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Size of this rank's staging buffers in bytes."""
+        return sum(buffer.numel() for buffer in self._ring)
+
+    def run(self, plane: DataPlane | None) -> None:
+        """Move everything.
+
+        Args:
+            plane: Carries the buckets; None where nothing travels.
+        """
+        if self._rank == self._plan.source_rank:
+            stays = [t for t in range(len(self._plan.tensors)) if t not in self._travels]
+            self._keep_own_regions(stays)
+        if plane is None:
+            return
+        in_flight: list[dist.Work] = []
+        for index, bucket in enumerate(self._plan.buckets):
+            if len(in_flight) == len(self._ring):
+                self._finish(in_flight.pop(0), plane, index - len(self._ring))
+            in_flight.append(self._start(plane, index, bucket))
+        for offset, work in enumerate(in_flight):
+            self._finish(work, plane, len(self._plan.buckets) - len(in_flight) + offset)
+
+    def _start(self, plane: DataPlane, index: int, bucket: Bucket) -> dist.Work:
+        buffer = self._ring[index % len(self._ring)]
+        if self._rank != self._plan.source_rank:
+            return plane.scatter(buffer[0], None, source_rank=self._plan.source_rank)
+        for position, pieces in enumerate(bucket.slots):
+            for piece in pieces:
+                spec = self._plan.tensors[piece.tensor].spec
+                self._source.read(spec.fqn, piece.region, self._staged(buffer[position], piece))
+        work = plane.scatter(buffer[self._position], list(buffer), source_rank=self._plan.source_rank)
+        self._keep_own_regions(self._ending_with.get(index, ()))
+        return work
+
+    def _keep_own_regions(self, tensors: Iterable[int]) -> None:
+        # The source lets go of each full tensor as soon as its last piece has left, so that its memory shrinks
+        # while its shards grow.
+        for index in tensors:
+            fqn = self._plan.tensors[index].spec.fqn
+            if fqn in self._targets:
+                self._source.read(fqn, self._region_of(index), self._targets[fqn])
+            self._source.release(fqn)
+
+    def _finish(self, work: dist.Work, plane: DataPlane, index: int) -> None:
+        plane.wait(work, what=f"bucket {index + 1} of {len(self._plan.buckets)} from the source rank")
+        if self._rank == self._plan.source_rank:
+            return
+        buffer = self._ring[index % len(self._ring)][0]
+        for piece in self._plan.buckets[index].slots[self._position]:
+            target = self._targets[self._plan.tensors[piece.tensor].spec.fqn]
+            where = piece.region.relative_to(self._region_of(piece.tensor))
+            with torch.no_grad():
+                target[where.slices()].copy_(self._staged(buffer, piece))
+
+    def _region_of(self, tensor: int) -> Region:
+        if tensor not in self._regions:
+            planned = self._plan.tensors[tensor]
+            region = planned.layout.region(planned.spec.shape, self._rank)
+            self._regions[tensor] = region if region is not None else Region.whole((0,))
+        return self._regions[tensor]
+
+    def _staged(self, slot: torch.Tensor, piece: Piece) -> torch.Tensor:
+        dtype = self._plan.tensors[piece.tensor].spec.dtype
+        size = math.prod(piece.region.shape) * dtype.itemsize
+        return slot[piece.offset_bytes : piece.offset_bytes + size].view(dtype).view(piece.region.shape)

@@ -1,0 +1,110 @@
+"""Storage for sharded parameters, padded as FSDP2 wants it.
+
+This is the only file that touches private fields of torch's FSDP2. FSDP2 keeps each shard as a view of a flat buffer
+padded to the size of the first rank's shard, so that all ranks send equal sizes. A shard that arrives without padding
+is copied into such a buffer at the first forward. Allocating the padded buffer here, and naming it to FSDP2, saves
+that copy: the first forward leaves every shard where it is.
+
+Checked on torch 2.13; `tests/distributed/test_storage.py` fails when a release changes these fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from shardwise.materialize.structure import Entry, entries_of
+
+
+def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
+    """Yield torch's own record (`FSDPParam`) of every parameter that FSDP2 manages in a model."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch < 2.12 keeps at most one group in a state
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        for group in groups:
+            for fsdp_param in group.fsdp_params:
+                if id(fsdp_param) not in seen:
+                    seen.add(id(fsdp_param))
+                    yield fsdp_param
+
+
+def allocate_parameters(model: nn.Module, device: torch.device) -> None:
+    """Give every meta parameter of a model storage on this rank, its values undefined, padding zero.
+
+    A parameter stays the same object; a tied one stays tied.
+
+    Args:
+        model: Sharded by `fully_shard` while on meta; parameters that FSDP2 ignores get their full size.
+        device: Where parameters outside of FSDP2 go; FSDP2's own go where its offload policy says.
+    """
+    managed = {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params_of(model)}
+    for entry in entries_of(model):
+        if entry.role != "parameter" or not entry.tensor.is_meta:
+            continue
+        fsdp_param = managed.get(id(entry.tensor))
+        if fsdp_param is not None:
+            _allocate_managed(fsdp_param)
+        else:
+            _allocate_plain(entry, device)
+
+
+def _allocate_managed(fsdp_param: Any) -> None:
+    parameter = fsdp_param.sharded_param
+    device = torch.device("cpu") if fsdp_param.offload_to_cpu else fsdp_param.device
+    shape, dim = tuple(fsdp_param.padded_sharded_param_size), fsdp_param.fsdp_placement.dim
+    padded = torch.empty(shape, dtype=parameter.dtype, device=device, pin_memory=fsdp_param.pin_memory)
+    local_size = tuple(parameter._local_tensor.shape)
+    length = local_size[dim] if parameter._local_tensor.numel() > 0 else 0
+    if length < shape[dim]:
+        padded.narrow(dim, length, shape[dim] - length).zero_()
+    _swap(parameter, _like(parameter, padded.narrow(dim, 0, length)))
+    fsdp_param._sharded_param_data = padded.view(-1)
+
+
+def _allocate_plain(entry: Entry, device: torch.device) -> None:
+    parameter = entry.tensor
+    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+    _swap(parameter, _like(parameter, torch.empty(local.shape, dtype=parameter.dtype, device=device)))
+
+
+def _like(parameter: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
+    data = local
+    if isinstance(parameter, DTensor):
+        with torch.no_grad():
+            data = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+    made = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    made.__dict__.update(parameter.__dict__)
+    return made
+
+
+def _swap(parameter: torch.Tensor, made: nn.Parameter) -> None:
+    # Keeps the Python object, so that FSDP2, tied modules and optimizers that hold it see the storage.
+    torch.utils.swap_tensors(parameter, made)  # type: ignore[no-untyped-call]
+
+
+def local_bytes_of(model: nn.Module) -> int:
+    """Return the bytes of parameter storage on this rank, padding included, tied storage counted once."""
+    seen: dict[int, int] = {}
+    for parameter in model.parameters():
+        local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+        if not local.is_meta:
+            storage = local.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

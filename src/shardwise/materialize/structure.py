@@ -1,0 +1,173 @@
+"""What a model consists of, apart from values: every tensor with its names, shape, dtype and role.
+
+Ranks compare structures before anything is sharded, because FSDP2 itself would hang or mix up rows where they differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from shardwise.materialize.names import clean_fqn
+
+Role = Literal["parameter", "buffer", "attribute"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One place in a module where a tensor is registered."""
+
+    module: nn.Module
+    name: str
+    fqn: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor of a model and every place where it is registered.
+
+    Args:
+        tensor: The tensor itself.
+        role: A `parameter`, a `buffer`, or a plain tensor kept as an `attribute` of a module, which
+            `nn.Module` does not move or save.
+        slots: All places, in module order; more than one where the tensor is tied.
+        persistent: Of buffers: whether a state dict holds it.
+    """
+
+    tensor: torch.Tensor
+    role: Role
+    slots: tuple[Slot, ...]
+    persistent: bool
+
+    @property
+    def fqn(self) -> str:
+        """The first of its names."""
+        return self.slots[0].fqn
+
+    def replace(self, tensor: torch.Tensor) -> None:
+        """Put another tensor in every place where this one is registered."""
+        for slot in self.slots:
+            if self.role == "parameter":
+                slot.module._parameters[slot.name] = tensor  # type: ignore[assignment]
+            elif self.role == "buffer":
+                slot.module._buffers[slot.name] = tensor
+            else:
+                slot.module.__dict__[slot.name] = tensor
+
+
+def entries_of(model: nn.Module) -> tuple[Entry, ...]:
+    """Return every tensor of a model once, parameters first, each with all places where it is registered.
+
+    Args:
+        model: Any module, sharded or not.
+
+    Returns:
+        Parameters, then buffers, then plain tensor attributes; each in module order. An attribute that is the
+        same object as a parameter or buffer belongs to that entry's tensor and is restored with it.
+    """
+    found: dict[int, tuple[torch.Tensor, Role, list[Slot], bool]] = {}
+    aliases: dict[int, list[Slot]] = {}
+    for role in ("parameter", "buffer", "attribute"):
+        for module_name, module in model.named_modules():
+            prefix = clean_fqn(f"{module_name}.") if module_name else ""
+            for name, tensor in _tensors_of(module, role):
+                slot = Slot(module=module, name=name, fqn=prefix + name)
+                key = id(tensor)
+                if key in found and found[key][1] != role:
+                    aliases.setdefault(key, []).append(slot)
+                elif key in found:
+                    found[key][2].append(slot)
+                else:
+                    persistent = role == "parameter" or (
+                        role == "buffer" and name not in module._non_persistent_buffers_set
+                    )
+                    found[key] = (tensor, role, [slot], persistent)
+    entries = [
+        Entry(tensor=tensor, role=role, slots=tuple(slots), persistent=persistent)
+        for tensor, role, slots, persistent in found.values()
+    ]
+    for key, slots in aliases.items():
+        entries.append(Entry(tensor=found[key][0], role="attribute", slots=tuple(slots), persistent=False))
+    return tuple(entries)
+
+
+def _tensors_of(module: nn.Module, role: Role) -> Iterator[tuple[str, torch.Tensor]]:
+    members: Mapping[str, object] = {
+        "parameter": module._parameters,
+        "buffer": module._buffers,
+        "attribute": module.__dict__,
+    }[role]
+    for name, value in members.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """The comparable part of a model: one line per tensor, and their digest."""
+
+    lines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, entries: tuple[Entry, ...]) -> Structure:
+        """Describe entries.
+
+        Buffers are described without dtype: on ranks that built their model without values, upstream may have
+        cast them, and the source rank's dtype wins. Plain attributes are left out: they may exist on one rank only.
+        """
+        lines = []
+        for entry in entries:
+            if entry.role == "attribute":
+                continue
+            names = " = ".join(slot.fqn for slot in entry.slots)
+            shape = tuple(entry.tensor.shape)
+            if entry.role == "parameter":
+                trainable = "trainable" if entry.tensor.requires_grad else "frozen"
+                lines.append(f"parameter {names}: {shape} {_dtype_name(entry.tensor.dtype)} {trainable}")
+            else:
+                kind = "persistent" if entry.persistent else "non-persistent"
+                lines.append(f"buffer {names}: {shape} {kind}")
+        return cls(lines=tuple(lines))
+
+    @property
+    def digest(self) -> str:
+        """A digest that is equal exactly where the lines are."""
+        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Return the lines as text that another rank can read."""
+        return json.dumps(self.lines)
+
+
+def structure_difference(expected_json: str, got_json: str, *, limit: int) -> str:
+    """Say how one rank's structure differs from another's.
+
+    Args:
+        expected_json: `Structure.to_json` of the rank to compare against.
+        got_json: The same of the other rank.
+        limit: Most lines to name on either side.
+
+    Returns:
+        Text that names the tensors that only one side has as they are.
+    """
+    expected, got = json.loads(expected_json), json.loads(got_json)
+    only_expected = [line for line in expected if line not in set(got)]
+    only_got = [line for line in got if line not in set(expected)]
+    if not only_expected and not only_got:
+        return "the same tensors in another order"
+    parts = []
+    for label, lines in (("expected", only_expected), ("got", only_got)):
+        if lines:
+            more = f" and {len(lines) - limit} more" if len(lines) > limit else ""
+            parts.append(f"{label} " + "; ".join(lines[:limit]) + more)
+    return ", ".join(parts)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,23 @@
+"""Memory over time, phases, and the report of a load."""
+
+from shardwise.profiling.columns import MemoryPeaks
+from shardwise.profiling.load_report import LoadReport, RankReport
+from shardwise.profiling.phases import PhaseSpan, phase
+from shardwise.profiling.readings import MemoryReading
+from shardwise.profiling.sampler import MemoryProfile, profile_memory
+from shardwise.profiling.timeline import Figure, Timeline, node_increase, node_peak_bytes
+
+__all__ = [
+    "Figure",
+    "LoadReport",
+    "MemoryPeaks",
+    "MemoryProfile",
+    "MemoryReading",
+    "PhaseSpan",
+    "RankReport",
+    "Timeline",
+    "node_increase",
+    "node_peak_bytes",
+    "phase",
+    "profile_memory",
+]

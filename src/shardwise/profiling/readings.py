@@ -1,0 +1,187 @@
+"""What one look at this process's host memory gives, and where the figures come from.
+
+On Linux the kernel keeps anonymous, file-backed and shared pages apart; elsewhere only the highest
+resident set size so far is to be had. A reader says in `measures` which of the two it gives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from shardwise.errors import ConfigurationError
+
+STATUS_PATH: Final = "/proc/self/status"
+ROLLUP_PATH: Final = "/proc/self/smaps_rollup"
+
+_KIB: Final = 1024
+_READ_BYTES: Final = 16384  # both files are a few KiB; one read gives one consistent state
+_STATUS_FIELDS: Final = re.compile(
+    rb"^RssAnon:\s+(\d+) kB\nRssFile:\s+(\d+) kB\nRssShmem:\s+(\d+) kB$", re.MULTILINE
+)
+_PSS_FIELD: Final = re.compile(rb"^Pss:\s+(\d+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReading:
+    """Memory of this process at one instant.
+
+    Args:
+        seconds: Time since the profile's start.
+        anon_bytes: Resident anonymous memory (heap, tensors): what no file backs.
+        file_bytes: Resident pages of mapped files, shared with the page cache.
+        shared_bytes: Resident shared memory (tmpfs, `/dev/shm`).
+        pss_bytes: Proportional set size: each page divided by the number of processes that map it.
+            None where it was not read at this instant, or cannot be read on this platform.
+        device_allocated_bytes: Bytes in live device tensors; None where not read.
+        device_reserved_bytes: Bytes that the device's allocator holds; None where not read.
+        device_peak_bytes: The allocator's own highest `device_allocated_bytes` since it was last reset,
+            which is at the start of the newest profile; None where not read.
+    """
+
+    seconds: float
+    anon_bytes: int
+    file_bytes: int
+    shared_bytes: int
+    pss_bytes: int | None
+    device_allocated_bytes: int | None
+    device_reserved_bytes: int | None
+    device_peak_bytes: int | None
+
+
+class HostReader(Protocol):
+    """Reads the host memory of this process."""
+
+    @property
+    def measures(self) -> str:
+        """What exactly the figures are, in one phrase."""
+
+    def read(self) -> tuple[int, int, int]:
+        """Return anonymous, file-backed and shared resident bytes."""
+
+    def read_pss(self) -> int | None:
+        """Return the proportional set size in bytes, or None where the platform has none."""
+
+    def close(self) -> None:
+        """Give back what the reader holds; it reads no more after that."""
+
+
+class ProcReader:
+    """Reads Linux's `/proc`.
+
+    Source:
+        `Documentation/filesystems/proc.rst` of the Linux kernel: `status` and `smaps_rollup`. Kernels
+        before 6.2 keep per-thread counters, so that a reading may lag by up to 64 pages for each thread.
+    """
+
+    __slots__ = ("_descriptor", "_has_pss")
+
+    def __init__(self) -> None:
+        # Kept open: each system call gives up the interpreter lock, and a busy thread hands it back late.
+        self._descriptor = os.open(STATUS_PATH, os.O_RDONLY | os.O_CLOEXEC)
+        self._has_pss = _read_pss() is not None
+
+    def __del__(self) -> None:
+        self.close()
+
+    @property
+    def measures(self) -> str:
+        """What exactly the figures are, in one phrase."""
+        pss = "Pss of /proc/self/smaps_rollup" if self._has_pss else "no Pss (smaps_rollup is not readable)"
+        return f"host: RssAnon, RssFile and RssShmem of /proc/self/status; {pss}"
+
+    def read(self) -> tuple[int, int, int]:
+        """Return anonymous, file-backed and shared resident bytes.
+
+        Raises:
+            OSError: The reader is closed, or the kernel gives no such figures.
+        """
+        found = _STATUS_FIELDS.search(os.pread(self._descriptor, _READ_BYTES, 0))
+        if found is None:
+            raise OSError(f"expected RssAnon, RssFile and RssShmem in {STATUS_PATH}, got none of them")
+        anon, file, shared = found.groups()
+        return int(anon) * _KIB, int(file) * _KIB, int(shared) * _KIB
+
+    def read_pss(self) -> int | None:
+        """Return the proportional set size in bytes, or None where `smaps_rollup` cannot be read."""
+        return _read_pss() if self._has_pss else None
+
+    def close(self) -> None:
+        """Give the file descriptor back; a second call does nothing."""
+        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class HighWaterReader:
+    """Reads `getrusage`: the highest resident set size of the process so far, the one portable figure."""
+
+    __slots__ = ()
+
+    @property
+    def measures(self) -> str:
+        """What exactly the figures are, in one phrase."""
+        return (
+            "host: highest resident set size of the process so far (ru_maxrss of getrusage), given as anonymous; "
+            "it includes file-backed pages and never falls, so a peak below an earlier one is not seen"
+        )
+
+    def read(self) -> tuple[int, int, int]:
+        """Return the highest resident set size in bytes, and zeros for what is not kept apart."""
+        # Not on every platform: imported only where it is needed.
+        import resource
+
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # getrusage(2): bytes on macOS, KiB on Linux and the BSDs.
+        return (highest if sys.platform == "darwin" else highest * _KIB), 0, 0
+
+    def read_pss(self) -> int | None:
+        """Return None: there is no proportional set size."""
+        return None
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
+
+
+def host_reader() -> HostReader:
+    """Return the best reader that this platform has.
+
+    Returns:
+        A `ProcReader` where the kernel keeps anonymous and file-backed memory apart, else a `HighWaterReader`.
+
+    Raises:
+        ConfigurationError: The platform has neither `/proc` nor `getrusage`.
+    """
+    try:
+        reader = ProcReader()
+        reader.read()
+    except OSError:
+        pass
+    else:
+        return reader
+    fallback = HighWaterReader()
+    try:
+        fallback.read()
+    except ImportError as error:
+        raise ConfigurationError(
+            f"memory profile: expected /proc or getrusage, got neither on {sys.platform}. "
+            "Run on Linux or macOS; on Windows, run inside WSL."
+        ) from error
+    return fallback
+
+
+def _read_pss() -> int | None:
+    try:
+        descriptor = os.open(ROLLUP_PATH, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        found = _PSS_FIELD.search(os.read(descriptor, _READ_BYTES))
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None if found is None else int(found.group(1)) * _KIB

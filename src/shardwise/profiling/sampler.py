@@ -1,0 +1,331 @@
+"""A timeline of this process's host and device memory, with the phases it went through."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+from shardwise.errors import ConfigurationError
+from shardwise.profiling.columns import NOT_READ, MemoryPeaks, ReadingColumns, Row, reading_of, span_peaks
+from shardwise.profiling.device import device_reader
+from shardwise.profiling.pace import CostPace
+from shardwise.profiling.phases import PhaseSpan, activate, active_recorders, deactivate
+from shardwise.profiling.readings import MemoryReading, host_reader
+
+MOST_ROWS: Final = 65536  # 4 MiB; 11 minutes at 100 readings a second, then half as many a second, and so on
+_PSS_EVERY: Final = 20  # samples
+# The kernel walks every page for the proportional set size, and allocators build a dictionary of statistics.
+_COSTLY_SHARE: Final = 0.003
+
+
+class MemoryProfile:
+    """Samples memory from `start` to `stop` in one daemon thread; `profile_memory` is the usual way in.
+
+    Besides the samples, a reading is taken at the start and stop of each phase, and at `stop`; peaks use all of
+    them. Where a device is measured, its peak statistics are reset at `start`.
+
+    Args:
+        device: See `profile_memory`.
+        interval_seconds: See `profile_memory`.
+
+    Raises:
+        ConfigurationError: The interval is not a positive number, or the platform gives no memory figures.
+    """
+
+    def __init__(self, *, device: torch.device | str | int | None, interval_seconds: float) -> None:
+        if not (math.isfinite(interval_seconds) and interval_seconds > 0):
+            raise ConfigurationError(
+                f"memory profile: expected interval_seconds above 0, got {interval_seconds}. 0.01 is usual."
+            )
+        self._interval_seconds = interval_seconds
+        self._host = host_reader()
+        self._device, device_measures = device_reader(device)
+        self._measures = "; ".join(part for part in (self._host.measures, device_measures) if part)
+        self._pss_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=_PSS_EVERY * interval_seconds)
+        self._device_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=0.0)
+        self._lock = threading.RLock()  # a signal handler may open a phase inside a reading
+        self._columns = ReadingColumns(most_rows=MOST_ROWS)
+        self._phases: list[PhaseSpan] = []
+        self._open_phases: dict[int, tuple[str, int, float]] = {}  # key: (name, depth, start in seconds)
+        self._phase_count = 0
+        self._skipped_readings = 0
+        self._stop_asked = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._baseline: MemoryReading | None = None
+        self._started_at_seconds = 0.0  # Unix time
+        self._origin_seconds = 0.0  # of time.perf_counter
+        self._stopped_after_seconds: float | None = None
+
+    def start(self) -> None:
+        """Take the baseline and start to sample.
+
+        Raises:
+            ConfigurationError: The profile was started before.
+        """
+        if self._baseline is not None:
+            raise ConfigurationError("memory profile: expected one start, got a second. Make a new profile.")
+        if self._device is not None:
+            # The reset below would hide a peak from the profiles around this one.
+            for other in active_recorders():
+                if isinstance(other, MemoryProfile):
+                    other._take(all_figures=True)
+            self._device.reset_peak()
+        self._started_at_seconds = time.time()
+        self._origin_seconds = time.perf_counter()
+        first = self._read(all_figures=True)
+        self._baseline = reading_of(first)
+        self._columns.append(first)
+        self._thread = threading.Thread(target=self._sample, name="shardwise-memory-profile", daemon=True)
+        self._thread.start()
+        activate(self)
+
+    def stop(self) -> None:
+        """Take the last reading, and end the thread and all open phases; a second call does nothing."""
+        if self._baseline is None or self._stopped_after_seconds is not None:
+            return
+        deactivate(self)
+        self._stop_asked.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._take(all_figures=True)
+        with self._lock:
+            for key in tuple(self._open_phases):
+                self._close_phase(key)
+            self._stopped_after_seconds = self._now()
+            self._host.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note a phase in this profile, with a reading at each end; after `stop`, do nothing.
+
+        Args:
+            name: The phase's name. Phases nest; one name may occur again.
+
+        Raises:
+            ConfigurationError: The profile was not started, or the name is empty.
+        """
+        key = self._open_phase(name)
+        try:
+            yield
+        finally:
+            if self._stopped_after_seconds is None:
+                self._take(all_figures=False)
+            with self._lock:
+                self._close_phase(key)
+
+    @property
+    def baseline(self) -> MemoryReading:
+        """The first reading, from which increases are counted."""
+        if self._baseline is None:
+            raise ConfigurationError("memory profile: expected a started profile. Call start() first.")
+        return self._baseline
+
+    @property
+    def readings(self) -> list[MemoryReading]:
+        """All readings so far, the oldest first; each field is absolute."""
+        with self._lock:
+            return list(self._columns.rows())
+
+    @property
+    def phases(self) -> list[PhaseSpan]:
+        """The phases that have ended, in the order of their start."""
+        with self._lock:
+            return sorted(self._phases, key=lambda span: (span.start_seconds, span.depth))
+
+    @property
+    def seconds(self) -> float:
+        """Time from start to stop, or until now."""
+        if self._stopped_after_seconds is not None:
+            return self._stopped_after_seconds
+        return self._now() if self._baseline is not None else 0.0
+
+    @property
+    def measures(self) -> str:
+        """What exactly the figures are on this platform."""
+        return self._measures
+
+    @property
+    def skipped_readings(self) -> int:
+        """Number of readings that the system refused (for instance for want of file descriptors)."""
+        return self._skipped_readings
+
+    @property
+    def anon_peak_bytes(self) -> int:
+        """Highest increase of anonymous memory over the baseline."""
+        return self._whole().anon_peak_bytes
+
+    @property
+    def file_peak_bytes(self) -> int:
+        """Highest increase of file-backed memory over the baseline."""
+        return self._whole().file_peak_bytes
+
+    @property
+    def pss_peak_bytes(self) -> int | None:
+        """Highest increase of the proportional set size over the baseline; None where it cannot be read."""
+        return self._whole().pss_peak_bytes
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """Highest increase of device memory over the baseline; 0 where there is no device."""
+        return self._whole().device_peak_bytes
+
+    def peak_between(self, start_seconds: float, stop_seconds: float) -> MemoryPeaks:
+        """Return the highest increases over the baseline within a span, both ends included.
+
+        Args:
+            start_seconds: Start of the span, since the profile's start.
+            stop_seconds: End of the span, since the profile's start.
+
+        Raises:
+            ConfigurationError: The span ends before it starts.
+        """
+        if not start_seconds <= stop_seconds:
+            raise ConfigurationError(
+                f"memory profile: expected a span that ends after its start, got {start_seconds} s to "
+                f"{stop_seconds} s"
+            )
+        with self._lock:
+            return span_peaks(
+                self._columns, baseline=self.baseline, start_seconds=start_seconds, stop_seconds=stop_seconds
+            )
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Return the time spent in each phase, by name; time in which a name was open twice counts once."""
+        totals: dict[str, float] = {}
+        counted_until: dict[str, float] = {}
+        for span in self.phases:
+            start = max(span.start_seconds, counted_until.get(span.name, 0.0))
+            totals[span.name] = totals.get(span.name, 0.0) + max(0.0, span.stop_seconds - start)
+            counted_until[span.name] = max(span.stop_seconds, counted_until.get(span.name, 0.0))
+        return totals
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the timeline by column, in absolute bytes (None where not read), for `json.dump`.
+
+        `started_at_seconds` is Unix time: with it the timelines of several ranks can be laid side by side.
+        """
+        with self._lock:
+            rows = list(self._columns.rows())
+            device = [None if math.isnan(value) else int(value) for value in self._columns.device_values()]
+        return {
+            "measures": self._measures,
+            "started_at_seconds": self._started_at_seconds,
+            "skipped_readings": self._skipped_readings,
+            "seconds": [round(row.seconds, 6) for row in rows],
+            "anon_bytes": [row.anon_bytes for row in rows],
+            "file_bytes": [row.file_bytes for row in rows],
+            "shared_bytes": [row.shared_bytes for row in rows],
+            "pss_bytes": [row.pss_bytes for row in rows],
+            "device_bytes": device,
+            "phases": [
+                {
+                    "name": span.name,
+                    "depth": span.depth,
+                    "start_seconds": span.start_seconds,
+                    "stop_seconds": span.stop_seconds,
+                }
+                for span in self.phases
+            ],
+            "baseline": {
+                "anon_bytes": self.baseline.anon_bytes,
+                "file_bytes": self.baseline.file_bytes,
+                "shared_bytes": self.baseline.shared_bytes,
+                "pss_bytes": self.baseline.pss_bytes,
+                "device_bytes": self.baseline.device_allocated_bytes,
+            },
+        }
+
+    def _whole(self) -> MemoryPeaks:
+        return self.peak_between(0.0, math.inf)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self._origin_seconds
+
+    def _sample(self) -> None:
+        due = self._interval_seconds
+        while not self._stop_asked.wait(max(0.0, due - self._now())):
+            self._take(all_figures=None)
+            # On the fixed grid: what a reading costs delays no later one, and what was missed is not made up.
+            due = (math.floor(self._now() / self._interval_seconds) + 1) * self._interval_seconds
+
+    def _take(self, *, all_figures: bool | None) -> None:
+        with self._lock:
+            try:
+                row = self._read(all_figures=all_figures)
+            except OSError:
+                self._skipped_readings += 1
+                return
+            if self._columns.append(row):
+                self._interval_seconds *= 2
+
+    def _read(self, *, all_figures: bool | None) -> Row:
+        """Read now. `all_figures`: True reads everything; False what is affordable; None what is due."""
+        now = self._now()
+        anon, file, shared = self._host.read()
+        pss: float | None = None
+        if all_figures or (
+            self._pss_pace.is_wanted(now) if all_figures is None else self._pss_pace.is_affordable(now)
+        ):
+            before = time.thread_time()
+            pss = self._host.read_pss()
+            self._pss_pace.spent(now_seconds=self._now(), cost_seconds=time.thread_time() - before)
+        allocated = reserved = peak = NOT_READ
+        # A phase's ends always have device figures: between them the allocator's own peak is then exact.
+        if self._device is not None and (all_figures is not None or self._device_pace.is_wanted(now)):
+            before = time.thread_time()
+            allocated, reserved, peak = self._device.read()
+            self._device_pace.spent(now_seconds=self._now(), cost_seconds=time.thread_time() - before)
+        return now, anon, file, shared, NOT_READ if pss is None else pss, allocated, reserved, peak
+
+    def _open_phase(self, name: str) -> int:
+        if self._baseline is None or not name:
+            got = "an empty name" if self._baseline is not None else "a profile that was not started"
+            raise ConfigurationError(
+                f"phase {name!r}: expected a name and a started memory profile, got {got}"
+            )
+        if self._stopped_after_seconds is None:
+            self._take(all_figures=False)
+        with self._lock:
+            key = self._phase_count
+            self._phase_count += 1
+            if self._stopped_after_seconds is None:
+                self._open_phases[key] = (name, len(self._open_phases), self._now())
+        return key
+
+    def _close_phase(self, key: int) -> None:
+        opened = self._open_phases.pop(key, None)
+        if opened is None:  # the profile stopped first, and closed it
+            return
+        name, depth, start = opened
+        self._phases.append(PhaseSpan(name=name, depth=depth, start_seconds=start, stop_seconds=self._now()))
+
+
+@contextmanager
+def profile_memory(
+    device: torch.device | str | int | None = None, interval_seconds: float = 0.01
+) -> Iterator[MemoryProfile]:
+    """Record host and device memory of this process while the block runs.
+
+    Args:
+        device: Accelerator whose memory is recorded too; None for the process's current one, if there is any
+            (choose it before). Its peak statistics are reset at entry.
+        interval_seconds: Time between two samples.
+
+    Yields:
+        The profile, whose figures may be read at any time, also after the block.
+
+    Raises:
+        ConfigurationError: The interval is not a positive number, or the platform gives no memory figures.
+    """
+    profile = MemoryProfile(device=device, interval_seconds=interval_seconds)
+    profile.start()
+    try:
+        yield profile
+    finally:
+        profile.stop()

@@ -1,0 +1,140 @@
+"""What the lines and colours of the picture mean: palette, legend and the words around the panels."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from shardwise.profiling import PhaseSpan
+from shardwise.report.comparison import LOAD_PHASES, STEP_PHASE, Run, model_name
+
+# Okabe and Ito, "Color universal design" (2008): told apart under the common colour-vision deficiencies.
+RANK_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_OTHERS_COLOUR: Final = "#56B4E9"
+NODE_COLOUR: Final = "#222222"
+NODE_DASHES: Final = (0, (4, 2))
+_PHASE_COLOURS: Final = {
+    "from_pretrained": "#D6E6F4",
+    "optimizer": "#F0C75E",
+    "wrap_model": "#E4F0DC",
+    "step": "#EDE4F3",
+}
+_NOTE_LETTERS: Final = 150  # per line of the footnote
+_OTHER_PHASE_COLOUR: Final = "#E6E6E6"
+_PHASE_WORDS: Final = {
+    "from_pretrained": "from_pretrained: build the model, read weights",
+    "optimizer": "optimizer: create it",
+    "wrap_model": "wrap_model: shard the model",
+    "step": "step: train once",
+}
+
+
+def rank_colour(rank: int, world_size: int) -> str:
+    """Return a rank's colour: its own among few ranks, else one for rank 0 and one for the others."""
+    if world_size <= len(RANK_COLOURS):
+        return RANK_COLOURS[rank]
+    return RANK_COLOURS[0] if rank == 0 else _OTHERS_COLOUR
+
+
+def together_label(run: Run) -> str:
+    """Return what the dashed line sums over."""
+    return "all ranks together" if len(run.nodes) <= 1 else "ranks of the fullest node together"
+
+
+def rank_width(rank: int, world_size: int) -> float:
+    """Return the width of a rank's line in points."""
+    # Ranks often do the same: wider lines below narrower ones keep all of them in sight.
+    return 1.3 + 0.6 * rank if world_size <= len(RANK_COLOURS) else 1.3
+
+
+def phase_colour(name: str) -> str:
+    """Return the colour that shades a phase."""
+    return _PHASE_COLOURS.get(name, _OTHER_PHASE_COLOUR)
+
+
+def shaded_phases(run: Run) -> list[tuple[float, PhaseSpan]]:
+    """Return the phases of the lowest rank that are worth a colour, with their start on the panel's axis."""
+    if not run.timelines:
+        return []
+    first = run.timelines[0]
+    offset = first.started_at_seconds - min(line.started_at_seconds for line in run.timelines)
+    shown = [span for span in first.phases if span.name in (*LOAD_PHASES, STEP_PHASE)]
+    shown = shown or [span for span in first.phases if span.depth == 0]
+    # Two layers may name the same phase, one inside the other: the outer one stands for both.
+    outer: list[PhaseSpan] = []
+    for span in shown:
+        if not any(o.name == span.name and o.stop_seconds >= span.stop_seconds for o in outer):
+            outer.append(span)
+    return [(span.start_seconds + offset, span) for span in outer]
+
+
+def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run], first: Any) -> None:
+    """Draw title, legend and footnote.
+
+    Args:
+        figure: A matplotlib figure.
+        comparison: The document that is drawn.
+        runs: Its runs.
+        first: The upper left panel, with whose left edge the words are aligned.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    ranks = max(run.world_size for run in runs)
+    inches = figure.get_figheight()
+    left = first.get_position().x0
+    counted = f" on {ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
+    figure.text(
+        left,
+        1 - 0.32 / inches,
+        f"Memory while loading and sharding {model_name(comparison)}{counted}",
+        fontsize=14,
+        fontweight="bold",
+        va="center",
+        parse_math=False,
+    )
+    several = ranks > len(RANK_COLOURS)
+    lines: list[Any] = [
+        Line2D([], [], color=rank_colour(rank, ranks), linewidth=2.5, label=f"rank {rank}")
+        for rank in range(1 if several else ranks)
+    ]
+    if several:
+        lines.append(Line2D([], [], color=_OTHERS_COLOUR, linewidth=2.5, label=f"ranks 1 to {ranks - 1}"))
+    together = max((together_label(run) for run in runs), key=len)
+    peak: dict[str, Any] = {
+        "marker": "o",
+        "markerfacecolor": "white",
+        "linestyle": "none",
+        "markeredgecolor": "#555555",
+    }
+    lines += [
+        Line2D([], [], color=NODE_COLOUR, linewidth=1.2, linestyle=NODE_DASHES, label=together),
+        Line2D([], [], **peak, label="highest of one rank while loading"),
+    ]
+    names = dict.fromkeys(span.name for run in runs for _, span in shaded_phases(run))
+    patches = [Patch(facecolor=phase_colour(name), label=_PHASE_WORDS.get(name, name)) for name in names]
+    for handles, below_top in ((lines, 0.66), (patches, 0.93)):
+        figure.legend(
+            handles=handles,
+            loc="center left",
+            bbox_to_anchor=(left - 0.06 / figure.get_figwidth(), 1 - below_top / inches),
+            ncols=max(1, len(handles)),
+            frameon=False,
+            fontsize=9,
+            borderaxespad=0.0,
+            borderpad=0.0,
+            columnspacing=1.5,
+            handlelength=1.6,
+            handletextpad=0.5,
+        )
+    measures = dict.fromkeys(line.measures for run in runs for line in run.timelines)
+    notes = [
+        "Lines: anonymous memory of each rank (what the process itself has written; not the pages of mapped files) "
+        "above its value after the imports.",
+        "Shading: what rank 0 is doing. Peaks leave the training step out. All panels share their scales.",
+        *(line for text in measures for line in textwrap.wrap(f"Measured: {text}.", _NOTE_LETTERS)),
+    ]
+    figure.text(
+        left, 0.12 / inches, "\n".join(notes), fontsize=8, color="#444444", va="bottom", linespacing=1.35
+    )

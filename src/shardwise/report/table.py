@@ -1,0 +1,158 @@
+"""The comparison as a table on the terminal, and in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from shardwise.report.comparison import LOAD_PHASES, Run, model_name, read_comparison
+from shardwise.report.units import ByteUnit, format_number, format_seconds
+
+PIPED_WIDTH: Final = 120  # columns at least, where there is no terminal to fit
+_NONE: Final = "-"
+_GIB_FROM: Final = 64 << 30  # below, MiB have at most five digits and show the staging buffers too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    header: str
+    cell: Callable[[Run], str]
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """Make the table of a comparison: one row per mode.
+
+    Args:
+        comparison: A document of schema `shardwise.compare/1`.
+
+    Returns:
+        Seconds per phase, host peaks of the worst rank and of the node (anonymous, file-backed and PSS apart),
+        device peak, shard, and status.
+
+    Raises:
+        ConfigurationError: The document cannot be read.
+    """
+    runs = read_comparison(comparison)
+    return _table(runs, (*_time_columns(runs), *_memory_columns(_unit(runs))), with_status=True)
+
+
+def render(comparison: Mapping[str, Any], console: Console) -> None:
+    """Print the table of a comparison, and notes that say what it shows.
+
+    In a terminal that is too narrow, times and memory are two tables. Where there is no terminal, lines are at
+    least 120 characters long, whatever width the console was given.
+
+    Args:
+        comparison: A document of schema `shardwise.compare/1`.
+        console: Where to print.
+
+    Raises:
+        ConfigurationError: The document cannot be read.
+    """
+    runs = read_comparison(comparison)
+    times, memory = _time_columns(runs), _memory_columns(_unit(runs))
+    tables = [_table(runs, (*times, *memory), with_status=True)]
+    width_before = console.width
+    needed = Measurement.get(console, console.options.update(width=10_000), tables[0]).maximum
+    try:
+        if not console.is_terminal:
+            console.width = max(PIPED_WIDTH, needed, width_before)
+        elif needed > width_before:
+            tables = [_table(runs, times, with_status=True), _table(runs, memory, with_status=False)]
+        console.print(Text(_headline(comparison, runs)))
+        for table in tables:
+            console.print(table)
+        for note in _notes(runs):
+            console.print(Text(note))
+    finally:
+        console.width = width_before
+
+
+def _table(runs: Sequence[Run], columns: Sequence[_Column], *, with_status: bool) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("mode", no_wrap=True, vertical="bottom")
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True, vertical="bottom")
+    if with_status:
+        table.add_column("status", no_wrap=True, vertical="bottom")
+    for run in runs:
+        cells = (column.cell(run) if run.error is None else _NONE for column in columns)
+        status = "ok" if run.error is None else "failed"
+        table.add_row(Text(run.mode), *cells, *([status] if with_status else []))
+    return table
+
+
+def _time_columns(runs: Sequence[Run]) -> tuple[_Column, ...]:
+    names = dict.fromkeys([*LOAD_PHASES, *(name for run in runs for name in run.phase_seconds)])
+    phases = (_phase_column(name) for name in names if any(name in run.phase_seconds for run in runs))
+    step = _Column(
+        header="step",
+        cell=lambda run: _NONE if run.step_seconds is None else format_seconds(run.step_seconds),
+    )
+    return (*phases, step)
+
+
+def _phase_column(name: str) -> _Column:
+    def cell(run: Run) -> str:
+        return format_seconds(run.phase_seconds[name]) if name in run.phase_seconds else _NONE
+
+    return _Column(header=name, cell=cell)
+
+
+def _memory_columns(unit: ByteUnit) -> tuple[_Column, ...]:
+    def column(header: str, figure: Callable[[Run], int | None]) -> _Column:
+        def cell(run: Run) -> str:
+            value = figure(run)
+            return _NONE if value is None else format_number(value, unit=unit)
+
+        return _Column(header=header, cell=cell)
+
+    return (
+        column("rank\nanon", lambda run: run.worst_rank.anon_bytes),
+        column("rank\nfile", lambda run: run.worst_rank.file_bytes),
+        column("rank\nPSS", lambda run: run.worst_rank.pss_bytes),
+        column("node\nanon", lambda run: run.node.anon_bytes),
+        column("node\nfile", lambda run: run.node.file_bytes),
+        column("node\nPSS", lambda run: run.node.pss_bytes),
+        column("device\npeak", lambda run: run.device_peak_bytes),
+        column("rank\nshard", lambda run: run.shard_bytes),
+    )
+
+
+def _unit(runs: Sequence[Run]) -> ByteUnit:
+    # One unit for the whole table, so that columns can be compared with each other.
+    figures = [
+        value
+        for run in runs
+        for value in (run.node.anon_bytes, run.node.file_bytes, run.node.pss_bytes, run.device_peak_bytes)
+    ]
+    return "GiB" if max((value or 0 for value in figures), default=0) >= _GIB_FROM else "MiB"
+
+
+def _headline(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    ranks = max(run.world_size for run in runs)
+    counted = f", {ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
+    return f"{model_name(comparison)}{counted}. Times in seconds, memory in {_unit(runs)}."
+
+
+def _notes(runs: Sequence[Run]) -> list[str]:
+    notes = [
+        "Memory is the highest increase while loading and sharding (the step is not in it), counted from just after "
+        "the imports.",
+        "rank: the worst rank of each column. node: all ranks of the node together, at one instant. shard: the "
+        "largest one.",
+        "anon: memory with no file behind it. file: pages of mapped files, which the kernel can take back and which "
+        "are counted again for each rank that maps them. PSS: both, with shared pages divided among the ranks; it is "
+        "sampled less often, so it may miss a short peak.",
+    ]
+    measures = dict.fromkeys(line.measures for run in runs for line in run.timelines)
+    notes += [f"Measured: {text}." for text in measures]
+    notes += [f"{run.mode} failed: {run.error}" for run in runs if run.error is not None]
+    return notes

@@ -1,0 +1,7 @@
+"""The two strategies: FSDP2 with torch alone, and through Accelerate."""
+
+from shardwise.strategies.accelerate import AccelerateStrategy
+from shardwise.strategies.load_context import fsdp_pretrained_load_context
+from shardwise.strategies.native import NativeFSDPStrategy
+
+__all__ = ["AccelerateStrategy", "NativeFSDPStrategy", "fsdp_pretrained_load_context"]

@@ -1,0 +1,160 @@
+"""What shardwise needs of Accelerate beyond its public methods; checked on accelerate 1.15.
+
+Accelerate turns FSDP on only for accelerator ranks; CPU ranks would each train a whole replica under DDP. Setting the
+state's two fields makes `backward`, `clip_grad_norm_`, `accumulate` and `save_state` take their FSDP2 path on any
+device. `prepare` rebinds optimizers by data pointer, which is 0 for every empty shard and meta tensor, so groups come
+out wrong; a model that is sharded already is therefore entered into the Accelerator's list directly.
+
+`tests/distributed/test_accelerate.py` fails when a release shards CPU ranks itself: then this file can go.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import OffloadPolicy
+
+from shardwise.errors import ConfigurationError, MissingDependencyError
+from shardwise.strategies.fsdp_config import FSDPConfig
+from shardwise.strategies.precision import policy_of
+
+OLDEST, NEWEST_CHECKED = (1, 15), (1, 15)
+_FSDP_FLAG = "ACCELERATE_USE_FSDP"
+_EFFICIENT_FLAG = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def require_supported() -> None:
+    """Raise unless an Accelerate that this file knows is installed; warn if it is newer than the checked one.
+
+    Raises:
+        MissingDependencyError: Naming the extra.
+        ConfigurationError: It is too old.
+    """
+    try:
+        version = importlib.metadata.version("accelerate")
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingDependencyError(
+            "AccelerateStrategy needs accelerate. Install it with: pip install 'shardwise[accelerate]'"
+        ) from None
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if found < OLDEST:
+        raise ConfigurationError(
+            f"AccelerateStrategy: expected accelerate {OLDEST[0]}.{OLDEST[1]} or newer, got {version}. Upgrade it with: "
+            "pip install -U 'shardwise[accelerate]'"
+        )
+    if found > NEWEST_CHECKED:
+        warnings.warn(
+            f"AccelerateStrategy is checked on accelerate {NEWEST_CHECKED[0]}.{NEWEST_CHECKED[1]}; {version} is installed",
+            stacklevel=4,
+        )
+
+
+def make_plugin(config: FSDPConfig, *, mixed_precision: str) -> Any:
+    """Return Accelerate's FSDP2 plugin with every option given, so that none is read from the environment."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    transformer = config.auto_wrap_policy == "transformer"
+    names = [c if isinstance(c, str) else c.__name__ for c in config.wrap_classes or ()]
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=config.reshard is not False,
+        cpu_offload=config.offload_policy,
+        auto_wrap_policy="transformer_based_wrap" if transformer else "no_wrap",
+        transformer_cls_names_to_wrap=names or None,
+        activation_checkpointing=config.activation_checkpointing,
+        # False also where the efficient path is on: shardwise fills the shards, Accelerate must not do it again.
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+        mixed_precision_policy=policy_of("bf16" if mixed_precision == "fp8" else mixed_precision),
+    )
+
+
+def plugin_of(accelerator: Any) -> Any | None:
+    """Return the FSDP plugin that an Accelerator was built with, or None.
+
+    On CPU ranks Accelerate drops the plugin that it was given; there it is read again from the environment, which is
+    what a launch YAML becomes.
+    """
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None and os.environ.get(_FSDP_FLAG, "false").lower() == "true":
+        plugin = FullyShardedDataParallelPlugin()
+    return plugin
+
+
+def config_of(plugin: Any) -> FSDPConfig:
+    """Return the options of an adopted plugin in shardwise's words.
+
+    Raises:
+        ConfigurationError: The plugin is for FSDP1, or has an option that has no counterpart.
+    """
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+    if plugin.fsdp_version != 2:
+        raise ConfigurationError(
+            "AccelerateStrategy: expected an Accelerator with fsdp_version: 2, got 1. Set it in the launch YAML, or pass "
+            "FullyShardedDataParallelPlugin(fsdp_version=2)."
+        )
+    if plugin.ignored_modules is not None:
+        raise ConfigurationError(
+            "AccelerateStrategy: ignored_modules of the adopted Accelerator has no counterpart. Leave it out and name "
+            "parameters in fsdp_config['ignored_params'] of a strategy without accelerator=."
+        )
+    policy = plugin.auto_wrap_policy
+    function = policy.func if isinstance(policy, functools.partial) else policy
+    wrap: Any = "none"
+    if function is transformer_auto_wrap_policy:
+        wrap = "transformer"
+    elif function is size_based_auto_wrap_policy:
+        wrap = _at_least(plugin.min_num_params)
+    offload = plugin.cpu_offload
+    classes = plugin.transformer_cls_names_to_wrap if wrap == "transformer" else None
+    return FSDPConfig(
+        reshard_after_forward=plugin.reshard_after_forward,
+        cpu_offload=offload if isinstance(offload, OffloadPolicy) else bool(offload),
+        activation_checkpointing=bool(plugin.activation_checkpointing),
+        auto_wrap_policy=wrap,
+        wrap_classes=tuple(classes) if classes else None,
+        cpu_ram_efficient_loading=plugin.cpu_ram_efficient_loading if _efficient_was_chosen(plugin) else None,
+    )
+
+
+def _efficient_was_chosen(plugin: Any) -> bool:
+    # The plugin says False both for "off" and for "not said"; it writes the flag only where it was given a value.
+    return bool(plugin.cpu_ram_efficient_loading) or _EFFICIENT_FLAG in os.environ
+
+
+def _at_least(min_num_params: int) -> Any:
+    def is_large(module: nn.Module) -> bool:
+        return sum(parameter.numel() for parameter in module.parameters()) > min_num_params
+
+    return is_large
+
+
+def enable_fsdp2(accelerator: Any, plugin: Any) -> None:
+    """Make an Accelerator take its FSDP2 path on this device."""
+    from accelerate.utils import DistributedType
+
+    state = accelerator.state
+    if accelerator.mixed_precision != "no" and plugin.mixed_precision_policy is None:
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    state.fsdp_plugin = plugin
+    state.distributed_type = DistributedType.FSDP
+
+
+def register_model(accelerator: Any, model: nn.Module) -> None:
+    """Enter a sharded model into an Accelerator, so that saving and clipping find it."""
+    if not any(known is model for known in accelerator._models):
+        accelerator._models.append(model)
+    model._is_accelerate_prepared = True  # type: ignore[assignment]
+
+
+def shards_itself(accelerator: Any) -> bool:
+    """Return whether stock Accelerate turns FSDP on for this device; it does for accelerators only."""
+    return bool(accelerator.device.type != "cpu")

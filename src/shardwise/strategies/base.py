@@ -1,0 +1,161 @@
+"""What the two strategies share: loading, wrapping, their records."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from shardwise.errors import ConfigurationError
+from shardwise.materialize import Agreement, timeout_seconds_of
+from shardwise.profiling import LoadReport
+from shardwise.strategies.fsdp_config import FSDPConfig
+from shardwise.strategies.mesh import ranks_of, source_rank_of
+from shardwise.strategies.pretrained import Pretrained, load_on_source, plain_load_context
+from shardwise.strategies.wrap import WrapOptions, wrap
+
+ROUTES = ("auto", "rank0")
+_MEBIBYTE = 2**20
+_STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
+_STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
+
+
+class Strategy(ABC):
+    """A way to bring models into FSDP2 form; see `NativeFSDPStrategy` and `AccelerateStrategy`."""
+
+    name: str
+
+    def __init__(
+        self,
+        *,
+        mesh: DeviceMesh,
+        mixed_precision: str,
+        config: FSDPConfig,
+        memory_efficient_init: bool,
+        route: str,
+        timeout: float | timedelta | None,
+    ) -> None:
+        if route not in ROUTES:
+            raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+        self.device_mesh = mesh
+        self.mixed_precision = mixed_precision
+        self.fsdp_config = config
+        self.memory_efficient_init = memory_efficient_init
+        self.route = route
+        self.timeout_seconds = timeout_seconds_of(timeout)
+        self.last_report: LoadReport | None = None
+        self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
+
+    def load_pretrained(
+        self,
+        model_cls: Any,
+        pretrained_model_name_or_path: str,
+        *,
+        dtype: Any = "auto",
+        missing: str | Sequence[str] = "error",
+        defer: bool = False,
+        **config_kwargs: Any,
+    ) -> nn.Module:
+        """Load a pretrained model, on the efficient path on global rank 0 alone; the other ranks build it on meta.
+
+        All ranks of the strategy's mesh call this together.
+
+        Args:
+            model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
+            pretrained_model_name_or_path: Directory or hub id.
+            dtype: In which shards are stored: `"auto"` for the checkpoint's own on every transformers version, or
+                a torch dtype.
+            missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or
+                patterns of names such as `"score.*"`, lets the model initialise them.
+            defer: Only False: global rank 0 holds the values, which may be edited before the wrap.
+            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigurationError: An argument that cannot be combined with the strategy.
+            CheckpointError: Parameters are missing.
+            PeerError: Another rank failed; its error is in the message.
+            RankTimeoutError: A rank did not arrive within the timeout.
+        """
+        if defer:
+            raise ConfigurationError(
+                "load_pretrained: defer=True (shards read from the files at the wrap) is not in this version. Use "
+                "defer=False, where global rank 0 reads the files."
+            )
+        agreement = Agreement(
+            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
+        )
+        model, record = load_on_source(
+            model_cls,
+            pretrained_model_name_or_path,
+            dtype=dtype,
+            missing=missing,
+            config_kwargs=config_kwargs,
+            source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
+            agreement=agreement,
+        )
+        self._pretrained[model] = record
+        return model
+
+    def pretrained_load_context(self) -> AbstractContextManager[None]:
+        """Return a context in which a plain `from_pretrained` loads on global rank 0 alone.
+
+        The other ranks get the model on meta. Without `memory_efficient_init` the context does nothing.
+
+        Raises:
+            ConfigurationError: The body passes its own `device_map`, or another such context is open.
+            UnsupportedVersionError: The installed transformers loads on every rank all the same.
+        """
+        if not self.memory_efficient_init:
+            return nullcontext()
+        return plain_load_context(source_rank=source_rank_of(self.device_mesh), rank=dist.get_rank())
+
+    @abstractmethod
+    def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
+        """Shard a model and rebind what was made on it."""
+
+    @abstractmethod
+    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Register an optimizer that was made on a wrapped model."""
+
+    @abstractmethod
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """Return the model without wrappers around it."""
+
+    def _wrap(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        policy: MixedPrecisionPolicy,
+        *,
+        shard: Callable[[], None] | None = None,
+    ) -> None:
+        record = self._pretrained.get(model)
+        options = WrapOptions(
+            strategy=self.name,
+            mesh=self.device_mesh,
+            config=self.fsdp_config,
+            policy=policy,
+            efficient=self.memory_efficient_init,
+            staging_bytes=_STAGING_BYTES.get(self.device_mesh.device_type, _STAGING_BYTES_ON_ACCELERATORS),
+            timeout_seconds=self.timeout_seconds,
+        )
+        self.last_report = wrap(
+            model,
+            optimizers,
+            options,
+            name=record.name if record is not None else type(model).__name__,
+            initialised=record.initialised if record is not None else frozenset(),
+            shard=shard,
+        )

@@ -1,0 +1,136 @@
+"""The options of `fsdp_config`, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+from shardwise.errors import ConfigurationError
+
+_STRATEGIES = {
+    "FULL_SHARD": True,
+    "HYBRID_SHARD": True,
+    "SHARD_GRAD_OP": False,
+    "HYBRID_SHARD_ZERO2": False,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FSDPConfig:
+    """Options of FSDP2 as shardwise applies them; the fields are the keys of the `fsdp_config` dict.
+
+    Args:
+        reshard_after_forward: Free gathered parameters after each unit's forward; None is FSDP2's own choice
+            (all units but the root), an int reshards to that many ranks.
+        cpu_offload: Keep shards in host memory; True, or an offload policy of torch.
+        activation_checkpointing: Recompute the activations of each wrapped layer in backward.
+        auto_wrap_policy: `"transformer"` (wrap classes, the default), `"none"` (the root alone), or a function that
+            says for a module whether it becomes a unit.
+        wrap_classes: Class names or classes of the layers that become units. Default: the model's
+            `_no_split_modules`, else the entries of its module lists.
+        shard_placement_fn: As in `fully_shard`: the placement of one parameter, or None for dim 0.
+        ignored_params: Names of parameters that stay whole on every rank; their gradients are not synchronised.
+        sharding_strategy: FSDP1's word for `reshard_after_forward`: FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD.
+        backward_prefetch: FSDP1's option. FSDP2 always prefetches like BACKWARD_PRE, the only value accepted.
+        cpu_ram_efficient_loading: Accelerate's word for the strategy's `memory_efficient_init`.
+    """
+
+    reshard_after_forward: bool | int | None = None
+    cpu_offload: bool | OffloadPolicy = False
+    activation_checkpointing: bool = False
+    auto_wrap_policy: str | Callable[[nn.Module], bool] = "transformer"
+    wrap_classes: tuple[str | type[nn.Module], ...] | None = None
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None
+    ignored_params: tuple[str, ...] = ()
+    sharding_strategy: str | None = None
+    backward_prefetch: str | None = None
+    cpu_ram_efficient_loading: bool | None = None
+
+    def __post_init__(self) -> None:
+        policy = self.auto_wrap_policy
+        if not callable(policy) and policy not in ("transformer", "none"):
+            raise ConfigurationError(
+                f"fsdp_config['auto_wrap_policy']: expected 'transformer', 'none' or a function, got {policy!r}"
+            )
+        if self.sharding_strategy is not None:
+            implied = _STRATEGIES.get(self.sharding_strategy)
+            if implied is None:
+                raise ConfigurationError(
+                    f"fsdp_config['sharding_strategy']: expected one of {', '.join(_STRATEGIES)}, got "
+                    f"{self.sharding_strategy!r}. Without sharding, use DistributedDataParallel instead."
+                )
+            if self.reshard_after_forward not in (None, implied):
+                raise ConfigurationError(
+                    f"fsdp_config: sharding_strategy={self.sharding_strategy!r} means reshard_after_forward={implied}, "
+                    f"got {self.reshard_after_forward}. Give one of the two."
+                )
+        if self.backward_prefetch not in (None, "BACKWARD_PRE"):
+            raise ConfigurationError(
+                f"fsdp_config['backward_prefetch']: FSDP2 knows only BACKWARD_PRE, got {self.backward_prefetch!r}. Leave it out."
+            )
+        for name in ("activation_checkpointing",):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigurationError(
+                    f"fsdp_config[{name!r}]: expected a bool, got {getattr(self, name)!r}"
+                )
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any] | None) -> FSDPConfig:
+        """Check the options of a caller and return them frozen; the caller's mapping stays as it is.
+
+        Raises:
+            ConfigurationError: An unknown key, with the list of known ones, or a value that does not fit.
+        """
+        options = dict(options or {})
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigurationError(
+                f"fsdp_config: unknown keys {', '.join(unknown)}. Known keys: {', '.join(known)}."
+            )
+        for name in ("wrap_classes", "ignored_params"):
+            value = options.get(name)
+            if isinstance(value, (str, type)):
+                options[name] = (value,)
+            elif value is not None:
+                options[name] = tuple(value)
+        return cls(**options)
+
+    @property
+    def reshard(self) -> bool | int | None:
+        """`reshard_after_forward`, with `sharding_strategy` taken into account."""
+        if self.sharding_strategy is not None:
+            return _STRATEGIES[self.sharding_strategy]
+        return self.reshard_after_forward
+
+    @property
+    def offload_policy(self) -> OffloadPolicy:
+        """The policy object that `fully_shard` takes."""
+        if isinstance(self.cpu_offload, OffloadPolicy):
+            return self.cpu_offload
+        return CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+
+
+def efficient_switch(memory_efficient_init: bool | None, config: FSDPConfig) -> bool:
+    """Return whether the efficient path is on, from its two names.
+
+    Args:
+        memory_efficient_init: The strategy's argument; None where the caller left it out.
+        config: Holds `cpu_ram_efficient_loading`.
+
+    Raises:
+        ConfigurationError: Both are given and differ.
+    """
+    other = config.cpu_ram_efficient_loading
+    if memory_efficient_init is None:
+        return True if other is None else other
+    if other is not None and other != memory_efficient_init:
+        raise ConfigurationError(
+            f"memory_efficient_init={memory_efficient_init} and fsdp_config['cpu_ram_efficient_loading']={other} are "
+            "the same switch. Give one of the two."
+        )
+    return memory_efficient_init

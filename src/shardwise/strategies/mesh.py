@@ -1,0 +1,86 @@
+"""The device mesh of a strategy: checked, or made over the default process group."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from shardwise.errors import ConfigurationError
+
+REPLICATE_AXES = ("dp_replicate", "dp")
+SHARD_AXES = ("dp_shard", "fsdp")
+
+
+def resolve_mesh(device_mesh: DeviceMesh | None) -> DeviceMesh:
+    """Return the mesh that parameters are sharded on.
+
+    Args:
+        device_mesh: One axis of any name shards; two axes are replicate x shard, named `dp_replicate` or `dp`, and
+            `dp_shard` or `fsdp`. None makes one shard axis over the default group on the default device, and the
+            default group itself where there is none: from the launcher's environment, else of this process alone.
+
+    Returns:
+        A mesh of one axis (FSDP) or two (HSDP: replicate first, shard second).
+
+    Raises:
+        ConfigurationError: The mesh has other axes, or does not hold this rank.
+    """
+    if device_mesh is None:
+        _ensure_default_group()
+        return init_device_mesh(default_device_type(), (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    names = tuple(device_mesh.mesh_dim_names or ())
+    if device_mesh.get_coordinate() is None:
+        raise ConfigurationError(
+            f"device_mesh: expected a mesh that holds this rank ({dist.get_rank()} of {dist.get_world_size()}), got "
+            f"ranks {device_mesh.mesh.tolist()}. Make the strategy only on the ranks of its mesh."
+        )
+    if device_mesh.ndim == 1:
+        return device_mesh
+    if device_mesh.ndim == 2 and names[0] in REPLICATE_AXES and names[1] in SHARD_AXES:
+        return device_mesh
+    raise ConfigurationError(
+        f"device_mesh: expected one axis, or two named {' or '.join(REPLICATE_AXES)} and {' or '.join(SHARD_AXES)} "
+        f"in this order, got axes {names or 'without names'} of shape {tuple(device_mesh.shape)}. Pass the part of "
+        "the mesh that shards, for example device_mesh['dp_replicate', 'dp_shard']."
+    )
+
+
+def default_device_type() -> str:
+    """Return the accelerator's type if the default group's ranks can each have one, else the CPU's."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """Return this rank's device on a mesh, as `fully_shard` sees it."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
+    """Return the global ranks of a mesh in ascending order."""
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def source_rank_of(mesh: DeviceMesh) -> int:
+    """Return the rank whose values win: global rank 0, or the lowest rank of a mesh without it."""
+    return ranks_of(mesh)[0]
+
+
+def _ensure_default_group() -> None:
+    if dist.is_initialized():
+        return
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        dist.init_process_group()
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError(
+            f"device_mesh=None: expected an initialised process group for WORLD_SIZE={os.environ['WORLD_SIZE']}, got "
+            "none, and RANK, MASTER_ADDR or MASTER_PORT is not set. Start with torchrun or accelerate launch, or call "
+            "torch.distributed.init_process_group first."
+        )
+    else:
+        dist.init_process_group(store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,108 @@
+"""FSDP2 with torch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from shardwise.errors import ConfigurationError, ModelError, OptimizerError
+from shardwise.strategies.base import Strategy
+from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
+from shardwise.strategies.mesh import default_device_type, resolve_mesh
+from shardwise.strategies.precision import check_mixed_precision, policy_of
+
+
+@final
+class NativeFSDPStrategy(Strategy):
+    """Shard models with `fully_shard`, nothing else.
+
+    Args:
+        device_mesh: One axis of any name, or `dp_replicate` x `dp_shard`; None is one axis over all ranks.
+        mixed_precision: Compute dtype: `"no"`, `"bf16"`, or `"fp16"` on accelerators, whose gradient scaler is then
+            `.scaler`. Gradients are reduced in float32.
+        fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
+        memory_efficient_init: Shard on meta and send each rank its own rows (True, the default), or shard what every
+            rank has loaded (False). None: True, unless `fsdp_config` says otherwise.
+        route: `"auto"` or `"rank0"`.
+        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+
+    Raises:
+        ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
+    """
+
+    name = "native_fsdp"
+
+    def __init__(
+        self,
+        device_mesh: DeviceMesh | None = None,
+        mixed_precision: str = "bf16",
+        fsdp_config: Mapping[str, Any] | None = None,
+        memory_efficient_init: bool | None = None,
+        route: str = "auto",
+        timeout: float | timedelta | None = None,
+    ) -> None:
+        config = FSDPConfig.from_dict(fsdp_config)
+        device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
+        check_mixed_precision(mixed_precision, device_type=device_type)
+        if mixed_precision == "fp8":
+            raise ConfigurationError(
+                "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels. Use AccelerateStrategy with an fp8 backend "
+                "installed, or 'bf16'."
+            )
+        super().__init__(
+            mesh=resolve_mesh(device_mesh),
+            mixed_precision=mixed_precision,
+            config=config,
+            memory_efficient_init=efficient_switch(memory_efficient_init, config),
+            route=route,
+            timeout=timeout,
+        )
+        self.scaler = torch.amp.GradScaler(device_type) if mixed_precision == "fp16" else None
+
+    def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
+        """Shard a model in place, fill it, restore buffers and ties, and rebind optimizers.
+
+        All ranks of the mesh call this together. After an error the model is not usable: load it again.
+
+        Args:
+            model: Not sharded; on the efficient path only global rank 0's values count.
+            *objects: Optimizers made on its parameters and not stepped yet.
+
+        Returns:
+            The model alone, or the model and the same optimizer objects in order.
+
+        Raises:
+            ModelError: The model cannot be sharded as it is.
+            OptimizerError: An optimizer cannot be rebound.
+            RankError: Ranks differ, one of them failed, or one did not arrive.
+        """
+        others = [obj for obj in objects if not isinstance(obj, Optimizer)]
+        if others:
+            raise ConfigurationError(
+                f"wrap_model: expected optimizers after the model, got {type(others[0]).__name__}. Schedulers and data "
+                "loaders need no wrapping here; AccelerateStrategy takes them."
+            )
+        self._wrap(model, objects, policy_of(self.mixed_precision))
+        return (model, *objects) if objects else model
+
+    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return an optimizer that was made on a wrapped model; nothing needs to change."""
+        if not any(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]):
+            raise OptimizerError("wrap_optimizer: expected an optimizer with parameters, got none")
+        return optimizer
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """Return the model under `torch.compile`; `fully_shard` itself wraps nothing."""
+        inner: nn.Module = getattr(model, "_orig_mod", model)
+        if not isinstance(inner, FSDPModule):
+            raise ModelError(
+                f"unwrap_model: expected a model from wrap_model, got {type(inner).__name__}, which is not sharded"
+            )
+        return inner

@@ -1,0 +1,335 @@
+"""The one wrap that both strategies use: check, shard, fill, rebind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from shardwise.errors import CheckpointError
+from shardwise.materialize import (
+    Agreement,
+    Comparable,
+    Entry,
+    Filled,
+    Structure,
+    entries_of,
+    fill_from_source,
+    local_bytes_of,
+    structure_difference,
+    take_values,
+)
+from shardwise.profiling import LoadReport, MemoryProfile, RankReport, phase, profile_memory
+from shardwise.strategies.fsdp_config import FSDPConfig
+from shardwise.strategies.mesh import device_of, ranks_of, source_rank_of
+from shardwise.strategies.optimizers import DetachedOptimizer, check_optimizers, drop_references
+from shardwise.strategies.precision import dtype_name
+from shardwise.strategies.wrapping import (
+    Unit,
+    apply_checkpointing,
+    ignored_parameters,
+    plan_units,
+    refuse_mixed_dtypes,
+    refuse_wrapped,
+)
+
+_SAMPLED_ELEMENTS = 64  # per parameter, in the comparison of values between ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrapOptions:
+    """How a strategy wraps.
+
+    Args:
+        strategy: Its name, for the report.
+        mesh: One axis, or replicate x shard.
+        config: Checked `fsdp_config`.
+        policy: Compute and reduce dtypes.
+        efficient: Shard on meta and fill from the source rank; otherwise shard what every rank holds.
+        staging_bytes: Bound of the staging buffers, in bytes.
+        timeout_seconds: How long to wait for other ranks.
+    """
+
+    strategy: str
+    mesh: DeviceMesh
+    config: FSDPConfig
+    policy: MixedPrecisionPolicy
+    efficient: bool
+    staging_bytes: int
+    timeout_seconds: float
+
+
+def wrap(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    options: WrapOptions,
+    *,
+    name: str,
+    initialised: frozenset[str],
+    shard: Callable[[], None] | None = None,
+) -> LoadReport:
+    """Bring a model into FSDP2 form in place and rebind its optimizers.
+
+    Args:
+        model: Not sharded; on the efficient path it needs values on the source rank only.
+        optimizers: Made on its parameters, not stepped; changed in place.
+        options: Of the strategy; equal on all ranks.
+        name: Of the model, for the report.
+        initialised: Names of parameters whose values did not come from a checkpoint.
+        shard: Shards the model and rebinds its optimizers in place of this module's own way; needs values on every
+            rank, so only where `options.efficient` is off.
+
+    Returns:
+        The report of all ranks.
+
+    Raises:
+        ModelError: The model cannot be sharded as it is.
+        OptimizerError: An optimizer cannot be rebound.
+        RankError: Ranks differ, one of them failed, or one did not arrive.
+    """
+    ranks, device = ranks_of(options.mesh), device_of(options.mesh)
+    agreement = Agreement(ranks, timeout_seconds=options.timeout_seconds, call="wrap_model")
+    with profile_memory(device=device) as profile:
+        with agreement.phase("check") as check:
+            records, units = _check(model, optimizers, options, checkpointing=shard is None)
+            before = entries_of(model)
+            check.same = _comparable_structure(Structure.of(before), options)
+            tensors = _origins(before, initialised)
+        with _rebinding(records, model):
+            if options.efficient:
+                filled = _shard_and_fill(model, units, options, agreement, ranks, device)
+            else:
+                _shard_values(model, agreement, shard or (lambda: _fully_shard(model, units, options)))
+                filled = None
+        with agreement.phase("finish"):
+            pass
+    return _report(
+        model, options, agreement, profile, filled, name=name, tensors=tensors, optimizers=optimizers
+    )
+
+
+def _check(
+    model: nn.Module, optimizers: Sequence[Optimizer], options: WrapOptions, *, checkpointing: bool
+) -> tuple[tuple[DetachedOptimizer, ...], tuple[Unit, ...]]:
+    refuse_wrapped(model)
+    records = check_optimizers(model, optimizers)
+    if checkpointing:
+        apply_checkpointing(model, options.config)
+    units = plan_units(model, options.config)
+    refuse_mixed_dtypes(model, units, ignored_parameters(model, options.config))
+    return records, units
+
+
+def _comparable_structure(structure: Structure, options: WrapOptions) -> Comparable:
+    lines = (*structure.lines, *_option_lines(options))
+    described = Structure(lines=lines)
+    return Comparable(
+        what="the model or an option",
+        digest=described.digest,
+        details=described.to_json,
+        explain=lambda expected, got: structure_difference(expected, got, limit=5),
+        remedy=(
+            "Build the model from the same config, with the same dtype, and make the strategy with the same "
+            "arguments on every rank."
+        ),
+    )
+
+
+def _option_lines(options: WrapOptions) -> tuple[str, ...]:
+    return (
+        f"option strategy: {options.strategy}",
+        f"option memory_efficient_init: {options.efficient}",
+        f"option mesh: {tuple(options.mesh.shape)}",
+        f"option reshard_after_forward: {options.config.reshard}",
+        f"option cpu_offload: {type(options.config.offload_policy).__name__}",
+        f"option mixed precision: {options.policy}",
+        f"option staging_bytes: {options.staging_bytes}",
+    )
+
+
+def _shard_and_fill(
+    model: nn.Module,
+    units: tuple[Unit, ...],
+    options: WrapOptions,
+    agreement: Agreement,
+    ranks: tuple[int, ...],
+    device: torch.device,
+) -> Filled:
+    source_rank = source_rank_of(options.mesh)
+    with agreement.phase("shard"):
+        with phase("to meta"):
+            source = take_values(model, keep=agreement.rank == source_rank)
+        with phase("fully_shard"):
+            _fully_shard(model, units, options)
+    return fill_from_source(
+        model,
+        source,
+        ranks=ranks,
+        source_rank=source_rank,
+        device=device,
+        staging_bytes=options.staging_bytes,
+        agreement=agreement,
+    )
+
+
+def _shard_values(model: nn.Module, agreement: Agreement, shard: Callable[[], None]) -> None:
+    with agreement.phase("compare values") as compare:
+        compare.same = _comparable_values(entries_of(model))
+    with agreement.phase("shard"), phase("fully_shard"):
+        shard()
+
+
+def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions) -> None:
+    config = options.config
+    ignored = ignored_parameters(model, config)
+    for unit in units:
+        modules = [model.get_submodule(fqn) for fqn in unit.fqns]
+        reshard = False if unit.keep_gathered and config.reshard is None else config.reshard
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=options.mesh,
+            reshard_after_forward=reshard,
+            shard_placement_fn=config.shard_placement_fn,
+            mp_policy=options.policy,
+            offload_policy=config.offload_policy,
+            ignored_params=ignored,
+        )
+    # What is left to the root is needed first in backward: FSDP2 then keeps it gathered unless told otherwise.
+    fully_shard(
+        model,
+        mesh=options.mesh,
+        reshard_after_forward=None if isinstance(config.reshard, bool) else config.reshard,
+        shard_placement_fn=config.shard_placement_fn,
+        mp_policy=options.policy,
+        offload_policy=config.offload_policy,
+        ignored_params=ignored,
+    )
+
+
+def _comparable_values(entries: tuple[Entry, ...]) -> Comparable:
+    """Sample every tensor's values: ranks that were seeded or loaded differently would train a mixture of models."""
+    samples: dict[str, str] = {}
+    for entry in entries:
+        if entry.role == "attribute":
+            continue
+        if entry.tensor.is_meta:
+            raise CheckpointError(
+                f"memory_efficient_init=False: expected values of {entry.fqn} on every rank, got a tensor on meta. Load "
+                "the model with this strategy's load_pretrained, or use memory_efficient_init=True, where global rank "
+                "0 alone needs values."
+            )
+        flat = entry.tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED_ELEMENTS)
+        sample = flat[::step].contiguous().cpu().view(torch.uint8)
+        samples[entry.fqn] = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
+    text = json.dumps(samples)
+    return Comparable(
+        what="the values of the model",
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        details=lambda: text,
+        explain=_differing_names,
+        remedy=(
+            "Without memory_efficient_init every rank's own values count, so they must be equal: seed all ranks alike "
+            "before building the model, or use memory_efficient_init=True, where global rank 0's values win."
+        ),
+    )
+
+
+def _differing_names(expected_json: str, got_json: str) -> str:
+    expected, got = json.loads(expected_json), json.loads(got_json)
+    names = [name for name in expected if expected[name] != got.get(name)]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return "values differ in " + ", ".join(names[:5]) + more
+
+
+@contextmanager
+def _rebinding(records: tuple[DetachedOptimizer, ...], model: nn.Module) -> Iterator[None]:
+    drop_references(records)
+    try:
+        yield
+    finally:
+        for record in records:
+            record.rebind(model)
+
+
+def _origins(entries: tuple[Entry, ...], initialised: frozenset[str]) -> dict[str, int]:
+    counts = dict.fromkeys(("checkpoint", "tied", "initialised", "recomputed"), 0)
+    for entry in entries:
+        if entry.role == "attribute":
+            continue
+        counts["tied"] += len(entry.slots) - 1
+        if not initialised.isdisjoint(slot.fqn for slot in entry.slots):
+            counts["initialised"] += 1
+        else:
+            counts["checkpoint" if entry.persistent else "recomputed"] += 1
+    return {origin: count for origin, count in counts.items() if count}
+
+
+def _report(
+    model: nn.Module,
+    options: WrapOptions,
+    agreement: Agreement,
+    profile: MemoryProfile,
+    filled: Filled | None,
+    *,
+    name: str,
+    tensors: dict[str, int],
+    optimizers: Sequence[Optimizer],
+) -> LoadReport:
+    own = RankReport(
+        rank=agreement.rank,
+        node=socket.gethostname(),
+        host_anon_peak_bytes=profile.anon_peak_bytes,
+        device_peak_bytes=profile.device_peak_bytes,
+        shard_bytes=local_bytes_of(model),
+        storage_bytes=0,
+        network_bytes=filled.received_bytes if filled is not None else 0,
+        seconds=profile.seconds,
+    )
+    reports = [
+        RankReport.from_json(json.loads(text)) for text in agreement.gather("report", json.dumps(asdict(own)))
+    ]
+    phases: dict[str, float] = {}
+    for span in profile.phases:
+        if span.depth == 0:
+            phases[span.name] = phases.get(span.name, 0.0) + span.stop_seconds - span.start_seconds
+    network_bytes = sum(report.network_bytes for report in reports)
+    return LoadReport(
+        model=name,
+        strategy=options.strategy,
+        route="rank0" if options.efficient else "none",
+        world_size=len(reports),
+        seconds=max(report.seconds for report in reports),
+        phases=phases,
+        storage_bytes=0,
+        network_bytes=network_bytes,
+        predicted={
+            "storage_bytes": 0,
+            "network_bytes": filled.plan.network_bytes if filled is not None else 0,
+        },
+        tensors=tensors,
+        dtypes=_dtypes(model, options, optimizers),
+        ranks=tuple(reports),
+    )
+
+
+def _dtypes(model: nn.Module, options: WrapOptions, optimizers: Sequence[Optimizer]) -> dict[str, str | None]:
+    parameters = list(model.parameters())
+    stored = {dtype_name(parameter.dtype) for parameter in parameters}
+    held = {dtype_name(p.dtype) for o in optimizers for g in o.param_groups for p in g["params"]}
+    policy = options.policy
+    return {
+        "stored": " + ".join(sorted(stored)),
+        "compute": dtype_name(policy.param_dtype) if policy.param_dtype else " + ".join(sorted(stored)),
+        "reduce": dtype_name(policy.reduce_dtype) if policy.reduce_dtype else " + ".join(sorted(stored)),
+        "optimizer": " + ".join(sorted(held)) or None,
+    }

@@ -1,0 +1,265 @@
+"""Which modules become FSDP2 units, decided before anything is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.distributed.fsdp import FSDPModule
+
+from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
+from shardwise.materialize import clean_fqn, entries_of
+from shardwise.strategies.fsdp_config import FSDPConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """Modules whose parameters FSDP2 gathers together.
+
+    Args:
+        fqns: Of the modules, as `get_submodule` takes them; several where a parameter is tied between them.
+        keep_gathered: Stay gathered after forward because backward needs them first.
+    """
+
+    fqns: tuple[str, ...]
+    keep_gathered: bool
+
+
+def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
+    """Choose the units of a model, inner ones first; the root, which takes what is left, is not among them.
+
+    Each decoder layer becomes a unit; so do the input embedding and the output head, together where they are tied.
+    A parameter tied between two units joins them, since FSDP2 keeps a parameter in one group only.
+
+    Args:
+        model: Not sharded yet.
+        config: Holds `auto_wrap_policy` and `wrap_classes`.
+
+    Returns:
+        Units in the order in which to shard them.
+
+    Raises:
+        ConfigurationError: A wrap class does not occur in the model.
+        UnsupportedParameterError: A parameter is tied between a module and one inside of it.
+    """
+    groups = [[fqn] for fqn in _layer_fqns(model, config)]
+    gathered: set[str] = set()
+    if config.auto_wrap_policy == "transformer":
+        embedding, head = _embedding_and_head(model)
+        taken = {fqn for group in groups for fqn in group}
+        if embedding is not None and embedding not in taken:
+            groups.append([embedding])
+        if head is not None and head not in taken:
+            groups.append([head])
+            gathered.add(head)
+    groups = _join_tied(model, groups)
+    # Inner modules first: a unit takes the parameters below it that no earlier unit has.
+    groups.sort(key=lambda group: -max(fqn.count(".") for fqn in group))
+    return tuple(Unit(fqns=tuple(group), keep_gathered=not gathered.isdisjoint(group)) for group in groups)
+
+
+def apply_checkpointing(model: nn.Module, config: FSDPConfig) -> None:
+    """Wrap each layer that becomes a unit in torch's activation checkpointing, if the options ask for it."""
+    if not config.activation_checkpointing:
+        return
+    chosen = {id(model.get_submodule(fqn)) for fqn in _layer_fqns(model, config)}
+    chosen.discard(id(model))
+    apply_activation_checkpointing(model, check_fn=lambda module: id(module) in chosen)
+
+
+def _layer_fqns(model: nn.Module, config: FSDPConfig) -> list[str]:
+    policy = config.auto_wrap_policy
+    if policy == "none":
+        return []
+    if callable(policy):
+        return [fqn for fqn, module in _inner_modules(model) if policy(_unwrapped(module))]
+    if config.wrap_classes is not None:
+        found = _instances(model, config.wrap_classes)
+        missing = [_class_name(cls) for cls in config.wrap_classes if not _instances(model, (cls,))]
+        if missing:
+            raise ConfigurationError(
+                f"fsdp_config['wrap_classes']: expected classes of modules in {type(model).__name__}, got "
+                f"{', '.join(missing)}, of which there is none. Classes that occur: "
+                f"{', '.join(sorted({type(m).__name__ for _, m in _inner_modules(model)}))}."
+            )
+        return found
+    named = getattr(model, "_no_split_modules", None)
+    return _instances(model, tuple(named)) if named else _list_entries(model)
+
+
+def _instances(model: nn.Module, classes: Iterable[str | type[nn.Module]]) -> list[str]:
+    names = {cls for cls in classes if isinstance(cls, str)}
+    types = tuple(cls for cls in classes if not isinstance(cls, str))
+    return [
+        fqn
+        for fqn, module in _inner_modules(model)
+        if type(_unwrapped(module)).__name__ in names or isinstance(_unwrapped(module), types)
+    ]
+
+
+def _list_entries(model: nn.Module) -> list[str]:
+    """Return the entries of the outermost module lists: the layers of a model that does not name them."""
+    found: list[str] = []
+    for fqn, module in _inner_modules(model):
+        inside = any(fqn.startswith(f"{outer}.") for outer in found)
+        parent = model.get_submodule(fqn.rpartition(".")[0])
+        if not inside and isinstance(parent, nn.ModuleList) and any(True for _ in module.parameters()):
+            found.append(fqn)
+    return found
+
+
+def _inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for fqn, module in model.named_modules():
+        parent = model.get_submodule(fqn.rpartition(".")[0]) if fqn else None
+        is_container = isinstance(
+            module, (nn.ModuleList, nn.ModuleDict)
+        )  # never called, so they cannot be units
+        if fqn and not is_container and not isinstance(parent, CheckpointWrapper):
+            yield fqn, module
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module._checkpoint_wrapped_module if isinstance(module, CheckpointWrapper) else module
+
+
+def _class_name(cls: str | type[nn.Module]) -> str:
+    return cls if isinstance(cls, str) else cls.__name__
+
+
+def _embedding_and_head(model: nn.Module) -> tuple[str | None, str | None]:
+    """Return the names of a transformers model's input embedding and output head, where it has them."""
+    names = {id(module): fqn for fqn, module in _inner_modules(model)}
+    found: list[str | None] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, getter)() if hasattr(model, getter) else None
+        except NotImplementedError:  # transformers: a model without token embeddings
+            module = None
+        found.append(names.get(id(module)))
+    return found[0], found[1]
+
+
+def _join_tied(model: nn.Module, groups: list[list[str]]) -> list[list[str]]:
+    owner = {fqn: index for index, group in enumerate(groups) for fqn in group}
+    for entry in entries_of(model):
+        if entry.role != "parameter" or len(entry.slots) < 2:
+            continue
+        holders = _module_fqns(model, [slot.module for slot in entry.slots])
+        indices = {_owner_index(fqn, owner) for fqn in holders}
+        if len(indices) < 2:
+            continue
+        joined: list[str] = []
+        for fqn in holders:
+            index = _owner_index(fqn, owner)
+            joined += groups[index] if index is not None else [fqn]
+        for index in sorted((i for i in indices if i is not None), reverse=True):
+            del groups[index]
+        joined = list(dict.fromkeys(joined))
+        _refuse_nested(entry.fqn, joined)
+        groups.append(joined)
+        owner = {fqn: index for index, group in enumerate(groups) for fqn in group}
+    return groups
+
+
+def _module_fqns(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
+    names: dict[int, str] = {}
+    for fqn, module in model.named_modules():
+        names.setdefault(id(module), fqn)
+    return [names[id(module)] for module in modules]
+
+
+def _owner_index(fqn: str, owner: dict[str, int]) -> int | None:
+    """Return the index of the innermost unit that holds a module; None where it is left to the root."""
+    while fqn:
+        if fqn in owner:
+            return owner[fqn]
+        fqn = fqn.rpartition(".")[0]
+    return None
+
+
+def _refuse_nested(parameter: str, fqns: list[str]) -> None:
+    for inner in fqns:
+        for outer in fqns:
+            if inner != outer and (outer == "" or inner.startswith(f"{outer}.")):
+                raise UnsupportedParameterError(
+                    f"{parameter}: tied between {outer or 'the root module'} and {inner} inside of it, which FSDP2 "
+                    "cannot keep in one group. Choose other wrap_classes, or auto_wrap_policy='none'."
+                )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if a model, or a part of it, is sharded already.
+
+    Raises:
+        AlreadyWrappedError: Naming the module.
+    """
+    for fqn, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            raise AlreadyWrappedError(
+                f"wrap_model: expected a model that is not sharded, got {clean_fqn(fqn) or type(model).__name__} under "
+                "fully_shard already. Call wrap_model once per model; a wrapped model is used as it is."
+            )
+
+
+def ignored_parameters(model: nn.Module, config: FSDPConfig) -> set[nn.Parameter]:
+    """Return the parameters that FSDP2 must leave alone: those the caller names, and frozen ones it cannot shard.
+
+    Raises:
+        ConfigurationError: A name is not a parameter of the model.
+        UnsupportedParameterError: A trainable parameter is a scalar or has no elements.
+    """
+    named = {slot.fqn: e.tensor for e in entries_of(model) if e.role == "parameter" for slot in e.slots}
+    unknown = [name for name in config.ignored_params if name not in named]
+    if unknown:
+        raise ConfigurationError(
+            f"fsdp_config['ignored_params']: expected names of parameters, got {', '.join(unknown)}, which the model "
+            "does not have"
+        )
+    ignored = {named[name] for name in config.ignored_params}
+    for name, parameter in named.items():
+        if parameter in ignored or (parameter.ndim > 0 and parameter.numel() > 0):
+            continue
+        if parameter.requires_grad:
+            kind = (
+                "scalar"
+                if parameter.ndim == 0
+                else f"parameter without elements, shape {tuple(parameter.shape)},"
+            )
+            remedy = "Give it shape (1,), freeze" if parameter.ndim == 0 else "Remove it, freeze"
+            raise UnsupportedParameterError(
+                f"{name}: expected a trainable parameter with at least one dim and one element, got a {kind} which "
+                f"FSDP2 cannot train. {remedy} it with requires_grad_(False), or name it in "
+                "fsdp_config['ignored_params'] and synchronise its gradient yourself."
+            )
+        ignored.add(parameter)
+    return ignored  # type: ignore[return-value]
+
+
+def refuse_mixed_dtypes(model: nn.Module, units: tuple[Unit, ...], ignored: set[nn.Parameter]) -> None:
+    """Raise if a unit's trainable parameters have several dtypes, which FSDP2 refuses at the first forward.
+
+    Raises:
+        UnsupportedParameterError: Naming a parameter of each dtype.
+    """
+    taken: set[nn.Parameter] = set(ignored)
+    for fqns in [*(unit.fqns for unit in units), ("",)]:
+        by_dtype: dict[torch.dtype, str] = {}
+        for fqn in fqns:
+            for name, parameter in model.get_submodule(fqn).named_parameters(prefix=fqn):
+                if parameter not in taken:
+                    taken.add(parameter)
+                    if parameter.requires_grad:
+                        by_dtype.setdefault(parameter.dtype, clean_fqn(name))
+        if len(by_dtype) > 1:
+            examples = ", ".join(f"{name} is {str(d).removeprefix('torch.')}" for d, name in by_dtype.items())
+            raise UnsupportedParameterError(
+                f"{' + '.join(fqns) or 'the root unit'}: expected trainable parameters of one dtype, got {examples}. "
+                "FSDP2 gathers a unit in one dtype: load with one dtype (dtype=torch.float32), freeze the odd ones, or "
+                "make their module a unit of its own with fsdp_config['wrap_classes']."
+            )

@@ -1,0 +1,80 @@
+"""Frozen data about tensors that every layer shares: regions and specifications."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """An axis-aligned box in a tensor.
+
+    Args:
+        start: First index per dim, inclusive, in elements.
+        stop: Last index per dim, exclusive, in elements.
+
+    Raises:
+        ConfigurationError: The two differ in length, or the box is negative somewhere.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop):
+            raise ConfigurationError(
+                f"region: expected start and stop of one length, got {self.start} and {self.stop}"
+            )
+        if any(low < 0 or low > high for low, high in zip(self.start, self.stop, strict=True)):
+            raise ConfigurationError(f"region: expected 0 <= start <= stop per dim, got {self}")
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Region:
+        """Return the region that covers a tensor of `shape`."""
+        return cls(start=(0,) * len(shape), stop=tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements per dim."""
+        return tuple(high - low for low, high in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar's region, which has no dims."""
+        return math.prod(self.shape)
+
+    def slices(self) -> tuple[slice, ...]:
+        """Return the region as an index into the tensor."""
+        return tuple(slice(low, high) for low, high in zip(self.start, self.stop, strict=True))
+
+    def relative_to(self, outer: Region) -> Region:
+        """Return this region in the coordinates of `outer`, which contains it."""
+        return Region(
+            start=tuple(low - base for low, base in zip(self.start, outer.start, strict=True)),
+            stop=tuple(high - base for high, base in zip(self.stop, outer.start, strict=True)),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """What is known of a full tensor without its values.
+
+    Args:
+        fqn: Fully qualified name in the model, wrapper prefixes removed.
+        shape: Of the full tensor, in elements.
+        dtype: Of its elements.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the full tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize

@@ -1,0 +1,289 @@
+"""The comparison's table and picture, from a synthetic document."""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from shardwise.errors import ConfigurationError, MissingDependencyError
+from shardwise.profiling import Timeline
+from shardwise.report import comparison_table, render, save_figure
+from shardwise.report.comparison import read_comparison
+from shardwise.report.legend import rank_colour, shaded_phases
+from shardwise.report.units import format_bytes, format_number, format_seconds
+
+MIB = 1 << 20
+BASE_BYTES = 300 * MIB
+MODES = ("native-eager", "native-efficient", "accelerate-eager", "accelerate-efficient")
+PHASES = ("from_pretrained", "optimizer", "wrap_model")
+ERROR = "CheckpointError: model-00002-of-00004.safetensors: expected 512 bytes, got 12 at $x_i$. Download it again."
+
+
+def timeline(rank: int, peak_mib: int, device_mib: int) -> dict[str, Any]:
+    count = 60
+    anon = [BASE_BYTES + peak_mib * MIB * min(i, 30) // 30 for i in range(count)]
+    # The step alone goes higher; no peak of the load may show it.
+    anon[-5:] = [BASE_BYTES + 10 * peak_mib * MIB] * 5
+    return {
+        "rank": rank,
+        "measures": "host: RssAnon of /proc/self/status",
+        "started_at_seconds": 1000.0 + 0.1 * rank,
+        "seconds": [0.05 * i for i in range(count)],
+        "anon_bytes": anon,
+        "file_bytes": [BASE_BYTES + 40 * MIB * (i > 10) for i in range(count)],
+        "shared_bytes": [0] * count,
+        "pss_bytes": [BASE_BYTES + 7 * MIB * (i > 10) if i % 20 == 0 else None for i in range(count)],
+        "device_bytes": [device_mib * MIB * min(i, 30) // 30 for i in range(count)],
+        "phases": [
+            {"name": "from_pretrained", "depth": 0, "start_seconds": 0.0, "stop_seconds": 1.0},
+            {"name": "from_pretrained", "depth": 1, "start_seconds": 0.1, "stop_seconds": 0.9},
+            {"name": "optimizer", "depth": 0, "start_seconds": 1.0, "stop_seconds": 1.01},
+            {"name": "wrap_model", "depth": 0, "start_seconds": 1.01, "stop_seconds": 2.0},
+            {"name": "step", "depth": 0, "start_seconds": 2.2, "stop_seconds": 2.9},
+        ],
+        "baseline": {
+            "anon_bytes": BASE_BYTES,
+            "file_bytes": BASE_BYTES,
+            "shared_bytes": 0,
+            "pss_bytes": BASE_BYTES,
+            "device_bytes": 0,
+        },
+    }
+
+
+def run(mode: str, *, ranks: int, peak_mib: int, device_mib: int) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "status": "ok",
+        "schema": "shardwise.load_report/1",
+        "model": "org/model",
+        "strategy": mode.split("-")[0],
+        "route": "rank0",
+        "world_size": ranks,
+        "seconds": 4.0,
+        "phases": {"from_pretrained": 2.25, "optimizer": 0.01, "wrap_model": 1.75},
+        "storage_bytes": 0,
+        "network_bytes": 0,
+        "predicted": {},
+        "tensors": {"checkpoint": 3},
+        "dtypes": {"stored": "float32", "compute": "float32", "reduce": "float32", "optimizer": None},
+        "ranks": [
+            {
+                "rank": rank,
+                "node": "host",
+                "host_anon_peak_bytes": (peak_mib + rank) * MIB,
+                "device_peak_bytes": device_mib * MIB,
+                "shard_bytes": 131 * MIB,
+                "storage_bytes": 0,
+                "network_bytes": 0,
+                "seconds": 4.0,
+            }
+            for rank in range(ranks)
+        ],
+        "step_seconds": 1.125,
+        "node": {
+            "host_anon_peak_bytes": 1234 * MIB,
+            "host_file_peak_bytes": 160 * MIB,
+            "host_pss_peak_bytes": None,
+        },
+        "timelines": [timeline(rank, peak_mib + rank, device_mib) for rank in range(ranks)],
+        "answer": None,
+        "fingerprint": "0",
+    }
+
+
+def comparison(*, ranks: int = 2, device_mib: int = 0, failed: tuple[str, ...] = ()) -> dict[str, Any]:
+    runs = [
+        {"mode": mode, "status": "failed", "error": ERROR}
+        if mode in failed
+        else run(mode, ranks=ranks, peak_mib=500, device_mib=device_mib)
+        for mode in MODES
+    ]
+    return {"schema": "shardwise.compare/1", "model": "/models/SmolLM2", "environment": {}, "runs": runs}
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+def printed(document: dict[str, Any], **options: Any) -> str:
+    file = io.StringIO()
+    render(document, Console(file=file, **options))
+    return file.getvalue()
+
+
+# -- figures of the document
+
+
+def test_worst_rank_leaves_the_step_out_and_takes_file_and_pss_from_the_timelines() -> None:
+    first = read_comparison(comparison())[0]
+    assert first.worst_rank.anon_bytes == 501 * MIB
+    assert first.worst_rank.file_bytes == 40 * MIB
+    assert first.worst_rank.pss_bytes == 7 * MIB
+    assert first.node.anon_bytes == 1234 * MIB
+    assert first.node.pss_bytes is None
+    line = first.timelines[0]
+    assert isinstance(line, Timeline)
+    assert line.peak_bytes("anon_bytes", until_seconds=2.0) == 500 * MIB
+    assert line.peak_bytes("anon_bytes", until_seconds=9.0) == 5000 * MIB
+
+
+def test_fullest_node_is_the_one_drawn() -> None:
+    document = comparison(ranks=3)
+    for rank, node in enumerate(("a", "b", "b")):
+        document["runs"][0]["ranks"][rank]["node"] = node
+    first = read_comparison(document)[0]
+    assert [line.rank for line in first.node_timelines] == [1, 2]
+
+
+def test_a_phase_inside_one_of_the_same_name_is_shaded_once() -> None:
+    first = read_comparison(comparison())[0]
+    assert [span.name for _, span in shaded_phases(first)] == [*PHASES, "step"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "other/1"}, "expected schema 'shardwise.compare/1'"),
+        ({"runs": []}, "expected at least one run"),
+        ({"runs": [{"mode": "x", "status": "ok"}]}, "expected the key 'schema'"),
+    ],
+)
+def test_a_document_that_cannot_be_read_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        comparison_table({**comparison(), **change})
+
+
+# -- table
+
+
+def test_table_has_every_mode_and_every_phase() -> None:
+    table = comparison_table(comparison(failed=("accelerate-efficient",)))
+    headers = [str(column.header) for column in table.columns]
+    assert headers[0] == "mode"
+    assert headers[-1] == "status"
+    assert set(PHASES) | {"step"} <= set(headers)
+    assert {f"{who}\n{what}" for who in ("rank", "node") for what in ("anon", "file", "PSS")} <= set(headers)
+    assert table.row_count == len(MODES)
+    assert [str(cell) for cell in table.columns[0].cells] == list(MODES)
+    assert list(table.columns[-1].cells) == ["ok", "ok", "ok", "failed"]
+
+
+def test_piped_output_keeps_each_row_on_one_line_whatever_the_width() -> None:
+    text = printed(comparison(failed=("accelerate-efficient",)), width=40)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip().startswith(MODES)}
+    expected = ["2.25", "0.01", "1.75", "1.12", "501", "40", "7.0", "1,234", "160", "-", "0", "131", "ok"]
+    assert rows["native-eager"][1:] == expected
+    assert rows["accelerate-efficient"][1] in {"-", "failed:"}
+    assert "…" not in text
+    assert "\x1b" not in text
+    assert "SmolLM2, 2 ranks. Times in seconds, memory in MiB." in text
+    assert ERROR in " ".join(text.split())
+    assert "Measured: host: RssAnon of /proc/self/status." in text
+
+
+def test_narrow_terminal_gets_two_tables_that_fit() -> None:
+    console_options: dict[str, Any] = {"width": 80, "force_terminal": True, "color_system": None}
+    text = printed(comparison(), **console_options)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert sum(line.strip().startswith("native-eager") for line in text.splitlines()) == 2
+
+
+def test_render_leaves_the_console_as_it_was() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    render(comparison(), console)
+    assert console.width == 40
+
+
+def test_large_models_are_given_in_gib() -> None:
+    document = comparison()
+    document["runs"][0]["node"]["host_anon_peak_bytes"] = 100 << 30
+    text = printed(document)
+    assert "memory in GiB" in text
+    assert "100.00" in text
+
+
+# -- picture
+
+
+@pytest.mark.parametrize(("ranks", "device_mib"), [(1, 0), (2, 0), (2, 140), (12, 0)])
+def test_picture_is_a_png_of_sensible_size(tmp_path: Path, ranks: int, device_mib: int) -> None:
+    path = tmp_path / "new" / "report.png"
+    save_figure(comparison(ranks=ranks, device_mib=device_mib, failed=("accelerate-efficient",)), path)
+    width, height = png_size(path)
+    assert (1400 <= width <= 1800) if device_mib == 0 else (2200 <= width <= 2800)
+    assert 1200 <= height <= 2000
+
+
+def test_picture_grows_by_one_panel_a_mode(tmp_path: Path) -> None:
+    document = comparison()
+    save_figure(document, tmp_path / "four.png")
+    save_figure({**document, "runs": document["runs"][:2]}, tmp_path / "two.png")
+    assert png_size(tmp_path / "four.png")[1] - png_size(tmp_path / "two.png")[1] > 400
+
+
+def test_picture_says_what_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "report.svg"
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_figure(comparison(failed=("accelerate-efficient",)), path)
+    text = path.read_text()
+    for mode in MODES:
+        assert f">{mode}<" in text
+    assert "Memory while loading and sharding SmolLM2 on 2 ranks" in text
+    assert "worst rank (rank 1) 501 MiB, all ranks together 1,234 MiB" in text
+    assert "Host memory added" in text
+    assert "Device memory added" not in text
+    assert "This mode failed:" in text
+    assert "$x_i$" in text
+    for words in ("rank 0", "rank 1", "all ranks together", "wrap_model: shard the model", "Seconds since"):
+        assert words in text
+
+
+def test_picture_of_failures_alone(tmp_path: Path) -> None:
+    path = tmp_path / "report.png"
+    save_figure(comparison(failed=MODES), path)
+    assert png_size(path)[0] > 1000
+
+
+def test_picture_leaves_pyplot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    save_figure(comparison(), tmp_path / "report.png")
+
+
+def test_without_matplotlib_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'shardwise\[report\]'"):
+        save_figure(comparison(), tmp_path / "report.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_few_ranks_have_a_colour_each_and_of_many_only_rank_0() -> None:
+    assert len({rank_colour(rank, 6) for rank in range(6)}) == 6
+    assert len({rank_colour(rank, 64) for rank in range(64)}) == 2
+
+
+# -- units
+
+
+def test_numbers_keep_what_matters() -> None:
+    assert format_bytes(0, unit=None) == "0 MiB"
+    assert format_bytes(1.5 * MIB, unit=None) == "1.5 MiB"
+    assert format_bytes(1442 * MIB, unit=None) == "1,442 MiB"
+    assert format_bytes(5 << 30, unit=None) == "5.00 GiB"
+    assert format_number(512 * MIB, unit="GiB") == "0.50"
+    assert [format_seconds(value) for value in (0.012, 12.34, 1234.5)] == ["0.01", "12.3", "1,234"]
