@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Before anything imports huggingface_hub, which reads it once: no test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +13,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch.distributed as dist
 from hypothesis import settings
+
+from shardwise.testing import RankPool
+from tests.distributed.models import write_checkpoint
 
 # The same examples on every run and machine, so that a failure in CI is one at home; no deadline, as cores are shared.
 settings.register_profile("shardwise", derandomize=True, database=None, deadline=None, print_blob=True)
@@ -30,3 +33,23 @@ def _no_process_group_is_left() -> Iterator[None]:
             "this test left a process group initialised; call torch.distributed.destroy_process_group() in it, "
             "or run its body in the rank pool of shardwise.testing"
         )
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """The processes in which every distributed and regression test of one run has its ranks."""
+    with RankPool(4, preload=("torch", "transformers", "accelerate")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Return a function from a kind of tiny model to the directory of its checkpoint, written once."""
+    written: dict[str, str] = {}
+
+    def directory_of(kind: str) -> str:
+        if kind not in written:
+            written[kind] = str(write_checkpoint(kind, tmp_path_factory.mktemp(kind)))
+        return written[kind]
+
+    return directory_of

@@ -162,6 +162,31 @@ def test_a_document_that_cannot_be_read_is_refused(change: dict[str, Any], messa
         comparison_table({**comparison(), **change})
 
 
+def test_a_step_that_was_sampled_apart_follows_the_load_on_the_loads_baseline() -> None:
+    document = comparison()
+    first = document["runs"][0]
+    first["step_timelines"] = [
+        {
+            **timeline(rank, 50, 0),
+            "started_at_seconds": 1100.0 + 0.1 * rank,
+            "baseline": dict.fromkeys(timeline(0, 0, 0)["baseline"], 0),
+            "phases": [{"name": "step", "depth": 0, "start_seconds": 0.0, "stop_seconds": 2.0}],
+        }
+        for rank in range(2)
+    ]
+    read = read_comparison(document)[0]
+    line = read.timelines[1]
+    load_seconds = 0.1 + 59 * 0.05
+    assert read.break_seconds == pytest.approx(1.02 * load_seconds)
+    assert line.seconds.size == 120
+    assert line.started_at_seconds + line.seconds[60] == pytest.approx(1000 + 1.04 * load_seconds + 0.1)
+    assert line.increases["anon_bytes"][60] == 0
+    assert line.increases["anon_bytes"][119] == 500 * MIB
+    assert line.phases[-1].name == "step"
+    assert line.phases[-1].start_seconds == pytest.approx(line.seconds[60])
+    assert read_comparison(comparison())[0].break_seconds is None
+
+
 # -- table
 
 
@@ -248,6 +273,19 @@ def test_picture_says_what_it_shows(tmp_path: Path) -> None:
     assert "$x_i$" in text
     for words in ("rank 0", "rank 1", "all ranks together", "wrap_model: shard the model", "Seconds since"):
         assert words in text
+
+
+def test_picture_leaves_a_hole_between_load_and_step(tmp_path: Path) -> None:
+    import matplotlib
+
+    document = comparison()
+    for entry in document["runs"]:
+        entry["step_timelines"] = [{**line, "started_at_seconds": 1100.0} for line in entry["timelines"]]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_figure(document, tmp_path / "report.svg")
+        save_figure(comparison(), tmp_path / "plain.svg")
+    assert "The step is drawn right after the load" in (tmp_path / "report.svg").read_text()
+    assert "The step is drawn right after the load" not in (tmp_path / "plain.svg").read_text()
 
 
 def test_picture_of_failures_alone(tmp_path: Path) -> None:

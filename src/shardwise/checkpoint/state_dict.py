@@ -46,11 +46,13 @@ class StateDictSource:
             )
         if tuple(tensor.shape) != spec.shape:
             raise ShapeMismatchError(
-                f"{spec.fqn}: expected {spec.shape} from the model, got {tuple(tensor.shape)} in the source rank's state"
+                f"{spec.fqn}: expected {spec.shape} from the model, got {tuple(tensor.shape)} in the source rank's "
+                "state. Build the model from the same config on every rank."
             )
         if tensor.dtype != spec.dtype:
             raise CheckpointError(
-                f"{spec.fqn}: expected {spec.dtype} from the model, got {tensor.dtype} in the source rank's state"
+                f"{spec.fqn}: expected {spec.dtype} from the model, got {tensor.dtype} in the source "
+                "rank's state. Load the model with the same dtype on every rank."
             )
 
     def read(self, fqn: str, region: Region, into: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ def prepared_directory(name: str, *, build: Callable[[Path], None], progress: Pr
     """Return a directory of the cache, built first where it is missing or damaged.
 
     Args:
-        name: Name of the directory; it stands for one content only.
+        name: Path of the directory inside the cache; it stands for one content only.
         build: Fills the empty directory that it is given, or raises.
         progress: Told what goes on.
 
@@ -49,8 +49,8 @@ def prepared_directory(name: str, *, build: Callable[[Path], None], progress: Pr
     Raises:
         CommandError: The cache directory cannot be written.
     """
-    root = cache_directory()
-    final = root / name
+    final = cache_directory() / name
+    root, name = final.parent, final.name
     if _is_intact(final):
         return final
     try:

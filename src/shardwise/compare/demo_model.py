@@ -53,7 +53,7 @@ def demo_model(progress: Progress) -> Path:
     """
     major = version("transformers").split(".")[0]
     return prepared_directory(
-        f"smollm2-135m-instruct-bf16-transformers{major}",
+        f"transformers{major}/SmolLM2-135M-Instruct",
         build=lambda directory: _build(directory, progress=progress),
         progress=progress,
     )

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from shardwise.compare.announce import Progress
 from shardwise.compare.environment import describe_environment
-from shardwise.compare.fingerprint import differing_names, whole_digest
+from shardwise.compare.fingerprint import differing_names, is_tie, whole_digest
 from shardwise.compare.launch import refuse_inside_launcher, run_ranks
 from shardwise.compare.model_directory import model_directory
 from shardwise.compare.modes import Mode
@@ -173,7 +173,7 @@ def agreement(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     reference = good[0]
     compared = [_difference(reference, outcome) for outcome in good[1:]]
     differences = [found for found in compared if found["tensors"] or found["logits"]]
-    kinds = [digest.split(" ", 1)[0] for digest in reference.digests.values()]
+    kinds = [digest.split(" ", 1)[0] for digest in reference.digests.values() if not is_tie(digest)]
     return {
         "equal": not differences if len(good) > 1 else None,
         "reference": reference.mode,
@@ -222,6 +222,7 @@ def merge_ranks(mode: str, results: Mapping[int, Mapping[str, Any]]) -> Outcome:
         "step_seconds": max(result["step_seconds"] for result in by_rank),
         "node": _node_peaks(timelines, nodes=[result["node"] for result in by_rank]),
         "timelines": [result["timeline"] for result in by_rank],
+        "step_timelines": [result["step_timeline"] for result in by_rank],
         "answer": first["answer"],
         "fingerprint": whole_digest(first["digests"]),
         "logits": first["logits"],

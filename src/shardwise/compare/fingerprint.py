@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import LeftOnMetaError, RankMismatchError
 from shardwise.materialize.names import clean_fqn
 
-_MOST_NAMES = 5
+_MOST_NAMES: Final = 5
+_TIED_TO: Final = " tied to "
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -54,7 +56,7 @@ def model_digests(model: torch.nn.Module) -> dict[str, str]:
             )
         first = first_names.setdefault(id(tensor), name)
         if first != name:
-            digests[name] = f"{kind} tied to {first}"
+            digests[name] = f"{kind}{_TIED_TO}{first}"
         elif isinstance(tensor, DTensor):
             full = tensor.full_tensor()
             if dist.get_rank() == 0:
@@ -79,6 +81,11 @@ def check_same_on_all_ranks(digests: Mapping[str, str]) -> None:
                 f"{named_briefly(names)}: expected the same values on every rank, got others on rank {rank} than on "
                 "rank 0. What is not sharded has to be equal on all ranks."
             )
+
+
+def is_tie(digest: str) -> bool:
+    """Return whether a digest only says which other name the tensor has."""
+    return _TIED_TO in digest
 
 
 def whole_digest(digests: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -26,6 +26,7 @@ from shardwise.errors import CommandError, ConfigurationError
 
 _MONITOR_INTERVAL_SECONDS: Final = 0.05
 _ELASTIC_LOGGER: Final = "torch.distributed.elastic"
+_STATUS_OF_SIGNAL_0: Final = 128  # as shells have it
 _HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -73,8 +74,9 @@ def run_ranks(
         What the worker returned, by rank.
 
     Raises:
-        CommandError: A rank failed; the message has the first failing rank's error. Or the run was
-            ended by a signal.
+        CommandError: A rank failed; the message has the first failing rank's error.
+        KeyboardInterrupt: This process was interrupted; the ranks were stopped.
+        SystemExit: Another signal ended this process; the ranks were stopped. The status is 128 and its number.
         ConfigurationError: `ranks` is less than one.
     """
     if is_rank(os.environ):
@@ -107,7 +109,7 @@ def run_ranks(
 
 
 def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> None:
-    logs = DefaultLogsSpecs(log_dir=str(log_directory), redirects=Std.ALL)
+    logs = DefaultLogsSpecs(log_dir=str(log_directory))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -129,10 +131,10 @@ def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> Non
             f"The output of every rank is in {log_directory}."
         ) from error
     except SignalException as error:
-        name_of_signal = error.sigval.name
+        # Not an error of the ranks: whoever sent it wants this process gone, and not the next mode.
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
-        raise CommandError(f"{name}: ended by {name_of_signal}; all {ranks} ranks were stopped.") from error
+        raise SystemExit(_STATUS_OF_SIGNAL_0 + error.sigval) from error
 
 
 @contextmanager

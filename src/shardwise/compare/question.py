@@ -12,7 +12,7 @@ QUESTION: Final = "What is the capital of France?"
 
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _PROMPT_TOKENS: Final = 16
-_BATCH_TOKENS: Final = 64
+_BATCH_TOKENS: Final = 16
 _ANSWER_TOKENS: Final = 24
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.errors import record
-
 # What a rank runs: takes and returns what JSON can hold.
 Worker = Callable[[Mapping[str, Any]], Any]
 
@@ -38,7 +36,6 @@ def result_file(directory: Path, *, rank: int) -> Path:
     return directory / f"result-{rank}.json"
 
 
-@record
 def _run(request_file: Path) -> None:
     request = json.loads(request_file.read_text(encoding="utf-8"))
     sys.path[:] = request["import_path"]
@@ -48,10 +45,22 @@ def _run(request_file: Path) -> None:
     result_file(request_file.parent, rank=int(os.environ["RANK"])).write_text(result, encoding="utf-8")
 
 
+def _log_to_files(directory: Path) -> None:
+    # Not left to the launcher, which in torch 2.13 never closes the files that it opens for this.
+    for descriptor, name in ((1, "stdout.log"), (2, "stderr.log")):
+        file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, descriptor)
+        os.close(file)
+
+
 def _main(request_file: Path) -> int:
+    _log_to_files(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent)
+    # Only now: what happens during this import belongs into the log too.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     status = 0
     try:
-        _run(request_file)
+        record(_run)(request_file)
     except Exception:
         traceback.print_exc()
         status = 1

@@ -40,4 +40,4 @@ def small_random_model(progress: Progress) -> Path:
             path.rename(directory / path.name)
         shutil.rmtree(written.directory)
 
-    return prepared_directory(f"random-{_PRESET}-seed{_SEED}", build=build, progress=progress)
+    return prepared_directory(f"random/{_PRESET}-seed{_SEED}", build=build, progress=progress)

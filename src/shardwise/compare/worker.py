@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -35,8 +34,8 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
         arguments: `model` (a directory), `mode` (its name) and `dtype` (torch's name of it, or `auto`).
 
     Returns:
-        `rank`, `node`, `report` (the strategy's LoadReport), `timeline`, `seconds` (by load phase), `peaks`
-        (over the load phases), `step_seconds`, `digests` (by tensor), `logits` (their digest) and `answer`.
+        `rank`, `node`, `report` (the strategy's LoadReport), `timeline` (over the load phases), `seconds` (of
+        each), `peaks`, `step_timeline`, `step_seconds`, `digests` (by tensor), `logits` (their digest) and `answer`.
     """
     announce("starting ranks")
     # Imported before the baseline: what the libraries themselves take is not what is measured.
@@ -64,22 +63,18 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
         announce("wrap_model")
         with profile.phase("wrap_model"):
             model, optimizer = strategy.wrap_model(model, optimizer)
-        loaded_after_seconds = profile.seconds
-        dist.barrier()  # no rank's check may fall into another rank's load
+    peaks = profile.peak_between(0.0, profile.seconds)
+    dist.barrier()  # no rank's check may fall into another rank's load
 
-        announce("gathering every tensor to compare it")
-        with profile.phase("check"):
-            question = question_for(
-                directory, vocabulary=model.config.get_text_config().vocab_size, device=device
-            )
-            digests = model_digests(model)
-            logits = _logits_digest(model, question.token_ids)
-        announce("one training step")
-        dist.barrier()
-        start = time.perf_counter()
-        with profile.phase("step"):
-            _step(model, optimizer, question.batch, strategy=strategy)
-        step_seconds = time.perf_counter() - start
+    announce("gathering every tensor to compare it")
+    question = question_for(directory, vocabulary=model.config.get_text_config().vocab_size, device=device)
+    digests = model_digests(model)
+    logits = _logits_digest(model, question.token_ids)
+    announce("one training step")
+    dist.barrier()
+    # A profile of its own: what lies between is not part of bringing a model up.
+    with profile_memory(device=device) as step_profile, step_profile.phase("step"):
+        _step(model, optimizer, question.batch, strategy=strategy)
 
     announce("asking the model")
     model.eval()
@@ -88,7 +83,6 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     dist.barrier()
     dist.destroy_process_group()
 
-    peaks = profile.peak_between(0.0, loaded_after_seconds)
     if strategy.last_report is None:
         raise CommandError(f"{mode.name}: expected a load report after wrap_model, got none.")
     return {
@@ -103,7 +97,8 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
             "host_anon_peak_bytes": peaks.anon_peak_bytes,
             "device_peak_bytes": peaks.device_peak_bytes,
         },
-        "step_seconds": step_seconds,
+        "step_timeline": {**step_profile.to_json(), "rank": rank},
+        "step_seconds": step_profile.phase_seconds()["step"],
         "digests": digests if rank == 0 else {},
         "logits": logits,
         "answer": answer,

@@ -26,10 +26,6 @@ _OK = "ok"
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
 
-# Calls are counted per set of ranks. Like collectives, shardwise calls must come in one order on all ranks, so the
-# n-th call of every rank is the same call.
-_calls_of_ranks: dict[tuple[int, ...], int] = {}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparable:
@@ -71,17 +67,23 @@ class Agreement:
     """
 
     def __init__(self, ranks: Sequence[int], *, timeout_seconds: float, call: str) -> None:
-        key = tuple(ranks)
-        _calls_of_ranks[key] = _calls_of_ranks.get(key, 0) + 1
-        group = "all" if len(key) == dist.get_world_size() else "-".join(map(str, key))
-        self.ranks = key
+        self.ranks = tuple(ranks)
         self.rank = dist.get_rank()
         self.timeout_seconds = timeout_seconds
         self._call = call
-        self._prefix = f"shardwise/{group}/{_calls_of_ranks[key]}"
         self._store = dist.distributed_c10d._get_default_store()
+        # Like collectives, shardwise calls must come in one order on all ranks, so the n-th call of every rank over
+        # the same ranks is the same call. The count is kept in the store: it begins anew with a new process group.
+        group = "all" if len(self.ranks) == dist.get_world_size() else "-".join(map(str, self.ranks))
+        number = self._store.add(f"shardwise/{group}/calls/{self.rank}", 1)
+        self._prefix = f"shardwise/{group}/{number}"
         self._phase = ""
         self._last_check_seconds = 0.0
+
+    @property
+    def name(self) -> str:
+        """Text that is the same on all ranks of this call and that no other call in the process group has."""
+        return self._prefix
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:

@@ -87,13 +87,7 @@ def open_data_plane(
         agreement: Of the call.
     """
     backend = _backend_of(device)
-    group = dist.new_group(
-        list(ranks),
-        backend=backend,
-        timeout=timedelta(seconds=agreement.timeout_seconds),
-        use_local_synchronization=True,
-        group_desc="shardwise data plane",
-    )
+    group = _new_group(ranks, backend, agreement)
     try:
         buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
         yield DataPlane(group, device=buffers_on, agreement=agreement)
@@ -102,6 +96,26 @@ def open_data_plane(
         raise
     finally:
         dist.destroy_process_group(group)
+
+
+def _new_group(ranks: Sequence[int], backend: str, agreement: Agreement) -> dist.ProcessGroup:
+    # `dist.new_group` needs either every rank of the job, or (use_local_synchronization) names a group by its ranks and
+    # the number of groups that are alive: a second call would meet the first one's addresses in the store. So the
+    # group gets a name here that no other call has. Source: torch.distributed.distributed_c10d.new_group (torch 2.13).
+    c10d = dist.distributed_c10d
+    group, _ = c10d._new_process_group_helper(
+        len(ranks),
+        list(ranks).index(agreement.rank),
+        list(ranks),
+        dist.Backend(backend),
+        c10d._get_default_store(),
+        f"{agreement.name}/data",  # type: ignore[arg-type]
+        timeout=timedelta(seconds=agreement.timeout_seconds),
+        group_desc="shardwise data plane",
+    )
+    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
+    made: dist.ProcessGroup = group
+    return made
 
 
 def _backend_of(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +21,8 @@ from shardwise.materialize.storage import allocate_parameters
 from shardwise.materialize.structure import Entry, entries_of
 from shardwise.plan import Layout, PlannedTensor, ScatterPlan, plan_scatter
 from shardwise.tensors import TensorSpec
+
+_DIRECT_FROM_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +76,16 @@ def fill_from_source(
         if is_source:
             for tensor in planned:
                 source.require(tensor.spec)
-        shared = _plain_specs(model, source, agreement, is_source=is_source)
-        planned += [PlannedTensor(spec=spec, layout=Layout.replicated(ranks)) for spec in shared]
-        plan = plan_scatter(planned, ranks=ranks, source_rank=source_rank, staging_bytes=staging_bytes)
+        shared = _plain_tensors(model, source, agreement, is_source=is_source)
+        planned += [PlannedTensor(spec=plain.spec, layout=Layout.replicated(ranks)) for plain in shared]
+        plan = plan_scatter(
+            planned,
+            ranks=ranks,
+            source_rank=source_rank,
+            staging_bytes=staging_bytes,
+            # In host memory a collective can read the source's tensor and write the shard itself.
+            direct_from_bytes=_DIRECT_FROM_BYTES if device.type == "cpu" else None,
+        )
     with agreement.phase("allocate"):
         allocate_parameters(model, device)
         targets = {entry.fqn: _local(entry.tensor) for entry in parameters}
@@ -123,35 +133,51 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _plain_specs(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PlainTensor:
+    """A buffer or plain tensor attribute of the source rank's model, and all names that it has there."""
+
+    spec: TensorSpec
+    fqns: tuple[str, ...]
+
+
+def _plain_tensors(
     model: nn.Module, source: StateDictSource, agreement: Agreement, *, is_source: bool
-) -> list[TensorSpec]:
-    """Return the source rank's buffers and plain tensor attributes, whose dtypes win over the other ranks'."""
+) -> list[_PlainTensor]:
+    """Return what the source rank has besides parameters; its dtypes and aliases win over the other ranks'."""
     text = None
     if is_source:
-        specs = [_spec(entry) for entry in _plain_entries(model)]
-        for spec in specs:
-            source.require(spec)
-        text = json.dumps([(s.fqn, s.shape, str(s.dtype).removeprefix("torch.")) for s in specs])
+        named = _names_of_plain_tensors(model)
+        for entry, _ in named:
+            source.require(_spec(entry))
+        text = json.dumps(
+            [
+                (fqns, entry.tensor.shape, str(entry.tensor.dtype).removeprefix("torch."))
+                for entry, fqns in named
+            ]
+        )
     return [
-        TensorSpec(fqn=fqn, shape=tuple(shape), dtype=getattr(torch, dtype))
-        for fqn, shape, dtype in json.loads(agreement.publish("buffers", text))
+        _PlainTensor(
+            spec=TensorSpec(fqn=fqns[0], shape=tuple(shape), dtype=getattr(torch, dtype)), fqns=tuple(fqns)
+        )
+        for fqns, shape, dtype in json.loads(agreement.publish("buffers", text))
     ]
 
 
-def _plain_entries(model: nn.Module) -> list[Entry]:
+def _names_of_plain_tensors(model: nn.Module) -> list[tuple[Entry, list[str]]]:
     entries = entries_of(model)
     parameters = {id(entry.tensor) for entry in entries if entry.role == "parameter"}
-    first: dict[int, Entry] = {}
+    named: dict[int, tuple[Entry, list[str]]] = {}
     for entry in entries:
         if entry.role != "parameter" and id(entry.tensor) not in parameters:
-            first.setdefault(id(entry.tensor), entry)
-    return list(first.values())
+            _, fqns = named.setdefault(id(entry.tensor), (entry, []))
+            fqns += [slot.fqn for slot in entry.slots]
+    return list(named.values())
 
 
 def _place_plain_tensors(
     model: nn.Module,
-    specs: Sequence[TensorSpec],
+    shared: Sequence[_PlainTensor],
     source: StateDictSource,
     device: torch.device,
     *,
@@ -159,20 +185,23 @@ def _place_plain_tensors(
 ) -> dict[str, torch.Tensor]:
     """Put buffers and plain tensors on the device: the source rank's own, and empty ones to be filled elsewhere."""
     placed: dict[str, torch.Tensor] = {}
-    for spec in specs:
+    for plain in shared:
         if is_source:
-            placed[spec.fqn] = source.tensor(spec.fqn).to(device)
+            tensor = source.tensor(plain.spec.fqn).to(device)
         else:
-            placed[spec.fqn] = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            tensor = torch.empty(plain.spec.shape, dtype=plain.spec.dtype, device=device)
+        placed |= dict.fromkeys(plain.fqns, tensor)
     replaced: dict[int, torch.Tensor] = {}
     for entry in entries_of(model):
         if entry.role == "parameter":
             continue
-        tensor = replaced.get(id(entry.tensor), placed.get(entry.fqn))
-        if tensor is not None:
-            replaced[id(entry.tensor)] = tensor
-            entry.replace(tensor)
-    return {} if is_source else placed
+        for slot in entry.slots:
+            # An attribute that only this rank has follows the buffer that it is.
+            found = placed.get(slot.fqn, replaced.get(id(entry.tensor)))
+            if found is not None:
+                replaced.setdefault(id(entry.tensor), found)
+                dataclasses.replace(entry, slots=(slot,)).replace(found)
+    return {} if is_source else {plain.spec.fqn: placed[plain.spec.fqn] for plain in shared}
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-_WRAPPER_PREFIXES = ("_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 
 
 def clean_fqn(fqn: str) -> str:
-    """Return a name without the prefixes of activation checkpointing and `torch.compile`."""
-    for prefix in _WRAPPER_PREFIXES:
-        fqn = fqn.replace(prefix, "")
-    return fqn
+    """Return a name without the parts that activation checkpointing and `torch.compile` add."""
+    return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)

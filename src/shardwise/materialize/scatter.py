@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,10 +11,8 @@ import torch.distributed as dist
 
 from shardwise.checkpoint import StateDictSource
 from shardwise.materialize.data_plane import DataPlane
-from shardwise.plan import Bucket, Piece, ScatterPlan
+from shardwise.plan import BUCKETS_IN_FLIGHT, Bucket, DirectBucket, Piece, ScatterPlan
 from shardwise.tensors import Region
-
-_BUCKETS_IN_FLIGHT = 2
 
 
 class Scatter:
@@ -41,13 +40,15 @@ class Scatter:
         self._targets = targets
         self._rank = rank
         self._position = plan.ranks.index(rank)
-        slots = len(plan.ranks) if rank == plan.source_rank else 1
-        in_flight = min(_BUCKETS_IN_FLIGHT, len(plan.buckets))
+        self._is_source = rank == plan.source_rank
+        slots = len(plan.ranks) if self._is_source else 1
+        packed = sum(isinstance(bucket, Bucket) for bucket in plan.buckets)
+        in_flight = min(BUCKETS_IN_FLIGHT, packed)
         self._ring = [
             torch.empty(slots, plan.slot_bytes, dtype=torch.uint8, device=device) for _ in range(in_flight)
         ]
         self._regions: dict[int, Region] = {}
-        last = plan.last_bucket_of_tensor if rank == plan.source_rank else {}
+        last = plan.last_bucket_of_tensor if self._is_source else {}
         self._ending_with: dict[int, list[int]] = {}
         for tensor, bucket in last.items():
             self._ending_with.setdefault(bucket, []).append(tensor)
@@ -64,22 +65,36 @@ class Scatter:
         Args:
             plane: Carries the buckets; None where nothing travels.
         """
-        if self._rank == self._plan.source_rank:
+        if self._is_source:
             stays = [t for t in range(len(self._plan.tensors)) if t not in self._travels]
             self._keep_own_regions(stays)
         if plane is None:
             return
-        in_flight: list[dist.Work] = []
+        in_flight: deque[tuple[int, dist.Work]] = deque()
         for index, bucket in enumerate(self._plan.buckets):
-            if len(in_flight) == len(self._ring):
-                self._finish(in_flight.pop(0), plane, index - len(self._ring))
-            in_flight.append(self._start(plane, index, bucket))
-        for offset, work in enumerate(in_flight):
-            self._finish(work, plane, len(self._plan.buckets) - len(in_flight) + offset)
+            if len(in_flight) == BUCKETS_IN_FLIGHT:
+                self._finish(plane, *in_flight.popleft())
+            if isinstance(bucket, DirectBucket):
+                work = self._start_direct(plane, bucket)
+            else:
+                work = self._start_packed(plane, index, bucket)
+            in_flight.append((index, work))
+        while in_flight:
+            self._finish(plane, *in_flight.popleft())
 
-    def _start(self, plane: DataPlane, index: int, bucket: Bucket) -> dist.Work:
+    def _start_direct(self, plane: DataPlane, bucket: DirectBucket) -> dist.Work:
+        fqn = self._plan.tensors[bucket.tensor].spec.fqn
+        where = bucket.regions[self._position].relative_to(self._region_of(bucket.tensor))
+        slots = None
+        if self._is_source:
+            slots = [_as_bytes(self._source.tensor(fqn)[region.slices()]) for region in bucket.regions]
+        return plane.scatter(
+            _as_bytes(self._targets[fqn][where.slices()]), slots, source_rank=self._plan.source_rank
+        )
+
+    def _start_packed(self, plane: DataPlane, index: int, bucket: Bucket) -> dist.Work:
         buffer = self._ring[index % len(self._ring)]
-        if self._rank != self._plan.source_rank:
+        if not self._is_source:
             return plane.scatter(buffer[0], None, source_rank=self._plan.source_rank)
         for position, pieces in enumerate(bucket.slots):
             for piece in pieces:
@@ -89,6 +104,20 @@ class Scatter:
         self._keep_own_regions(self._ending_with.get(index, ()))
         return work
 
+    def _finish(self, plane: DataPlane, index: int, work: dist.Work) -> None:
+        plane.wait(work, what=f"bucket {index + 1} of {len(self._plan.buckets)} from the source rank")
+        bucket = self._plan.buckets[index]
+        if isinstance(bucket, DirectBucket):
+            for tensor in self._ending_with.get(index, ()):
+                self._source.release(self._plan.tensors[tensor].spec.fqn)
+        elif not self._is_source:
+            buffer = self._ring[index % len(self._ring)][0]
+            for piece in bucket.slots[self._position]:
+                target = self._targets[self._plan.tensors[piece.tensor].spec.fqn]
+                where = piece.region.relative_to(self._region_of(piece.tensor))
+                with torch.no_grad():
+                    target[where.slices()].copy_(self._staged(buffer, piece))
+
     def _keep_own_regions(self, tensors: Iterable[int]) -> None:
         # The source lets go of each full tensor as soon as its last piece has left, so that its memory shrinks
         # while its shards grow.
@@ -97,17 +126,6 @@ class Scatter:
             if fqn in self._targets:
                 self._source.read(fqn, self._region_of(index), self._targets[fqn])
             self._source.release(fqn)
-
-    def _finish(self, work: dist.Work, plane: DataPlane, index: int) -> None:
-        plane.wait(work, what=f"bucket {index + 1} of {len(self._plan.buckets)} from the source rank")
-        if self._rank == self._plan.source_rank:
-            return
-        buffer = self._ring[index % len(self._ring)][0]
-        for piece in self._plan.buckets[index].slots[self._position]:
-            target = self._targets[self._plan.tensors[piece.tensor].spec.fqn]
-            where = piece.region.relative_to(self._region_of(piece.tensor))
-            with torch.no_grad():
-                target[where.slices()].copy_(self._staged(buffer, piece))
 
     def _region_of(self, tensor: int) -> Region:
         if tensor not in self._regions:
@@ -120,3 +138,7 @@ class Scatter:
         dtype = self._plan.tensors[piece.tensor].spec.dtype
         size = math.prod(piece.region.shape) * dtype.itemsize
         return slot[piece.offset_bytes : piece.offset_bytes + size].view(dtype).view(piece.region.shape)
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1).view(torch.uint8)

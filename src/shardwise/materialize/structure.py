@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,7 +53,10 @@ class Entry:
     def replace(self, tensor: torch.Tensor) -> None:
         """Put another tensor in every place where this one is registered."""
         for slot in self.slots:
-            if self.role == "parameter":
+            if self.role == "parameter" and type(slot.module).__setattr__ is not nn.Module.__setattr__:
+                # nn.LSTM and its kin keep a second list of their weights, which their own assignment updates.
+                setattr(slot.module, slot.name, tensor)
+            elif self.role == "parameter":
                 slot.module._parameters[slot.name] = tensor  # type: ignore[assignment]
             elif self.role == "buffer":
                 slot.module._buffers[slot.name] = tensor
@@ -98,12 +101,12 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
 
 
 def _tensors_of(module: nn.Module, role: Role) -> Iterator[tuple[str, torch.Tensor]]:
-    members: Mapping[str, object] = {
+    registered: dict[Role, dict[str, Any]] = {
         "parameter": module._parameters,
         "buffer": module._buffers,
         "attribute": module.__dict__,
-    }[role]
-    for name, value in members.items():
+    }
+    for name, value in registered[role].items():
         if isinstance(value, torch.Tensor):
             yield name, value
 

@@ -93,7 +93,9 @@ class Layout:
                 continue
             dim = placement.dim
             if not 0 <= dim < len(shape):
-                raise ConfigurationError(f"layout: {placement} does not fit a tensor of shape {shape}")
+                raise ConfigurationError(
+                    f"layout: expected placements on dims of a tensor of shape {shape}, got {placement!r}"
+                )
             rows = -(-(stop[dim] - start[dim]) // size)
             low = min(start[dim] + index * rows, stop[dim])
             start[dim], stop[dim] = low, min(low + rows, stop[dim])

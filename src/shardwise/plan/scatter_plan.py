@@ -1,8 +1,10 @@
 """The rank0 route as data: which piece of which tensor goes to which rank in which bucket.
 
-Every rank has a slot in each bucket. A rank's regions fill its slots in the order of the tensors; a region larger
-than what is left of a slot is cut along its rows. So no bucket exceeds the staging size, small tensors travel
-together, and the plan is the same on all ranks because it is computed from names, shapes, dtypes and layouts alone.
+There are two kinds of bucket. A packed bucket has a slot for every rank, which that rank's regions fill in the order of
+the tensors; a region larger than what is left of a slot is cut along its rows. So small tensors travel together. A
+direct bucket is a part of one large tensor of which all ranks own equal runs of rows: it goes from the source's tensor
+into the shards without being packed. No bucket of either kind exceeds the staging size, and the plan is the same on all
+ranks because it is computed from names, shapes, dtypes and layouts alone.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from shardwise.errors import ConfigurationError
 from shardwise.plan.layout import Layout
 from shardwise.tensors import Region, TensorSpec
 
-ALIGNMENT_BYTES = (
-    16  # every element size divides it, so that any piece of a slot can be viewed in its own dtype
-)
+BUCKETS_IN_FLIGHT = 2
+# Every element size divides it, so that any piece of a slot can be viewed in its own dtype.
+ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,20 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DirectBucket:
+    """A part of one tensor that one collective moves from where it is to where it stays.
+
+    Args:
+        tensor: Index into `ScatterPlan.tensors`.
+        regions: For each rank, in the order of `ScatterPlan.ranks`, whole rows of the full tensor, in elements; all of
+            one shape. The source rank's own part is among them.
+    """
+
+    tensor: int
+    regions: tuple[Region, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScatterPlan:
     """The whole transfer from the source rank's state to all other ranks.
 
@@ -58,8 +74,8 @@ class ScatterPlan:
         tensors: In the order in which they travel.
         ranks: Global ranks in the order of the slots.
         source_rank: Global rank that holds the full tensors; its own regions do not travel.
-        slot_bytes: Size of a slot, the same in all buckets.
-        buckets: In order.
+        slot_bytes: Size of a slot, the same in all packed buckets.
+        buckets: In the order in which they travel: direct ones, then packed ones.
         bytes_to_rank: Payload for each of `ranks`, padding not counted, in bytes.
     """
 
@@ -67,7 +83,7 @@ class ScatterPlan:
     ranks: tuple[int, ...]
     source_rank: int
     slot_bytes: int
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket | DirectBucket, ...]
     bytes_to_rank: tuple[int, ...]
 
     @property
@@ -78,16 +94,22 @@ class ScatterPlan:
     @property
     def last_bucket_of_tensor(self) -> dict[int, int]:
         """Index of the last bucket that carries a piece of each tensor; tensors that never travel are absent."""
-        return {
-            piece.tensor: index
-            for index, bucket in enumerate(self.buckets)
-            for slot in bucket.slots
-            for piece in slot
-        }
+        last: dict[int, int] = {}
+        for index, bucket in enumerate(self.buckets):
+            if isinstance(bucket, DirectBucket):
+                last[bucket.tensor] = index
+            else:
+                last.update((piece.tensor, index) for slot in bucket.slots for piece in slot)
+        return last
 
 
 def plan_scatter(
-    tensors: Sequence[PlannedTensor], *, ranks: Sequence[int], source_rank: int, staging_bytes: int
+    tensors: Sequence[PlannedTensor],
+    *,
+    ranks: Sequence[int],
+    source_rank: int,
+    staging_bytes: int,
+    direct_from_bytes: int | None,
 ) -> ScatterPlan:
     """Plan how the source rank's full tensors reach the other ranks.
 
@@ -96,6 +118,8 @@ def plan_scatter(
         ranks: Global ranks that take part.
         source_rank: The one that holds the full tensors.
         staging_bytes: Bound of all slots that the source fills at a time, two buckets in flight, in bytes.
+        direct_from_bytes: Smallest region, in bytes, that travels in direct buckets; None packs everything, for ranks
+            whose shards are not where the collective's buffers are.
 
     Returns:
         The plan, equal on every rank that passes equal arguments.
@@ -107,39 +131,78 @@ def plan_scatter(
         raise ConfigurationError(
             f"scatter plan: source rank {source_rank} is not one of the ranks {tuple(ranks)}"
         )
-    limit = staging_bytes // (2 * len(ranks)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    limit = staging_bytes // (BUCKETS_IN_FLIGHT * len(ranks)) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     if limit < ALIGNMENT_BYTES:
-        needed = 2 * len(ranks) * ALIGNMENT_BYTES
+        needed = BUCKETS_IN_FLIGHT * len(ranks) * ALIGNMENT_BYTES
         raise ConfigurationError(
             f"staging_bytes: expected at least {needed} for {len(ranks)} ranks, got {staging_bytes}"
         )
+    owned = [tuple(tensor.layout.region(tensor.spec.shape, rank) for rank in ranks) for tensor in tensors]
+    straight = {
+        index
+        for index, tensor in enumerate(tensors)
+        if len(ranks) > 1 and _goes_straight(tensor.spec, owned[index], direct_from_bytes)
+    }
+    direct = [
+        bucket
+        for index in sorted(straight)
+        for bucket in _direct_buckets(tensors, index, owned[index], limit)
+    ]
     streams: list[list[tuple[Piece, ...]]] = []
     payloads: list[int] = []
-    for rank in ranks:
-        pieces = () if rank == source_rank else tuple(_pieces_of_rank(tensors, rank, limit))
-        streams.append(list(_fill_slots(pieces, tensors, limit)))
-        payloads.append(sum(p.region.numel * tensors[p.tensor].spec.dtype.itemsize for p in pieces))
-    count = max(len(stream) for stream in streams)
-    buckets = tuple(
+    for position, rank in enumerate(ranks):
+        regions = [] if rank == source_rank else [parts[position] for parts in owned]
+        packed = [None if index in straight else region for index, region in enumerate(regions)]
+        streams.append(list(_fill_slots(tuple(_pieces(packed, tensors, limit)), tensors, limit)))
+        payloads.append(
+            sum(
+                region.numel * tensors[index].spec.dtype.itemsize
+                for index, region in enumerate(regions)
+                if region is not None
+            )
+        )
+    packed_buckets = tuple(
         Bucket(slots=tuple(stream[index] if index < len(stream) else () for stream in streams))
-        for index in range(count)
+        for index in range(max(len(stream) for stream in streams))
     )
     return ScatterPlan(
         tensors=tuple(tensors),
         ranks=tuple(ranks),
         source_rank=source_rank,
-        slot_bytes=_largest_slot_bytes(buckets, tensors),
-        buckets=buckets,
+        slot_bytes=_largest_slot_bytes(packed_buckets, tensors),
+        buckets=(*direct, *packed_buckets),
         bytes_to_rank=tuple(payloads),
     )
 
 
-def _pieces_of_rank(tensors: Sequence[PlannedTensor], rank: int, limit: int) -> Iterator[Piece]:
-    for index, tensor in enumerate(tensors):
-        region = tensor.layout.region(tensor.spec.shape, rank)
+def _goes_straight(spec: TensorSpec, regions: Sequence[Region | None], direct_from_bytes: int | None) -> bool:
+    first = regions[0]
+    if direct_from_bytes is None or first is None or not spec.shape:
+        return False
+    if first.numel * spec.dtype.itemsize < direct_from_bytes or first.shape == spec.shape:
+        return False
+    return all(
+        region is not None and region.shape == first.shape and region.shape[1:] == spec.shape[1:]
+        for region in regions
+    )
+
+
+def _direct_buckets(
+    tensors: Sequence[PlannedTensor], index: int, regions: Sequence[Region | None], limit: int
+) -> Iterator[DirectBucket]:
+    max_numel = limit // tensors[index].spec.dtype.itemsize
+    # A row that is larger than a bucket is cut within; either way each part is contiguous.
+    parts = [split_region(region, max_numel=max_numel) for region in regions if region is not None]
+    yield from (DirectBucket(tensor=index, regions=of_ranks) for of_ranks in zip(*parts, strict=True))
+
+
+def _pieces(
+    regions: Sequence[Region | None], tensors: Sequence[PlannedTensor], limit: int
+) -> Iterator[Piece]:
+    for index, region in enumerate(regions):
         if region is None or region.numel == 0:
             continue
-        for part in split_region(region, max_numel=limit // tensor.spec.dtype.itemsize):
+        for part in split_region(region, max_numel=limit // tensors[index].spec.dtype.itemsize):
             yield Piece(tensor=index, region=part, offset_bytes=0)
 
 

@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwise.errors import ConfigurationError
 from shardwise.profiling.readings import MemoryReading
 
 FIELDS: Final = (
@@ -151,7 +152,15 @@ def span_peaks(
 
     Returns:
         The peaks; where the span has no reading of its own, the last reading before it counts.
+
+    Raises:
+        ConfigurationError: The span ends before it starts.
     """
+    if not start_seconds <= stop_seconds:
+        raise ConfigurationError(
+            f"memory profile: expected a span that ends after its start, got {start_seconds} s to "
+            f"{stop_seconds} s"
+        )
     seconds = columns.seconds()
 
     def increase(values: NDArray[np.float64], base: int | None) -> int | None:

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from typing import Final
 
-class CostPace:
-    """Spaces readings so that their processor time is no more than a fixed share of the wall-clock time.
+_MOST_INTERVALS: Final = 4  # between two samples
+
+
+def next_sample_seconds(
+    *, now_seconds: float, interval_seconds: float, thread_seconds: float, share: float
+) -> float:
+    """Return when to sample next, since the profile's start.
+
+    The answer lies on a fixed grid: what one sample costs delays no later one, and what was missed is not made
+    up. Where wake-ups are dear (a crowded machine) it is later, so that the thread keeps to its share, but by a few
+    intervals at most: a profile must not be blind to save time.
 
     Args:
-        share: Largest part of the time to spend, in (0, 1).
+        now_seconds: Time since the profile's start.
+        interval_seconds: Width of the grid.
+        thread_seconds: Processor time that the sampling thread has used so far.
+        share: Largest part of the time that it should use, in (0, 1).
+    """
+    on_grid = (math.floor(now_seconds / interval_seconds) + 1) * interval_seconds
+    return max(on_grid, min(thread_seconds / share, now_seconds + _MOST_INTERVALS * interval_seconds))
+
+
+class CostPace:
+    """Spaces readings so that their processor time is no more than a share of the wall-clock time.
+
+    Args:
+        share: Largest part of the time that readings asked for by the clock may take, in (0, 1).
         gap_seconds: Shortest time between two readings that the clock asks for.
     """
 
-    __slots__ = ("_affordable_at", "_gap_seconds", "_share", "_wanted_at")
+    __slots__ = ("_cost_seconds", "_gap_seconds", "_last_seconds", "_share")
 
     def __init__(self, *, share: float, gap_seconds: float) -> None:
         self._share = share
         self._gap_seconds = gap_seconds
-        self._affordable_at = 0.0  # seconds since the profile's start
-        self._wanted_at = 0.0
+        self._last_seconds = -math.inf  # since the profile's start
+        self._cost_seconds = 0.0
 
     def is_wanted(self, now_seconds: float) -> bool:
         """Return whether the gap has passed, and the share allows another reading."""
-        return now_seconds >= self._wanted_at and self.is_affordable(now_seconds)
+        has_passed = now_seconds - self._last_seconds >= self._gap_seconds
+        return has_passed and self.is_affordable(now_seconds, share=self._share)
 
-    def is_affordable(self, now_seconds: float) -> bool:
-        """Return whether the share allows another reading, however short the gap."""
-        return now_seconds >= self._affordable_at
+    def is_affordable(self, now_seconds: float, *, share: float) -> bool:
+        """Return whether another reading stays within `share` of the time since the last, however short the gap."""
+        return now_seconds - self._last_seconds >= self._cost_seconds / share
 
     def spent(self, *, now_seconds: float, cost_seconds: float) -> None:
         """Take note of a reading that ended at `now_seconds` and took `cost_seconds` of processor time."""
-        self._wanted_at = now_seconds + self._gap_seconds
-        self._affordable_at = now_seconds + cost_seconds / self._share
+        self._last_seconds = now_seconds
+        self._cost_seconds = cost_seconds

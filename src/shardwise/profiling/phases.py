@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +44,21 @@ class PhaseRecorder(Protocol):
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Note a phase from entry to exit."""
+
+
+def seconds_by_name(spans: Sequence[PhaseSpan]) -> dict[str, float]:
+    """Add up the time of spans by name; time in which a name was open twice counts once.
+
+    Args:
+        spans: The spans, in the order of their start.
+    """
+    totals: dict[str, float] = {}
+    counted_until: dict[str, float] = {}
+    for span in spans:
+        start = max(span.start_seconds, counted_until.get(span.name, 0.0))
+        totals[span.name] = totals.get(span.name, 0.0) + max(0.0, span.stop_seconds - start)
+        counted_until[span.name] = max(span.stop_seconds, counted_until.get(span.name, 0.0))
+    return totals
 
 
 _active: list[PhaseRecorder] = []

@@ -14,14 +14,17 @@ import torch
 from shardwise.errors import ConfigurationError
 from shardwise.profiling.columns import NOT_READ, MemoryPeaks, ReadingColumns, Row, reading_of, span_peaks
 from shardwise.profiling.device import device_reader
-from shardwise.profiling.pace import CostPace
-from shardwise.profiling.phases import PhaseSpan, activate, active_recorders, deactivate
+from shardwise.profiling.pace import CostPace, next_sample_seconds
+from shardwise.profiling.phases import PhaseSpan, activate, active_recorders, deactivate, seconds_by_name
 from shardwise.profiling.readings import MemoryReading, host_reader
+from shardwise.profiling.timeline import timeline_document
 
 MOST_ROWS: Final = 65536  # 4 MiB; 11 minutes at 100 readings a second, then half as many a second, and so on
 _PSS_EVERY: Final = 20  # samples
 # The kernel walks every page for the proportional set size, and allocators build a dictionary of statistics.
-_COSTLY_SHARE: Final = 0.003
+_COSTLY_SHARE: Final = 0.0025
+_PHASE_SHARE: Final = 0.025  # at a phase's ends, which are few and tell most
+_THREAD_SHARE: Final = 0.01  # of one core, for everything that the sampler's thread does
 
 
 class MemoryProfile:
@@ -141,9 +144,9 @@ class MemoryProfile:
     @property
     def seconds(self) -> float:
         """Time from start to stop, or until now."""
-        if self._stopped_after_seconds is not None:
-            return self._stopped_after_seconds
-        return self._now() if self._baseline is not None else 0.0
+        if self._stopped_after_seconds is None:
+            return self._now() if self._baseline else 0.0
+        return self._stopped_after_seconds
 
     @property
     def measures(self) -> str:
@@ -158,22 +161,22 @@ class MemoryProfile:
     @property
     def anon_peak_bytes(self) -> int:
         """Highest increase of anonymous memory over the baseline."""
-        return self._whole().anon_peak_bytes
+        return self.peak_between(0.0, math.inf).anon_peak_bytes
 
     @property
     def file_peak_bytes(self) -> int:
         """Highest increase of file-backed memory over the baseline."""
-        return self._whole().file_peak_bytes
+        return self.peak_between(0.0, math.inf).file_peak_bytes
 
     @property
     def pss_peak_bytes(self) -> int | None:
         """Highest increase of the proportional set size over the baseline; None where it cannot be read."""
-        return self._whole().pss_peak_bytes
+        return self.peak_between(0.0, math.inf).pss_peak_bytes
 
     @property
     def device_peak_bytes(self) -> int:
         """Highest increase of device memory over the baseline; 0 where there is no device."""
-        return self._whole().device_peak_bytes
+        return self.peak_between(0.0, math.inf).device_peak_bytes
 
     def peak_between(self, start_seconds: float, stop_seconds: float) -> MemoryPeaks:
         """Return the highest increases over the baseline within a span, both ends included.
@@ -181,15 +184,7 @@ class MemoryProfile:
         Args:
             start_seconds: Start of the span, since the profile's start.
             stop_seconds: End of the span, since the profile's start.
-
-        Raises:
-            ConfigurationError: The span ends before it starts.
         """
-        if not start_seconds <= stop_seconds:
-            raise ConfigurationError(
-                f"memory profile: expected a span that ends after its start, got {start_seconds} s to "
-                f"{stop_seconds} s"
-            )
         with self._lock:
             return span_peaks(
                 self._columns, baseline=self.baseline, start_seconds=start_seconds, stop_seconds=stop_seconds
@@ -197,13 +192,7 @@ class MemoryProfile:
 
     def phase_seconds(self) -> dict[str, float]:
         """Return the time spent in each phase, by name; time in which a name was open twice counts once."""
-        totals: dict[str, float] = {}
-        counted_until: dict[str, float] = {}
-        for span in self.phases:
-            start = max(span.start_seconds, counted_until.get(span.name, 0.0))
-            totals[span.name] = totals.get(span.name, 0.0) + max(0.0, span.stop_seconds - start)
-            counted_until[span.name] = max(span.stop_seconds, counted_until.get(span.name, 0.0))
-        return totals
+        return seconds_by_name(self.phases)
 
     def to_json(self) -> dict[str, Any]:
         """Return the timeline by column, in absolute bytes (None where not read), for `json.dump`.
@@ -211,38 +200,14 @@ class MemoryProfile:
         `started_at_seconds` is Unix time: with it the timelines of several ranks can be laid side by side.
         """
         with self._lock:
-            rows = list(self._columns.rows())
-            device = [None if math.isnan(value) else int(value) for value in self._columns.device_values()]
-        return {
-            "measures": self._measures,
-            "started_at_seconds": self._started_at_seconds,
-            "skipped_readings": self._skipped_readings,
-            "seconds": [round(row.seconds, 6) for row in rows],
-            "anon_bytes": [row.anon_bytes for row in rows],
-            "file_bytes": [row.file_bytes for row in rows],
-            "shared_bytes": [row.shared_bytes for row in rows],
-            "pss_bytes": [row.pss_bytes for row in rows],
-            "device_bytes": device,
-            "phases": [
-                {
-                    "name": span.name,
-                    "depth": span.depth,
-                    "start_seconds": span.start_seconds,
-                    "stop_seconds": span.stop_seconds,
-                }
-                for span in self.phases
-            ],
-            "baseline": {
-                "anon_bytes": self.baseline.anon_bytes,
-                "file_bytes": self.baseline.file_bytes,
-                "shared_bytes": self.baseline.shared_bytes,
-                "pss_bytes": self.baseline.pss_bytes,
-                "device_bytes": self.baseline.device_allocated_bytes,
-            },
-        }
-
-    def _whole(self) -> MemoryPeaks:
-        return self.peak_between(0.0, math.inf)
+            return timeline_document(
+                self._columns,
+                baseline=self.baseline,
+                phases=self.phases,
+                measures=self._measures,
+                started_at_seconds=self._started_at_seconds,
+                skipped_readings=self._skipped_readings,
+            )
 
     def _now(self) -> float:
         return time.perf_counter() - self._origin_seconds
@@ -251,8 +216,12 @@ class MemoryProfile:
         due = self._interval_seconds
         while not self._stop_asked.wait(max(0.0, due - self._now())):
             self._take(all_figures=None)
-            # On the fixed grid: what a reading costs delays no later one, and what was missed is not made up.
-            due = (math.floor(self._now() / self._interval_seconds) + 1) * self._interval_seconds
+            due = next_sample_seconds(
+                now_seconds=self._now(),
+                interval_seconds=self._interval_seconds,
+                thread_seconds=time.thread_time(),
+                share=_THREAD_SHARE,
+            )
 
     def _take(self, *, all_figures: bool | None) -> None:
         with self._lock:
@@ -270,7 +239,9 @@ class MemoryProfile:
         anon, file, shared = self._host.read()
         pss: float | None = None
         if all_figures or (
-            self._pss_pace.is_wanted(now) if all_figures is None else self._pss_pace.is_affordable(now)
+            self._pss_pace.is_wanted(now)
+            if all_figures is None
+            else self._pss_pace.is_affordable(now, share=_PHASE_SHARE)
         ):
             before = time.thread_time()
             pss = self._host.read_pss()
@@ -285,7 +256,7 @@ class MemoryProfile:
 
     def _open_phase(self, name: str) -> int:
         if self._baseline is None or not name:
-            got = "an empty name" if self._baseline is not None else "a profile that was not started"
+            got = "an empty name" if self._baseline else "a profile that was not started"
             raise ConfigurationError(
                 f"phase {name!r}: expected a name and a started memory profile, got {got}"
             )
@@ -300,10 +271,10 @@ class MemoryProfile:
 
     def _close_phase(self, key: int) -> None:
         opened = self._open_phases.pop(key, None)
-        if opened is None:  # the profile stopped first, and closed it
-            return
-        name, depth, start = opened
-        self._phases.append(PhaseSpan(name=name, depth=depth, start_seconds=start, stop_seconds=self._now()))
+        if opened is not None:  # else the profile stopped first, and closed it
+            name, depth, start = opened
+            stop = self._now()
+            self._phases.append(PhaseSpan(name=name, depth=depth, start_seconds=start, stop_seconds=stop))
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -10,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardwise.errors import ConfigurationError
+from shardwise.profiling.columns import ReadingColumns
 from shardwise.profiling.phases import PhaseSpan
+from shardwise.profiling.readings import MemoryReading
 
 Figure = Literal["anon_bytes", "file_bytes", "pss_bytes", "device_bytes"]
 FIGURES: Final[tuple[Figure, ...]] = ("anon_bytes", "file_bytes", "pss_bytes", "device_bytes")
@@ -81,6 +85,38 @@ class Timeline:
     def phases_end_seconds(self, names: Sequence[str]) -> float | None:
         """Return when the last of the named phases ends; None where there is none of them."""
         return max((span.stop_seconds for span in self.phases if span.name in names), default=None)
+
+
+def timeline_document(
+    columns: ReadingColumns,
+    *,
+    baseline: MemoryReading,
+    phases: Sequence[PhaseSpan],
+    measures: str,
+    started_at_seconds: float,
+    skipped_readings: int,
+) -> dict[str, Any]:
+    """Return the JSON form of a profile: by column, in absolute bytes, None where not read."""
+    rows = list(columns.rows())
+    return {
+        "measures": measures,
+        "started_at_seconds": started_at_seconds,
+        "skipped_readings": skipped_readings,
+        "seconds": [round(row.seconds, 6) for row in rows],
+        "anon_bytes": [row.anon_bytes for row in rows],
+        "file_bytes": [row.file_bytes for row in rows],
+        "shared_bytes": [row.shared_bytes for row in rows],
+        "pss_bytes": [row.pss_bytes for row in rows],
+        "device_bytes": [None if math.isnan(value) else int(value) for value in columns.device_values()],
+        "phases": [dataclasses.asdict(span) for span in phases],
+        "baseline": {
+            "anon_bytes": baseline.anon_bytes,
+            "file_bytes": baseline.file_bytes,
+            "shared_bytes": baseline.shared_bytes,
+            "pss_bytes": baseline.pss_bytes,
+            "device_bytes": baseline.device_allocated_bytes,
+        },
+    }
 
 
 def node_increase(

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from shardwise.errors import ConfigurationError
 from shardwise.profiling import Figure, LoadReport, Timeline, node_peak_bytes
+from shardwise.report.joined import load_and_step
 
 SCHEMA: Final = "shardwise.compare/1"
 LOAD_PHASES: Final = ("from_pretrained", "optimizer", "wrap_model")
@@ -40,7 +41,8 @@ class Run:
         node: Highest sum over the ranks of the fullest node.
         device_peak_bytes: Highest of any rank; 0 where there is no device.
         shard_bytes: Largest shard of any rank.
-        timelines: Memory over time, by rank.
+        timelines: Memory over time, by rank; the training step follows the load after a short break.
+        break_seconds: Middle of that break, since the start of the earliest timeline; None where there is none.
         nodes: Ranks by host name.
     """
 
@@ -54,6 +56,7 @@ class Run:
     device_peak_bytes: int
     shard_bytes: int
     timelines: tuple[Timeline, ...]
+    break_seconds: float | None
     nodes: Mapping[str, tuple[int, ...]]
 
     @property
@@ -114,12 +117,11 @@ def _read_run(run: Mapping[str, Any]) -> Run:
             device_peak_bytes=0,
             shard_bytes=0,
             timelines=(),
+            break_seconds=None,
             nodes={},
         )
     report = LoadReport.from_json({field.name: run[field.name] for field in dataclasses.fields(LoadReport)})
-    timelines = tuple(
-        sorted((Timeline.from_json(line) for line in run["timelines"]), key=lambda line: line.rank)
-    )
+    timelines, break_seconds = load_and_step(run["timelines"], run.get("step_timelines", ()))
     nodes: dict[str, tuple[int, ...]] = {}
     for rank in report.ranks:
         nodes[rank.node] = (*nodes.get(rank.node, ()), rank.rank)
@@ -142,6 +144,7 @@ def _read_run(run: Mapping[str, Any]) -> Run:
         device_peak_bytes=max((rank.device_peak_bytes for rank in report.ranks), default=0),
         shard_bytes=max((rank.shard_bytes for rank in report.ranks), default=0),
         timelines=timelines,
+        break_seconds=break_seconds,
         nodes=nodes,
     )
 

@@ -165,12 +165,17 @@ def _draw_phases(axis: Any, *, run: Run, scale: _Scale) -> None:
 def _draw_lines(axis: Any, *, run: Run, name: Figure, scale: _Scale) -> None:
     unit_bytes = UNIT_BYTES[scale.unit]
     when, total = _node_line(run, name)
-    axis.plot(when, total / unit_bytes, color=NODE_COLOUR, linewidth=1.0, linestyle=NODE_DASHES, zorder=2)
+    axis.plot(
+        *_broken(when, total / unit_bytes, run.break_seconds),
+        color=NODE_COLOUR,
+        linewidth=1.0,
+        linestyle=NODE_DASHES,
+        zorder=2,
+    )
     # Rank 0 last: in several modes it alone holds the checkpoint, and it must not be hidden.
     for rank, instants, values in reversed(_rank_lines(run, name)):
         axis.plot(
-            instants,
-            values / unit_bytes,
+            *_broken(instants, values / unit_bytes, run.break_seconds),
             color=rank_colour(rank, run.world_size),
             linewidth=rank_width(rank, run.world_size),
             solid_capstyle="butt",
@@ -203,6 +208,16 @@ def _draw_lines(axis: Any, *, run: Run, name: Figure, scale: _Scale) -> None:
         loc="right",
         fontsize=9.5,
     )
+
+
+def _broken(
+    when: NDArray[np.float64], values: NDArray[np.float64], break_seconds: float | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a line with a hole where nothing was measured."""
+    if break_seconds is None:
+        return when, values
+    index = int(np.searchsorted(when, break_seconds))
+    return np.insert(when, index, break_seconds), np.insert(values, index, np.nan)
 
 
 def _worst_point(run: Run, name: Figure) -> tuple[int, float, float] | None:

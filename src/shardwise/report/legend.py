@@ -69,6 +69,12 @@ def shaded_phases(run: Run) -> list[tuple[float, PhaseSpan]]:
     return [(span.start_seconds + offset, span) for span in outer]
 
 
+def _broken_note(runs: Sequence[Run]) -> str:
+    if all(run.break_seconds is None for run in runs):
+        return ""
+    return " The step is drawn right after the load; checks that ran between them are left out."
+
+
 def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run], first: Any) -> None:
     """Draw title, legend and footnote.
 
@@ -132,7 +138,8 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
     notes = [
         "Lines: anonymous memory of each rank (what the process itself has written; not the pages of mapped files) "
         "above its value after the imports.",
-        "Shading: what rank 0 is doing. Peaks leave the training step out. All panels share their scales.",
+        "Shading: what rank 0 is doing. Peaks leave the training step out. All panels share their scales."
+        + _broken_note(runs),
         *(line for text in measures for line in textwrap.wrap(f"Measured: {text}.", _NOTE_LETTERS)),
     ]
     figure.text(

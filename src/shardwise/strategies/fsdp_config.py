@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,32 @@ _STRATEGIES = {
     "HYBRID_SHARD": True,
     "SHARD_GRAD_OP": False,
     "HYBRID_SHARD_ZERO2": False,
+}
+
+
+def _is_class_or_name(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, type) and issubclass(value, nn.Module))
+
+
+# What each option's value must be; those without an entry are checked by their meaning.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "reshard_after_forward": (lambda v: v is None or isinstance(v, int), "a bool, a number of ranks or None"),
+    "cpu_offload": (lambda v: isinstance(v, (bool, OffloadPolicy)), "a bool or an offload policy of torch"),
+    "activation_checkpointing": (lambda v: isinstance(v, bool), "a bool"),
+    "auto_wrap_policy": (
+        lambda v: callable(v) or v in ("transformer", "none"),
+        "'transformer', 'none' or a function",
+    ),
+    "wrap_classes": (
+        lambda v: v is None or (isinstance(v, tuple) and len(v) > 0 and all(map(_is_class_or_name, v))),
+        "names or classes of modules",
+    ),
+    "shard_placement_fn": (lambda v: v is None or callable(v), "a function"),
+    "ignored_params": (
+        lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
+        "names of parameters",
+    ),
+    "cpu_ram_efficient_loading": (lambda v: v is None or isinstance(v, bool), "a bool"),
 }
 
 
@@ -51,13 +77,19 @@ class FSDPConfig:
     cpu_ram_efficient_loading: bool | None = None
 
     def __post_init__(self) -> None:
-        policy = self.auto_wrap_policy
-        if not callable(policy) and policy not in ("transformer", "none"):
+        for name, (is_valid, expected) in _VALUES.items():
+            if not is_valid(getattr(self, name)):
+                raise ConfigurationError(
+                    f"fsdp_config[{name!r}]: expected {expected}, got {getattr(self, name)!r}"
+                )
+        if self.wrap_classes is not None and self.auto_wrap_policy != "transformer":
             raise ConfigurationError(
-                f"fsdp_config['auto_wrap_policy']: expected 'transformer', 'none' or a function, got {policy!r}"
+                "fsdp_config: wrap_classes are the layers of auto_wrap_policy='transformer', got "
+                f"auto_wrap_policy={self.auto_wrap_policy!r} as well. Give one of the two."
             )
         if self.sharding_strategy is not None:
-            implied = _STRATEGIES.get(self.sharding_strategy)
+            is_name = isinstance(self.sharding_strategy, str)
+            implied = _STRATEGIES.get(self.sharding_strategy) if is_name else None
             if implied is None:
                 raise ConfigurationError(
                     f"fsdp_config['sharding_strategy']: expected one of {', '.join(_STRATEGIES)}, got "
@@ -72,11 +104,6 @@ class FSDPConfig:
             raise ConfigurationError(
                 f"fsdp_config['backward_prefetch']: FSDP2 knows only BACKWARD_PRE, got {self.backward_prefetch!r}. Leave it out."
             )
-        for name in ("activation_checkpointing",):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigurationError(
-                    f"fsdp_config[{name!r}]: expected a bool, got {getattr(self, name)!r}"
-                )
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any] | None) -> FSDPConfig:
@@ -87,7 +114,7 @@ class FSDPConfig:
         """
         options = dict(options or {})
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(str(key) for key in options if key not in known)
         if unknown:
             raise ConfigurationError(
                 f"fsdp_config: unknown keys {', '.join(unknown)}. Known keys: {', '.join(known)}."
@@ -96,7 +123,7 @@ class FSDPConfig:
             value = options.get(name)
             if isinstance(value, (str, type)):
                 options[name] = (value,)
-            elif value is not None:
+            elif isinstance(value, Iterable):
                 options[name] = tuple(value)
         return cls(**options)
 

@@ -39,7 +39,7 @@ def resolve_mesh(device_mesh: DeviceMesh | None) -> DeviceMesh:
         )
     if device_mesh.ndim == 1:
         return device_mesh
-    if device_mesh.ndim == 2 and names[0] in REPLICATE_AXES and names[1] in SHARD_AXES:
+    if len(names) == 2 and names[0] in REPLICATE_AXES and names[1] in SHARD_AXES:
         return device_mesh
     raise ConfigurationError(
         f"device_mesh: expected one axis, or two named {' or '.join(REPLICATE_AXES)} and {' or '.join(SHARD_AXES)} "

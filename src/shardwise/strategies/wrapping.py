@@ -68,8 +68,8 @@ def apply_checkpointing(model: nn.Module, config: FSDPConfig) -> None:
     """Wrap each layer that becomes a unit in torch's activation checkpointing, if the options ask for it."""
     if not config.activation_checkpointing:
         return
-    chosen = {id(model.get_submodule(fqn)) for fqn in _layer_fqns(model, config)}
-    chosen.discard(id(model))
+    layers = [model.get_submodule(fqn) for fqn in _layer_fqns(model, config)]
+    chosen = {id(layer) for layer in layers if not isinstance(layer, CheckpointWrapper)}
     apply_activation_checkpointing(model, check_fn=lambda module: id(module) in chosen)
 
 
@@ -89,8 +89,8 @@ def _layer_fqns(model: nn.Module, config: FSDPConfig) -> list[str]:
                 f"{', '.join(sorted({type(m).__name__ for _, m in _inner_modules(model)}))}."
             )
         return found
-    named = getattr(model, "_no_split_modules", None)
-    return _instances(model, tuple(named)) if named else _list_entries(model)
+    named = getattr(model, "_no_split_modules", None) or ()
+    return _instances(model, named) or _list_entries(model)
 
 
 def _instances(model: nn.Module, classes: Iterable[str | type[nn.Module]]) -> list[str]:

@@ -1,0 +1,108 @@
+"""Rank 0 holds a model; every rank ends with its shard: shardwise against torch's `set_model_state_dict`.
+
+    python benchmarks/bench_rank0.py [--parameters 1000000000] [--ranks 4] [--repeats 3] [--dtype bfloat16]
+
+The two ways run in turn, each time in fresh processes on one generated Qwen3-shaped checkpoint. Printed are medians
+over the repeats: seconds from the loaded model to filled shards on all ranks, and the anonymous host memory of rank 0
+and of the worst other rank over load and transfer. Figures go to `--json` as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import rank0_workers
+from shardwise.compare.environment import describe_environment
+from shardwise.compare.generated import generate_checkpoint
+from shardwise.compare.launch import run_ranks
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parameters", type=int, default=1_000_000_000)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--model", help="a checkpoint directory, in place of a generated one")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="bench-rank0-") as folder:
+        model = options.model
+        if model is None:
+            model = str(Path(folder) / "model")
+            console.print(f"writing a checkpoint of {options.parameters:,} parameters")
+            generate_checkpoint(
+                Path(model),
+                config_kind="dense",
+                parameters=options.parameters,
+                dtype=torch.bfloat16,
+                seed=0,
+                files=4,
+            )
+        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in rank0_workers.WAYS}
+        for repeat in range(options.repeats):
+            for way, results in runs.items():
+                console.print(f"run {repeat + 1} of {options.repeats}: {way}")
+                by_rank = run_ranks(
+                    rank0_workers.measure,
+                    {"model": model, "dtype": options.dtype, "way": way},
+                    ranks=options.ranks,
+                    log_directory=Path(folder) / f"{way}-{repeat}",
+                    progress=lambda _text: None,
+                )
+                results.append(_summary(by_rank))
+    checksums = {run["checksum"] for results in runs.values() for run in results}
+    document = {
+        "benchmark": "rank0",
+        "environment": describe_environment(),
+        "options": {k: str(v) for k, v in vars(options).items()},
+        "runs": runs,
+        "equal": len(checksums) == 1,
+    }
+    _print(runs, console)
+    console.print(f"all ways ended with equal shards: {document['equal']}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _summary(by_rank: dict[int, Any]) -> dict[str, Any]:
+    return {
+        "seconds": max(result["seconds"] for result in by_rank.values()),
+        "load_seconds": max(result["load_seconds"] for result in by_rank.values()),
+        "source_peak_bytes": by_rank[0]["host_anon_peak_bytes"],
+        "other_peak_bytes": max(r["host_anon_peak_bytes"] for rank, r in by_rank.items() if rank != 0),
+        "checksum": by_rank[0]["checksum"],
+    }
+
+
+def _print(runs: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    table = Table("way", "seconds", "lowest", "highest", "rank 0 peak, MiB", "worst other rank's peak, MiB")
+    for way, results in runs.items():
+        seconds = [run["seconds"] for run in results]
+        table.add_row(
+            way,
+            f"{statistics.median(seconds):.2f}",
+            f"{min(seconds):.2f}",
+            f"{max(seconds):.2f}",
+            f"{statistics.median(run['source_peak_bytes'] for run in results) / 2**20:.0f}",
+            f"{statistics.median(run['other_peak_bytes'] for run in results) / 2**20:.0f}",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

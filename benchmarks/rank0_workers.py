@@ -1,0 +1,76 @@
+"""What one rank does in `bench_rank0.py`: bring a model from rank 0's memory into shards, one way or another."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from shardwise import NativeFSDPStrategy, profile_memory
+
+
+def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Load on rank 0, shard, and fill the shards of all ranks; return seconds and host memory of the second part.
+
+    Args:
+        arguments: `model` (a directory), `dtype` (torch's name of it) and `way` (a key of `WAYS`).
+    """
+    from transformers import AutoModelForCausalLM
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=20))
+    init_device_mesh("cpu", (dist.get_world_size(),))
+    strategy = NativeFSDPStrategy(mixed_precision="no")
+    dtype = getattr(torch, arguments["dtype"])
+    dist.barrier()
+    with profile_memory() as profile:
+        with profile.phase("load"):
+            model = strategy.load_pretrained(AutoModelForCausalLM, arguments["model"], dtype=dtype)
+            dist.barrier()
+        with profile.phase("transfer"):
+            WAYS[arguments["way"]](strategy, model)
+            dist.barrier()
+    seconds = profile.phase_seconds()
+    checksum = sum(parameter.to_local().double().sum().item() for parameter in model.parameters())
+    total = torch.tensor([checksum], dtype=torch.float64)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return {
+        "host_anon_peak_bytes": profile.anon_peak_bytes,
+        "seconds": seconds["transfer"],
+        "load_seconds": seconds["load"],
+        "checksum": total.item(),
+    }
+
+
+def _shardwise(strategy: NativeFSDPStrategy, model: nn.Module) -> None:
+    strategy.wrap_model(model)
+
+
+def _set_model_state_dict(strategy: NativeFSDPStrategy, model: nn.Module) -> None:
+    """Shard on meta, then let torch broadcast each full tensor from rank 0, of which every rank keeps its part."""
+    full: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        full = dict(model.state_dict())
+        model.to("meta")
+        model.tie_weights()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in full}
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, full, options=options)
+    del buffers
+
+
+WAYS: dict[str, Callable[[NativeFSDPStrategy, nn.Module], None]] = {
+    "shardwise": _shardwise,
+    "set_model_state_dict": _set_model_state_dict,
+}

@@ -1,0 +1,108 @@
+"""What the ranks of many tests do alike: make a strategy, a batch, a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+import shardwise as sw
+from shardwise.materialize import clean_fqn
+from tests.distributed.models import VOCABULARY, from_checkpoint
+
+STRATEGIES = ("native_fsdp", "accelerate")
+ROWS_PER_RANK = 2
+
+
+def make_strategy(name: str, **arguments: Any) -> Any:
+    """Return a strategy by its name; full precision unless told otherwise, and never a long wait."""
+    made = {"native_fsdp": sw.NativeFSDPStrategy, "accelerate": sw.AccelerateStrategy}[name]
+    return made(**{"mixed_precision": "no", "timeout": 25.0, **arguments})
+
+
+def load(strategy: Any, directory: str, **arguments: Any) -> nn.Module:
+    """Load a causal language model through a strategy."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = strategy.load_pretrained(AutoModelForCausalLM, directory, **arguments)
+    return model
+
+
+def torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer under Accelerate's wrapper, if there is one."""
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+
+
+def token_batch(*, length: int = 16) -> torch.Tensor:
+    """Return the whole job's tokens; `own_rows` cuts this rank's part."""
+    rows = ROWS_PER_RANK * dist.get_world_size()
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(7))
+
+
+def own_rows(batch: torch.Tensor) -> torch.Tensor:
+    """Return this rank's rows of the whole job's batch."""
+    return batch[dist.get_rank() * ROWS_PER_RANK :][:ROWS_PER_RANK]
+
+
+def backward(strategy: Any, loss: torch.Tensor) -> None:
+    """Run backward the way that the strategy's users do."""
+    if isinstance(strategy, sw.AccelerateStrategy):
+        strategy.accelerator.backward(loss)
+    else:
+        loss.backward()
+
+
+def language_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of a causal language model over a batch."""
+    loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return every gradient whole, by clean name; all ranks call it together."""
+    gradients = {}
+    for fqn, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad
+            gradients[clean_fqn(fqn)] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return gradients
+
+
+def check_gradients(model: nn.Module, expected: nn.Module) -> None:
+    """Fail unless every gradient of a sharded model is that of a model in this process alone."""
+    got, wanted = full_gradients(model), full_gradients(expected)
+    assert list(got) == list(wanted), f"gradients for {set(got) ^ set(wanted)} on one side only"
+    for fqn, gradient in wanted.items():
+        torch.testing.assert_close(
+            got[fqn], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, fqn=fqn: f"{fqn}: {m}"
+        )
+
+
+def reference_gradients(directory: str) -> nn.Module:
+    """Return a single-process model in float32 after backward over the whole job's batch."""
+    reference = from_checkpoint(directory, dtype=torch.float32)
+    language_loss(reference, token_batch()).backward()
+    return reference
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Free every gathered parameter."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def every_rank(value: Any) -> list[Any]:
+    """Return each rank's value, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

