@@ -143,8 +143,9 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
     named: dict[str, torch.Tensor] = {}
     for fqn, tensor in named_tensors(model):
         if id(tensor) not in full:
-            full[id(tensor)] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        named[fqn] = full[id(tensor)].detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full[id(tensor)] = whole.detach().clone()  # on one rank the whole is the shard itself
+        named[fqn] = full[id(tensor)]
     return named
 
 

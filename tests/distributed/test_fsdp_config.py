@@ -37,8 +37,9 @@ Checkpoint = Callable[[str], str]
 
 def units_of(model: nn.Module) -> set[str]:
     """Return the clean names of the modules that are FSDP2 units."""
-    found = {clean_fqn(f"{fqn}.").rstrip(".") for fqn, m in model.named_modules() if isinstance(m, FSDPModule)}
-    return found
+    return {
+        clean_fqn(f"{fqn}.").rstrip(".") for fqn, m in model.named_modules() if isinstance(m, FSDPModule)
+    }
 
 
 # --- which modules become units ---
@@ -138,13 +139,13 @@ def compare_with_option(directory: str, name: str, efficient: bool, options: dic
 
 @by_strategy
 @by_efficient
-@pytest.mark.parametrize("policy", ["flag", "object"])
+@pytest.mark.parametrize("policy", ["flag", "pinned", "not pinned"])
 def test_cpu_offload_on_a_cpu_mesh(pool: RankPool, strategy: str, efficient: bool, policy: str) -> None:
     pool.run(offload, strategy, efficient, policy, ranks=2)
 
 
 def offload(name: str, efficient: bool, policy: str) -> None:
-    value = True if policy == "flag" else CPUOffloadPolicy(pin_memory=False)
+    value = True if policy == "flag" else CPUOffloadPolicy(pin_memory=policy == "pinned")
     strategy = make_strategy(name, memory_efficient_init=efficient, fsdp_config={"cpu_offload": value})
     model = PlainNet()
     if efficient and dist.get_rank() != 0:
@@ -219,7 +220,10 @@ def ignore_parameters(name: str, efficient: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
-        ({"reshard_after_foward": True}, ["unknown keys reshard_after_foward", "reshard_after_forward", "wrap_classes"]),
+        (
+            {"reshard_after_foward": True},
+            ["unknown keys reshard_after_foward", "reshard_after_forward", "wrap_classes"],
+        ),
         ({"auto_wrap_policy": "size"}, ["auto_wrap_policy", "'transformer', 'none'", "'size'"]),
         ({"sharding_strategy": "NO_SHARD"}, ["sharding_strategy", "FULL_SHARD", "DistributedDataParallel"]),
         (

@@ -142,7 +142,9 @@ def compare_step(name: str, efficient: bool) -> None:
         optimizer.zero_grad()
     got = gathered(model)
     for fqn, parameter in reference.named_parameters():
-        torch.testing.assert_close(got[fqn], parameter.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, f=fqn: f"{f}: {m}")
+        torch.testing.assert_close(
+            got[fqn], parameter.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, f=fqn: f"{f}: {m}"
+        )
         changed = not torch.equal(got[fqn], before[fqn])
         assert changed == (fqn != "out.weight"), f"{fqn}: changed is {changed}"
 
@@ -168,7 +170,9 @@ def compare_language_step(directory: str, name: str, efficient: bool) -> None:
     expected.step()
     got = gathered(model)
     for fqn, parameter in reference.named_parameters():
-        torch.testing.assert_close(got[fqn], parameter.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, f=fqn: f"{f}: {m}")
+        torch.testing.assert_close(
+            got[fqn], parameter.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, f=fqn: f"{f}: {m}"
+        )
 
 
 @by_strategy
@@ -251,7 +255,9 @@ def test_optimizers_that_cannot_be_rebound_are_refused_on_every_rank(
 def refuse_optimizer(name: str, what: str) -> None:
     model = PlainNet()
     fine = torch.optim.SGD(model.out.parameters(), lr=0.1)
-    broken = torch.optim.SGD((PlainNet() if what == "another model" else model).parameters(), lr=0.1, momentum=0.9)
+    broken = torch.optim.SGD(
+        (PlainNet() if what == "another model" else model).parameters(), lr=0.1, momentum=0.9
+    )
     if what == "a step done":
         model(torch.randn(2, 8)).sum().backward()
         broken.step()

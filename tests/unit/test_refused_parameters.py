@@ -106,6 +106,19 @@ def test_a_trainable_parameter_without_elements_is_refused() -> None:
     assert "Remove it, freeze it with requires_grad_(False)" in message
 
 
+def test_a_parameter_that_is_not_contiguous_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.zeros(3, 2).t())
+    with pytest.raises(UnsupportedParameterError) as caught:
+        ignored(model)
+    assert str(caught.value) == (
+        "weight: expected a contiguous parameter, got strides (1, 2) for shape (2, 3), which FSDP2 cannot shard. "
+        "Replace it by a parameter of its .contiguous() values, or name it in fsdp_config['ignored_params'] and "
+        "synchronise its gradient yourself."
+    )
+    assert ignored(model, ignored_params=["weight"]) == {model.weight}
+
+
 def test_one_dtype_per_unit_is_accepted() -> None:
     model = Layered()
     model.layers[0].to(torch.bfloat16)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,7 +111,7 @@ class Agreement:
         same = together.same
         with record_phase("agree"):
             self._arrive(same.digest if same is not None else "")
-            self._wait(lambda: self._store.check([self._outcome_key]), what="the other ranks")
+            self._wait([self._outcome_key], what="the other ranks", key_of_rank=self._arrival_keys)
             outcome = self._outcome()
         if same is not None and "mismatch" in outcome:
             reference, differing = outcome["mismatch"]
@@ -132,27 +132,36 @@ class Agreement:
         if value is not None:
             self._store.set(full_key, value)
             return value
-        self._wait(lambda: self._store.check([full_key]), what=f"the source rank's {key}")
+        self._wait([full_key], what=f"the source rank's {key}", key_of_rank={})
         return str(self._store.get(full_key), "utf-8")
 
     def gather(self, key: str, value: str) -> list[str]:
         """Return every rank's text, in the order of `ranks`."""
-        keys = [f"{self._prefix}/{key}/{rank}" for rank in self.ranks]
-        self._store.set(f"{self._prefix}/{key}/{self.rank}", value)
-        self._wait(lambda: self._store.check(keys), what=f"every rank's {key}")
+        key_of_rank = {rank: f"{self._prefix}/{key}/{rank}" for rank in self.ranks}
+        keys = list(key_of_rank.values())
+        self._store.set(key_of_rank[self.rank], value)
+        self._wait(keys, what=f"every rank's {key}", key_of_rank=key_of_rank)
         return [text.decode() for text in self._store.multi_get(keys)]
 
-    def check(self) -> None:
-        """Raise if another rank has failed in this phase; cheap enough to call while data moves."""
-        now = time.monotonic()
-        if now - self._last_check_seconds >= _POLL_SECONDS_WHILE_MOVING:
-            self._last_check_seconds = now
+    def check(self, *, now: bool = False) -> None:
+        """Raise if another rank has failed in this phase; cheap enough to call while data moves.
+
+        Args:
+            now: Ask the store even if that was done a moment ago.
+        """
+        seconds = time.monotonic()
+        if now or seconds - self._last_check_seconds >= _POLL_SECONDS_WHILE_MOVING:
+            self._last_check_seconds = seconds
             if self._store.check([self._outcome_key]):
                 self._raise_peer_error(self._outcome())
 
     @property
     def _outcome_key(self) -> str:
         return f"{self._prefix}/{self._phase}/outcome"
+
+    @property
+    def _arrival_keys(self) -> dict[int, str]:
+        return {rank: f"{self._prefix}/{self._phase}/rank/{rank}" for rank in self.ranks}
 
     def _outcome(self) -> dict[str, Any]:
         outcome: dict[str, Any] = json.loads(self._store.get(self._outcome_key).decode())
@@ -173,32 +182,31 @@ class Agreement:
             error.add_note(f"The other ranks could not be told: {lost}")
 
     def _arrive(self, digest: str) -> None:
-        base = f"{self._prefix}/{self._phase}"
-        self._store.set(f"{base}/rank/{self.rank}", digest)
-        if self._store.add(f"{base}/arrived", 1) < len(self.ranks):
+        self._store.set(self._arrival_keys[self.rank], digest)
+        if self._store.add(f"{self._prefix}/{self._phase}/arrived", 1) < len(self.ranks):
             return
-        digests = self._store.multi_get([f"{base}/rank/{rank}" for rank in self.ranks])
+        digests = self._store.multi_get(list(self._arrival_keys.values()))
         differing = [rank for rank, text in zip(self.ranks, digests, strict=True) if text != digests[0]]
         self._settle({"mismatch": [self.ranks[0], differing]} if differing else {_OK: True})
 
-    def _wait(self, is_there: Callable[[], bool], *, what: str) -> None:
+    def _wait(self, keys: list[str], *, what: str, key_of_rank: Mapping[int, str]) -> None:
+        """Wait until all keys are there; after the timeout, name the ranks whose own key is not."""
         started = time.monotonic()
-        while not is_there():
+        while not self._store.check(keys):
             waited = time.monotonic() - started
             if waited > self.timeout_seconds:
-                raise RankTimeoutError(self._timeout_message(what))
+                raise RankTimeoutError(self._timeout_message(what, key_of_rank))
             self.check()
             # Short waits stay quick and long ones do not load the store's host.
             time.sleep(min(_LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
 
-    def _timeout_message(self, what: str) -> str:
-        base = f"{self._prefix}/{self._phase}/rank"
-        missing = [rank for rank in self.ranks if not self._store.check([f"{base}/{rank}"])]
-        names = ", ".join(map(str, missing)) or "none"
+    def _timeout_message(self, what: str, key_of_rank: Mapping[int, str]) -> str:
+        missing = [str(rank) for rank, key in key_of_rank.items() if not self._store.check([key])]
+        late = f"; ranks that did not arrive: {', '.join(missing)} of {len(self.ranks)}" if missing else ""
         return (
-            f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}; "
-            f"ranks that did not arrive: {names} of {len(self.ranks)}. Check that every rank makes the same "
-            "shardwise calls in the same order, look at the logs of the named ranks, or pass a longer timeout."
+            f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}{late}. "
+            "Check that every rank makes the same shardwise calls in the same order, look at the logs of the other "
+            "ranks, or pass a longer timeout."
         )
 
     def _raise_peer_error(self, outcome: dict[str, Any]) -> None:
@@ -212,8 +220,9 @@ class Agreement:
         base = f"{self._prefix}/{self._phase}/details"
         if self.rank in (reference, differing[0]):
             self._store.set(f"{base}/{self.rank}", same.details())
-        keys = [f"{base}/{reference}", f"{base}/{differing[0]}"]
-        self._wait(lambda: self._store.check(keys), what="the other ranks' details")
+        key_of_rank = {rank: f"{base}/{rank}" for rank in (reference, differing[0])}
+        keys = list(key_of_rank.values())
+        self._wait(keys, what="the other ranks' details", key_of_rank=key_of_rank)
         expected, got = (value.decode() for value in self._store.multi_get(keys))
         ranks = ", ".join(map(str, differing))
         raise RankMismatchError(

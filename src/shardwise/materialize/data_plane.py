@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shardwise.errors import RankTimeoutError
+from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialize.agreement import Agreement
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
@@ -59,6 +59,7 @@ class DataPlane:
         Raises:
             PeerError: Another rank failed.
             RankTimeoutError: The transfer did not complete in time.
+            RankError: The transfer broke off.
         """
         started = time.monotonic()
         pause = _SHORTEST_PAUSE_SECONDS
@@ -72,7 +73,14 @@ class DataPlane:
                 )
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
-        work.wait()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._agreement.check(now=True)  # a rank that failed says why; a killed one cannot
+            raise RankError(
+                f"rank {self._agreement.rank}: {what} broke off: {error}. A rank has ended or lost its connection: "
+                "look for the first error in the ranks' logs, and for the kernel's out-of-memory killer."
+            ) from error
 
 
 @contextmanager

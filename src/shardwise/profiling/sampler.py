@@ -30,8 +30,7 @@ _THREAD_SHARE: Final = 0.01  # of one core, for everything that the sampler's th
 class MemoryProfile:
     """Samples memory from `start` to `stop` in one daemon thread; `profile_memory` is the usual way in.
 
-    Besides the samples, a reading is taken at the start and stop of each phase, and at `stop`; peaks use all of
-    them. Where a device is measured, its peak statistics are reset at `start`.
+    A reading is also taken at the start and stop of each phase, and at `stop`; peaks use all readings.
 
     Args:
         device: See `profile_memory`.
@@ -155,7 +154,7 @@ class MemoryProfile:
 
     @property
     def skipped_readings(self) -> int:
-        """Number of readings that the system refused (for instance for want of file descriptors)."""
+        """Number of readings that the system refused."""
         return self._skipped_readings
 
     @property

@@ -133,8 +133,8 @@ def _read_run(run: Mapping[str, Any]) -> Run:
         world_size=report.world_size,
         worst_rank=HostPeaks(
             anon_bytes=max((rank.host_anon_peak_bytes for rank in report.ranks), default=None),
-            file_bytes=_worst(timelines, "file_bytes"),
-            pss_bytes=_worst(timelines, "pss_bytes"),
+            file_bytes=_worst(timelines, "file_bytes", break_seconds),
+            pss_bytes=_worst(timelines, "pss_bytes", break_seconds),
         ),
         node=HostPeaks(
             anon_bytes=run["node"]["host_anon_peak_bytes"],
@@ -149,11 +149,28 @@ def _read_run(run: Mapping[str, Any]) -> Run:
     )
 
 
-def _worst(timelines: Sequence[Timeline], figure: Figure) -> int | None:
-    peaks: list[int] = []
-    for line in timelines:
-        end = line.phases_end_seconds(LOAD_PHASES)
-        peak = line.peak_bytes(figure, until_seconds=math.inf if end is None else end)
-        if peak is not None:
-            peaks.append(peak)
-    return max(peaks, default=None)
+def load_end_seconds(line: Timeline, *, timelines: Sequence[Timeline], break_seconds: float | None) -> float:
+    """Return when the load of one rank ends, since its profile's start.
+
+    Args:
+        line: The rank's timeline.
+        timelines: Those of all ranks.
+        break_seconds: The break before the step, since the start of the earliest timeline; None where there is none,
+            and then the last phase of the load is the end.
+    """
+    if break_seconds is not None:
+        return break_seconds - (
+            line.started_at_seconds - min(other.started_at_seconds for other in timelines)
+        )
+    end = line.phases_end_seconds(LOAD_PHASES)
+    return math.inf if end is None else end
+
+
+def _worst(timelines: Sequence[Timeline], figure: Figure, break_seconds: float | None) -> int | None:
+    peaks = (
+        line.peak_bytes(
+            figure, until_seconds=load_end_seconds(line, timelines=timelines, break_seconds=break_seconds)
+        )
+        for line in timelines
+    )
+    return max((peak for peak in peaks if peak is not None), default=None)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shardwise.errors import MissingDependencyError
 from shardwise.profiling import Figure, node_increase, node_peak_bytes
-from shardwise.report.comparison import LOAD_PHASES, Run, read_comparison
+from shardwise.report.comparison import LOAD_PHASES, Run, load_end_seconds, read_comparison
 from shardwise.report.legend import (
     NODE_COLOUR,
     NODE_DASHES,
@@ -223,11 +223,10 @@ def _broken(
 def _worst_point(run: Run, name: Figure) -> tuple[int, float, float] | None:
     """Return rank, instant on the panel's axis and bytes of the highest value of any rank while loading."""
     worst: tuple[int, float, float] | None = None
-    ends = {line.rank: line.phases_end_seconds(LOAD_PHASES) for line in run.timelines}
     origin = min((line.started_at_seconds for line in run.timelines), default=0.0)
     for line, (rank, when, values) in zip(run.timelines, _rank_lines(run, name), strict=True):
-        end = ends[rank]
-        inside = values if end is None else values[when <= end + line.started_at_seconds - origin]
+        end = load_end_seconds(line, timelines=run.timelines, break_seconds=run.break_seconds)
+        inside = values[when <= end + line.started_at_seconds - origin]
         if inside.size and (worst is None or inside.max() > worst[2]):
             worst = (rank, float(when[inside.argmax()]), float(inside.max()))
     return worst

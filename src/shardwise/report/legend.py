@@ -20,6 +20,7 @@ _PHASE_COLOURS: Final = {
     "wrap_model": "#E4F0DC",
     "step": "#EDE4F3",
 }
+_BREAK_NOTE: Final = "The step is drawn right after the load; the checks that ran between them are left out."
 _NOTE_LETTERS: Final = 150  # per line of the footnote
 _OTHER_PHASE_COLOUR: Final = "#E6E6E6"
 _PHASE_WORDS: Final = {
@@ -67,12 +68,6 @@ def shaded_phases(run: Run) -> list[tuple[float, PhaseSpan]]:
         if not any(o.name == span.name and o.stop_seconds >= span.stop_seconds for o in outer):
             outer.append(span)
     return [(span.start_seconds + offset, span) for span in outer]
-
-
-def _broken_note(runs: Sequence[Run]) -> str:
-    if all(run.break_seconds is None for run in runs):
-        return ""
-    return " The step is drawn right after the load; checks that ran between them are left out."
 
 
 def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run], first: Any) -> None:
@@ -138,8 +133,8 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
     notes = [
         "Lines: anonymous memory of each rank (what the process itself has written; not the pages of mapped files) "
         "above its value after the imports.",
-        "Shading: what rank 0 is doing. Peaks leave the training step out. All panels share their scales."
-        + _broken_note(runs),
+        "Shading: what rank 0 is doing. Peaks leave the training step out. All panels share their scales.",
+        *([_BREAK_NOTE] if any(run.break_seconds is not None for run in runs) else []),
         *(line for text in measures for line in textwrap.wrap(f"Measured: {text}.", _NOTE_LETTERS)),
     ]
     figure.text(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
@@ -136,10 +137,14 @@ class FSDPConfig:
 
     @property
     def offload_policy(self) -> OffloadPolicy:
-        """The policy object that `fully_shard` takes."""
+        """The policy object that `fully_shard` takes; host memory is pinned only where there is a device to pin it for."""
         if isinstance(self.cpu_offload, OffloadPolicy):
-            return self.cpu_offload
-        return CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+            policy = self.cpu_offload
+        else:
+            policy = CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy()
+        if isinstance(policy, CPUOffloadPolicy) and not torch.accelerator.is_available():
+            return CPUOffloadPolicy(pin_memory=False)
+        return policy
 
 
 def efficient_switch(memory_efficient_init: bool | None, config: FSDPConfig) -> bool:

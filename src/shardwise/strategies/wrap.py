@@ -101,9 +101,9 @@ def wrap(
     with profile_memory(device=device) as profile:
         with agreement.phase("check") as check:
             records, units = _check(model, optimizers, options, checkpointing=shard is None)
-            before = entries_of(model)
-            check.same = _comparable_structure(Structure.of(before), options)
-            tensors = _origins(before, initialised)
+            # No name here may keep the entries: they hold the full tensors.
+            check.same = _comparable_structure(Structure.of(entries_of(model)), options)
+            tensors = _origins(entries_of(model), initialised)
         with _rebinding(records, model):
             if options.efficient:
                 filled = _shard_and_fill(model, units, options, agreement, ranks, device)

@@ -212,7 +212,7 @@ def ignored_parameters(model: nn.Module, config: FSDPConfig) -> set[nn.Parameter
 
     Raises:
         ConfigurationError: A name is not a parameter of the model.
-        UnsupportedParameterError: A trainable parameter is a scalar or has no elements.
+        UnsupportedParameterError: A trainable parameter is a scalar or has no elements, or one is not contiguous.
     """
     named = {slot.fqn: e.tensor for e in entries_of(model) if e.role == "parameter" for slot in e.slots}
     unknown = [name for name in config.ignored_params if name not in named]
@@ -238,6 +238,13 @@ def ignored_parameters(model: nn.Module, config: FSDPConfig) -> set[nn.Parameter
                 "fsdp_config['ignored_params'] and synchronise its gradient yourself."
             )
         ignored.add(parameter)
+    for name, parameter in named.items():
+        if parameter not in ignored and not parameter.is_contiguous():
+            raise UnsupportedParameterError(
+                f"{name}: expected a contiguous parameter, got strides {parameter.stride()} for shape "
+                f"{tuple(parameter.shape)}, which FSDP2 cannot shard. Replace it by a parameter of its .contiguous() "
+                "values, or name it in fsdp_config['ignored_params'] and synchronise its gradient yourself."
+            )
     return ignored  # type: ignore[return-value]
 
 
