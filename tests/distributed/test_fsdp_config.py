@@ -37,9 +37,7 @@ Checkpoint = Callable[[str], str]
 
 def units_of(model: nn.Module) -> set[str]:
     """Return the clean names of the modules that are FSDP2 units."""
-    return {
-        clean_fqn(f"{fqn}.").rstrip(".") for fqn, m in model.named_modules() if isinstance(m, FSDPModule)
-    }
+    return {clean_fqn(f"{fqn}.").rstrip(".") for fqn, m in model.named_modules() if isinstance(m, FSDPModule)}
 
 
 # --- which modules become units ---

@@ -21,7 +21,16 @@ runner = CliRunner()
 
 OPTIONS = {
     "demo": {"--model", "--ranks", "--output-dir", "--json", "--debug"},
-    "compare": {"--ranks", "--dtype", "--mode", "--repeats", "--output-dir", "--json", "--debug"},
+    "compare": {
+        "--ranks",
+        "--dtype",
+        "--mode",
+        "--repeats",
+        "--load-only",
+        "--output-dir",
+        "--json",
+        "--debug",
+    },
 }
 
 
@@ -156,7 +165,7 @@ def test_a_failed_mode_is_status_1_and_says_where_its_logs_are(fake: FakeCompare
     fake.outcome = comparison(equal=None, status="failed")
     result = runner.invoke(app, ["compare", "m", "--output-dir", str(tmp_path)])
     assert result.exit_code == 1
-    assert "Nothing to compare" in result.stdout
+    assert "Values were not compared" in result.stdout
     assert f"Output of the failed ranks: {tmp_path / 'logs'}" in result.stdout
 
 

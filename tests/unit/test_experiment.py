@@ -187,6 +187,11 @@ def test_differing_tensors_are_named() -> None:
     ]
 
 
+def test_runs_that_only_loaded_are_not_compared() -> None:
+    found = agreement([outcome("one", {}, logits=""), outcome("two", {}, logits="")])
+    assert found == {"equal": None, "reference": None, "parameters": 0, "buffers": 0, "differences": []}
+
+
 def test_a_lost_tie_is_a_difference() -> None:
     found = agreement([outcome("one", DIGESTS), outcome("two", {**DIGESTS, "d": "parameter A"})])
     assert found["differences"] == [{"mode": "two", "tensors": ["d"], "logits": False}]
@@ -269,6 +274,8 @@ def test_compare_goes_on_after_a_failed_mode(tmp_path: Path, monkeypatch: pytest
     )
     assert [each["mode"] for each in asked] == list(MODES)
     assert {(each["dtype"], each["ranks"]) for each in asked} == {("float32", 2)}
+    assert [each["mode"] for each in asked if each["ask"]] == ["native-efficient"]
+    assert not any(each["load_only"] for each in asked)
     assert found.failed_modes == ("native-eager",)
     assert found.is_equal
     assert not found.is_good

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, ShardingStrategy
 
@@ -156,11 +157,16 @@ def test_reshard_is_reshard_after_forward_otherwise(value: bool | int | None) ->
     assert FSDPConfig(reshard_after_forward=value).reshard is value
 
 
-def test_cpu_offload_becomes_a_policy() -> None:
-    own = CPUOffloadPolicy(pin_memory=False)
+@pytest.mark.parametrize("has_accelerator", [True, False])
+def test_cpu_offload_becomes_a_policy(monkeypatch: pytest.MonkeyPatch, has_accelerator: bool) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
     assert type(FSDPConfig().offload_policy) is OffloadPolicy
-    assert type(FSDPConfig(cpu_offload=True).offload_policy) is CPUOffloadPolicy
-    assert FSDPConfig(cpu_offload=own).offload_policy is own
+    # Without a device there is nothing to pin host memory for, and torch refuses to.
+    pinned = CPUOffloadPolicy(pin_memory=has_accelerator)
+    assert FSDPConfig(cpu_offload=True).offload_policy == pinned
+    assert FSDPConfig(cpu_offload=CPUOffloadPolicy(pin_memory=True)).offload_policy == pinned
+    plain = CPUOffloadPolicy(pin_memory=False)
+    assert FSDPConfig(cpu_offload=plain).offload_policy == plain
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
 from shardwise.strategies.fsdp_config import FSDPConfig
@@ -189,3 +190,17 @@ def test_a_sharded_model_is_named_by_its_class() -> None:
         fully_shard(model, mesh=resolve_mesh(None))
         with pytest.raises(AlreadyWrappedError, match="got FSDPLayered under fully_shard"):
             refuse_wrapped(model)
+
+
+def test_a_parameter_that_is_distributed_otherwise_is_named() -> None:
+    model = Layered()
+    with group_of_one():
+        weight = distribute_tensor(model.before.weight.detach(), resolve_mesh(None), [Shard(1)])
+        model.before.weight = nn.Parameter(weight)
+        with pytest.raises(UnsupportedParameterError) as caught:
+            refuse_wrapped(model)
+    message = str(caught.value)
+    assert message.startswith(
+        "before.weight: expected a plain tensor, got a DTensor with placements (Shard(dim=1),)"
+    )
+    assert "tensor parallelism cannot be combined" in message

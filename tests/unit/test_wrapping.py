@@ -173,7 +173,9 @@ def test_a_tie_between_nested_units_is_refused() -> None:
 def test_a_tie_between_a_layer_and_the_root_module_itself_is_refused() -> None:
     model = Layered()
     model.shared = model.layers[0].mix.weight
-    with pytest.raises(UnsupportedParameterError, match=r"tied between the root module and layers.0.* inside"):
+    with pytest.raises(
+        UnsupportedParameterError, match=r"tied between the root module and layers.0.* inside"
+    ):
         units_of(model)
 
 

@@ -32,6 +32,10 @@ def compare_command(
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Runs of each mode; the median one counts.")
     ] = 1,
+    load_only: Annotated[
+        bool,
+        typer.Option("--load-only", help="Measure the load alone: no values compared, no training step."),
+    ] = False,
     output_dir: OutputOption = Path(),
     json_file: JsonOption = None,
     debug: DebugOption = False,
@@ -50,6 +54,7 @@ def compare_command(
                 modes=chosen,
                 dtype=dtype,
                 repeats=repeats,
+                load_only=load_only,
                 log_directory=output_dir / LOG_FOLDER,
                 progress=progress,
             )

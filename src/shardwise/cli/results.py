@@ -53,7 +53,7 @@ def agreement_lines(comparison: Comparison) -> list[str]:
     found: dict[str, Any] = comparison.document["agreement"]
     counted = f"{found['parameters']} parameters and {found['buffers']} buffers"
     if found["equal"] is None:
-        return ["Nothing to compare: fewer than two runs came to their end."]
+        return ["Values were not compared: fewer than two runs looked at theirs."]
     if found["equal"]:
         failed = f"; failed: {', '.join(comparison.failed_modes)}" if comparison.failed_modes else ""
         compared = "All runs" if not failed else "The runs that came to their end"

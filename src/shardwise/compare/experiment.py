@@ -39,8 +39,8 @@ class Outcome:
 
     Args:
         entry: Its part of the document.
-        digests: Digest by tensor; empty where the run failed.
-        logits: Digest of the logits; empty where the run failed.
+        digests: Digest by tensor; empty where the run failed, or nothing was compared.
+        logits: Digest of the logits; empty likewise.
     """
 
     entry: Mapping[str, Any]
@@ -104,6 +104,7 @@ def compare(
     log_directory: Path,
     progress: Progress,
     repeats: int = 1,
+    load_only: bool = False,
     worker: Worker = measure_mode,
 ) -> Comparison:
     """Bring a model up in each mode and compare time, memory, values and logits.
@@ -118,6 +119,7 @@ def compare(
         log_directory: Where the output of the ranks of a failed run is left, in a folder of the mode's name.
         progress: Told what goes on.
         repeats: Number of runs of each mode; the one of median time stands for them.
+        load_only: Leave out the comparison of values, the training step and the question.
         worker: What each rank runs.
 
     Raises:
@@ -131,12 +133,19 @@ def compare(
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     directory = model_directory(model, progress=progress)
+    asked = next((mode for mode in modes if mode.memory_efficient_init), modes[0])
     outcomes: list[Outcome] = []
     chosen: list[Mapping[str, Any]] = []
     for mode in modes:
         runs = [
             _run(
-                {"model": str(directory), "mode": mode.name, "dtype": dtype},
+                {
+                    "model": str(directory),
+                    "mode": mode.name,
+                    "dtype": dtype,
+                    "load_only": load_only,
+                    "ask": mode is asked,
+                },
                 worker=worker,
                 ranks=ranks,
                 log_directory=log_directory / (mode.name if repeats == 1 else f"{mode.name}-{repeat + 1}"),
@@ -167,7 +176,7 @@ def agreement(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         `equal` (None for fewer than two runs), `reference` (a mode), `parameters` and `buffers` (how many were
         compared) and `differences`: per mode, the tensors that differ and whether the logits do.
     """
-    good = [outcome for outcome in outcomes if outcome.is_ok]
+    good = [outcome for outcome in outcomes if outcome.is_ok and outcome.logits]
     if not good:
         return {"equal": None, "reference": None, "parameters": 0, "buffers": 0, "differences": []}
     reference = good[0]
@@ -219,10 +228,12 @@ def merge_ranks(mode: str, results: Mapping[int, Mapping[str, Any]]) -> Outcome:
         "seconds": max(rank["seconds"] for rank in ranks),
         "phases": phases,
         "ranks": ranks,
-        "step_seconds": max(result["step_seconds"] for result in by_rank),
+        "step_seconds": max(
+            (r["step_seconds"] for r in by_rank if r["step_seconds"] is not None), default=None
+        ),
         "node": _node_peaks(timelines, nodes=[result["node"] for result in by_rank]),
         "timelines": [result["timeline"] for result in by_rank],
-        "step_timelines": [result["step_timeline"] for result in by_rank],
+        "step_timelines": [r["step_timeline"] for r in by_rank if r["step_timeline"] is not None],
         "answer": first["answer"],
         "fingerprint": whole_digest(first["digests"]),
         "logits": first["logits"],
@@ -246,7 +257,7 @@ def median_entry(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _run(
-    arguments: Mapping[str, str], *, worker: Worker, ranks: int, log_directory: Path, progress: Progress
+    arguments: Mapping[str, Any], *, worker: Worker, ranks: int, log_directory: Path, progress: Progress
 ) -> Outcome:
     progress(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
     shutil.rmtree(log_directory, ignore_errors=True)  # of an earlier command

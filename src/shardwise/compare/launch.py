@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from shardwise.compare.announce import PROGRESS_FILE_VARIABLE, Progress, follow
 from shardwise.compare.failure import first_failure
 from shardwise.compare.rank import Worker, result_file, worker_path
+from shardwise.compare.rank import __file__ as rank_program
 from shardwise.errors import CommandError, ConfigurationError
 
 _MONITOR_INTERVAL_SECONDS: Final = 0.05
@@ -123,7 +124,8 @@ def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> Non
         logs_specs=logs,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "shardwise.compare.rank", str(request))
+        # -P: the folder of the file is not to be searched for modules.
+        elastic_launch(config, sys.executable)("-P", rank_program, str(request))
     except ChildFailedError as error:
         found = first_failure(error, log_directory=log_directory)
         raise CommandError(

@@ -1,4 +1,6 @@
-"""The entry of one local rank: `python -m shardwise.compare.rank REQUEST_FILE`.
+"""The program of one local rank: `python -P rank.py REQUEST_FILE`.
+
+It is run by its path, so that nothing is imported before its output goes to its log.
 
 The request says which function to call with what; its result is written beside the request. A failure
 is recorded in torch's error file, from which the launcher reads it.

@@ -31,11 +31,13 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Bring the model up in one mode on this rank, and return what it cost and what came out.
 
     Args:
-        arguments: `model` (a directory), `mode` (its name) and `dtype` (torch's name of it, or `auto`).
+        arguments: `model` (a directory), `mode` (its name), `dtype` (torch's name of it, or `auto`), `load_only`
+            (whether to leave out everything after the load) and `ask` (whether to ask the model).
 
     Returns:
         `rank`, `node`, `report` (the strategy's LoadReport), `timeline` (over the load phases), `seconds` (of
-        each), `peaks`, `step_timeline`, `step_seconds`, `digests` (by tensor), `logits` (their digest) and `answer`.
+        each), `peaks`, `step_timeline`, `step_seconds`, `digests` (by tensor), `logits` (their digest) and `answer`;
+        of the last five, what was not asked for is None or empty.
     """
     announce("starting ranks")
     # Imported before the baseline: what the libraries themselves take is not what is measured.
@@ -66,19 +68,16 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     peaks = profile.peak_between(0.0, profile.seconds)
     dist.barrier()  # no rank's check may fall into another rank's load
 
-    announce("gathering every tensor to compare it")
-    question = question_for(directory, vocabulary=model.config.get_text_config().vocab_size, device=device)
-    digests = model_digests(model)
-    logits = _logits_digest(model, question.token_ids)
-    announce("one training step")
-    dist.barrier()
-    # A profile of its own: what lies between is not part of bringing a model up.
-    with profile_memory(device=device) as step_profile, step_profile.phase("step"):
-        _step(model, optimizer, question.batch, strategy=strategy)
-
-    announce("asking the model")
-    model.eval()
-    answer = question.answer(model)
+    if arguments["load_only"]:
+        looked: dict[str, Any] = {
+            "digests": {},
+            "logits": "",
+            "step_timeline": None,
+            "step_seconds": None,
+            "answer": None,
+        }
+    else:
+        looked = _look(model, optimizer, directory, device, strategy=strategy, ask=arguments["ask"])
     rank = dist.get_rank()
     dist.barrier()
     dist.destroy_process_group()
@@ -97,10 +96,33 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
             "host_anon_peak_bytes": peaks.anon_peak_bytes,
             "device_peak_bytes": peaks.device_peak_bytes,
         },
-        "step_timeline": {**step_profile.to_json(), "rank": rank},
-        "step_seconds": step_profile.phase_seconds()["step"],
+        **looked,
+    }
+
+
+def _look(
+    model: Any, optimizer: Any, directory: Path, device: torch.device, *, strategy: Any, ask: bool
+) -> dict[str, Any]:
+    """Fingerprint the wrapped model, train it for one step, and ask it."""
+    announce("gathering every tensor to compare it")
+    question = question_for(directory, vocabulary=model.config.get_text_config().vocab_size, device=device)
+    digests = model_digests(model)
+    logits = _logits_digest(model, question.token_ids)
+    answer = None
+    if ask:
+        announce("asking the model")
+        answer = question.answer(model)
+    announce("one training step")
+    dist.barrier()
+    # A profile of its own: what lies between is not part of bringing a model up.
+    with profile_memory(device=device) as step_profile, step_profile.phase("step"):
+        _step(model, optimizer, question.batch, strategy=strategy)
+    rank = dist.get_rank()
+    return {
         "digests": digests if rank == 0 else {},
         "logits": logits,
+        "step_timeline": {**step_profile.to_json(), "rank": rank},
+        "step_seconds": step_profile.phase_seconds()["step"],
         "answer": answer,
     }
 

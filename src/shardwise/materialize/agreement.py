@@ -111,8 +111,7 @@ class Agreement:
         same = together.same
         with record_phase("agree"):
             self._arrive(same.digest if same is not None else "")
-            self._wait([self._outcome_key], what="the other ranks", key_of_rank=self._arrival_keys)
-            outcome = self._outcome()
+            outcome = self._await_outcome()
         if same is not None and "mismatch" in outcome:
             reference, differing = outcome["mismatch"]
             self._raise_mismatch(reference, differing, same)
@@ -188,6 +187,18 @@ class Agreement:
         digests = self._store.multi_get(list(self._arrival_keys.values()))
         differing = [rank for rank, text in zip(self.ranks, digests, strict=True) if text != digests[0]]
         self._settle({"mismatch": [self.ranks[0], differing]} if differing else {_OK: True})
+
+    def _await_outcome(self) -> dict[str, Any]:
+        try:
+            self._wait([self._outcome_key], what="the other ranks", key_of_rank=self._arrival_keys)
+        except RankTimeoutError as error:
+            # Told to the others too: a rank that arrives later must not begin the next phase alone.
+            self._fail(error)
+            outcome = self._outcome()
+            if outcome.get("rank") == self.rank:
+                raise
+            return outcome  # the last rank arrived, or another one failed, at this very moment
+        return self._outcome()
 
     def _wait(self, keys: list[str], *, what: str, key_of_rank: Mapping[int, str]) -> None:
         """Wait until all keys are there; after the timeout, name the ranks whose own key is not."""

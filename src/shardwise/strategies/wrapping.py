@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
 from shardwise.materialize import clean_fqn, entries_of
@@ -197,13 +198,21 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Raise if a model, or a part of it, is sharded already.
 
     Raises:
-        AlreadyWrappedError: Naming the module.
+        AlreadyWrappedError: Naming the module that went through `fully_shard`.
+        UnsupportedParameterError: Naming a parameter that is a DTensor for another reason.
     """
     for fqn, module in model.named_modules():
         if isinstance(module, FSDPModule):
             raise AlreadyWrappedError(
                 f"wrap_model: expected a model that is not sharded, got {clean_fqn(fqn) or type(model).__name__} under "
                 "fully_shard already. Call wrap_model once per model; a wrapped model is used as it is."
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UnsupportedParameterError(
+                f"{clean_fqn(name)}: expected a plain tensor, got a DTensor with placements {parameter.placements}. "
+                "Wrap a model that is not distributed yet; tensor parallelism cannot be combined with the strategies "
+                "in this version."
             )
 
 

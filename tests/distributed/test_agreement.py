@@ -1,0 +1,326 @@
+"""Ranks leave each phase together, or fail together with the first error."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from shardwise.errors import PeerError, RankMismatchError, RankTimeoutError
+from shardwise.materialize import Agreement, Comparable, timeout_seconds_of
+from shardwise.testing import RankPool
+
+pytestmark = pytest.mark.distributed
+
+PATIENT_SECONDS = 60.0
+PROMPT_SECONDS = 10.0  # an error is to arrive long before the timeout
+
+
+def agreement(timeout_seconds: float = PATIENT_SECONDS, ranks: list[int] | None = None) -> Agreement:
+    chosen = list(range(dist.get_world_size())) if ranks is None else ranks
+    return Agreement(chosen, timeout_seconds=timeout_seconds, call="wrap_model")
+
+
+def comparable(text: str) -> Comparable:
+    return Comparable(
+        what="the colour",
+        digest=text,
+        details=lambda: json.dumps(text),
+        explain=lambda expected, got: f"expected {json.loads(expected)}, got {json.loads(got)}",
+        remedy="Paint them alike.",
+    )
+
+
+def prompt(errors: list[BaseException | None], started: float) -> list[str]:
+    """Return the errors' text, once it is clear that nobody waited for the timeout."""
+    assert time.monotonic() - started < PROMPT_SECONDS
+    return [str(error) for error in errors]
+
+
+# --- all is well ---
+
+
+def leave_together() -> tuple[float, float]:
+    together = agreement()
+    with together.phase("slow on rank 1"):
+        if dist.get_rank() == 1:
+            time.sleep(0.6)
+        done = time.time()
+    return done, time.time()
+
+
+def test_nobody_leaves_a_phase_before_the_last_has_done_its_part(pool: RankPool) -> None:
+    times = pool.run(leave_together, ranks=3)
+    assert min(left for _, left in times) >= max(done for done, _ in times)
+
+
+def agree_on(texts: list[str]) -> str:
+    together = agreement()
+    with together.phase("compare") as phase:
+        phase.same = comparable(texts[dist.get_rank()])
+    with together.phase("next"):
+        pass
+    return "agreed"
+
+
+def test_what_is_equal_passes(pool: RankPool) -> None:
+    assert pool.run(agree_on, ["red"] * 4, ranks=4) == ["agreed"] * 4
+
+
+def test_one_rank_agrees_with_itself(pool: RankPool) -> None:
+    assert pool.run(agree_on, ["red"], ranks=1) == ["agreed"]
+
+
+def pass_texts_around() -> tuple[str, list[str]]:
+    together = agreement()
+    rank = dist.get_rank()
+    with together.phase("talk"):
+        published = together.publish("word", "grün" if rank == 1 else None)
+        gathered = together.gather("ranks", f"text of {rank}")
+    return published, gathered
+
+
+def test_publish_and_gather_reach_every_rank(pool: RankPool) -> None:
+    texts = [f"text of {rank}" for rank in range(3)]
+    assert pool.run(pass_texts_around, ranks=3) == [("grün", texts)] * 3
+
+
+def gather_over_a_part() -> list[list[str]]:
+    rank = dist.get_rank()
+    ranks = [3, 1] if rank % 2 else [0, 2]
+    found = []
+    for call in range(2):
+        together = agreement(ranks=ranks)
+        with together.phase("talk"):
+            found.append(together.gather("who", f"{rank} in call {call}"))
+    with agreement().phase("all"):
+        pass
+    return found
+
+
+def test_parts_of_the_ranks_agree_among_themselves(pool: RankPool) -> None:
+    results = pool.run(gather_over_a_part, ranks=4)
+    assert results[0] == results[2] == [[f"{rank} in call {call}" for rank in (0, 2)] for call in range(2)]
+    assert results[1] == results[3] == [[f"{rank} in call {call}" for rank in (3, 1)] for call in range(2)]
+
+
+def names_of_calls() -> list[str]:
+    return [agreement().name, agreement(ranks=[0]).name, agreement().name]
+
+
+def test_each_call_has_a_name_of_its_own_that_all_ranks_know(pool: RankPool) -> None:
+    first, second = pool.run(names_of_calls, ranks=2)
+    assert first == second
+    assert len(set(first)) == 3
+
+
+# --- one rank fails ---
+
+
+def fail_on(rank: int, text: str, delay_seconds: float) -> None:
+    together = agreement()
+    with together.phase("load"):
+        if dist.get_rank() == rank:
+            time.sleep(delay_seconds)
+            raise FileNotFoundError(text)
+    with together.phase("next"):  # no rank may get here
+        raise AssertionError("the phase was left")
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_failure_reaches_every_waiting_rank(pool: RankPool, failing: int) -> None:
+    started = time.monotonic()
+    errors = pool.run_to_errors(fail_on, failing, "model.safetensors is not there", 0.5, ranks=3)
+    texts = prompt(errors, started)
+    for rank in range(3):
+        if rank == failing:
+            assert type(errors[rank]) is FileNotFoundError
+            assert texts[rank] == "model.safetensors is not there"
+        else:
+            assert type(errors[rank]) is PeerError
+            assert texts[rank] == (
+                f"wrap_model, phase 'load': rank {failing} on {socket.gethostname()} failed first: "
+                "FileNotFoundError: model.safetensors is not there"
+            )
+
+
+def fail_late_arrivals_early() -> None:
+    together = agreement()
+    with together.phase("load"):
+        if dist.get_rank() == 1:
+            raise ValueError("at once")
+        time.sleep(0.5)
+
+
+def test_a_rank_that_arrives_after_the_failure_learns_of_it(pool: RankPool) -> None:
+    errors = pool.run_to_errors(fail_late_arrivals_early, ranks=2)
+    assert type(errors[0]) is PeerError
+    assert "rank 1" in str(errors[0])
+    assert "ValueError: at once" in str(errors[0])
+
+
+def fail_in_turn() -> None:
+    together = agreement()
+    with together.phase("load"):
+        time.sleep(0.5 * dist.get_rank())
+        if dist.get_rank() < 2:
+            raise ValueError(f"error of rank {dist.get_rank()}")
+
+
+def test_the_first_error_wins(pool: RankPool) -> None:
+    errors = pool.run_to_errors(fail_in_turn, ranks=3)
+    assert [str(error) for error in errors[:2]] == ["error of rank 0", "error of rank 1"]
+    assert type(errors[2]) is PeerError
+    assert "rank 0" in str(errors[2])
+    assert str(errors[2]).endswith("failed first: ValueError: error of rank 0")
+
+
+def fail_before_publishing() -> None:
+    together = agreement()
+    with together.phase("load"):
+        if dist.get_rank() == 0:
+            raise ValueError("nothing to say")
+        together.publish("word", None)
+
+
+def test_a_rank_that_waits_inside_of_a_phase_learns_of_the_failure(pool: RankPool) -> None:
+    started = time.monotonic()
+    texts = prompt(pool.run_to_errors(fail_before_publishing, ranks=2), started)
+    assert texts[1].endswith(
+        "rank 0 on " + socket.gethostname() + " failed first: ValueError: nothing to say"
+    )
+
+
+def poll_until_peer_fails() -> int:
+    together = agreement()
+    polls = 0
+    with together.phase("transfer"):
+        if dist.get_rank() == 0:
+            time.sleep(0.6)
+            raise ConnectionError("cable")
+        while True:  # as a transfer that never completes
+            together.check()
+            polls += 1
+            time.sleep(0.001)
+
+
+def test_check_raises_while_data_would_still_be_moving(pool: RankPool) -> None:
+    started = time.monotonic()
+    errors = pool.run_to_errors(poll_until_peer_fails, ranks=2)
+    assert "ConnectionError: cable" in prompt(errors, started)[1]
+    assert type(errors[1]) is PeerError
+
+
+def retry_after_failure() -> str:
+    try:
+        fail_on(1, "first try", 0.0)
+    except (FileNotFoundError, PeerError):
+        pass
+    else:
+        raise AssertionError("expected a failure")
+    together = agreement()
+    with together.phase("load"):
+        return together.publish("word", "second try" if dist.get_rank() == 0 else None)
+
+
+def test_a_retry_in_the_same_process_works(pool: RankPool) -> None:
+    assert pool.run(retry_after_failure, ranks=2) == ["second try"] * 2
+
+
+# --- ranks differ ---
+
+
+def test_what_differs_is_named_on_every_rank(pool: RankPool) -> None:
+    started = time.monotonic()
+    errors = pool.run_to_errors(agree_on, ["red", "red", "blue", "green"], ranks=4)
+    assert (
+        prompt(errors, started)
+        == [
+            "wrap_model, phase 'compare': the colour on rank 2, 3 is not that of rank 0: expected red, got blue. "
+            "Paint them alike."
+        ]
+        * 4
+    )
+    assert {type(error) for error in errors} == {RankMismatchError}
+
+
+def test_a_difference_of_the_first_rank_is_seen_from_there(pool: RankPool) -> None:
+    errors = pool.run_to_errors(agree_on, ["blue", "red"], ranks=2)
+    assert all("on rank 1 is not that of rank 0: expected blue, got red" in str(error) for error in errors)
+
+
+# --- a rank is late ---
+
+
+def be_late(late: int) -> None:
+    if dist.get_rank() == late:
+        time.sleep(2.5)
+    together = agreement(timeout_seconds=1.0)
+    with together.phase("check"):
+        pass
+    with together.phase("next"):
+        raise AssertionError("the phase was left")
+
+
+def test_a_late_rank_is_named_at_the_timeout_and_told(pool: RankPool) -> None:
+    errors = pool.run_to_errors(be_late, 2, ranks=3)
+    waiting = [error for error in errors[:2] if type(error) is RankTimeoutError]
+    assert waiting
+    assert "for the other ranks; ranks that did not arrive: 2 of 3. Check that every rank makes" in str(
+        waiting[0]
+    )
+    assert "wrap_model, phase 'check': rank " in str(waiting[0])
+    assert " waited 1 s " in str(waiting[0])
+    assert "pass a longer timeout" in str(waiting[0])
+    for error in errors:
+        if error not in waiting:
+            assert type(error) is PeerError
+            assert "RankTimeoutError" in str(error)
+            assert "ranks that did not arrive: 2 of 3" in str(error)
+    assert errors[2] not in waiting  # it learns at once that it is too late
+
+
+def wait_for_a_text_that_never_comes() -> None:
+    together = agreement(timeout_seconds=0.5)
+    with together.phase("load"):
+        if dist.get_rank() == 0:
+            time.sleep(1.5)
+        else:
+            together.publish("word", None)
+
+
+def test_a_text_that_never_comes_blames_no_rank_that_is_there(pool: RankPool) -> None:
+    errors = pool.run_to_errors(wait_for_a_text_that_never_comes, ranks=2)
+    assert type(errors[1]) is RankTimeoutError
+    assert "rank 1 waited 0.5 s for the source rank's word. Check" in str(errors[1])
+    assert "did not arrive" not in str(errors[1])
+    assert type(errors[0]) is PeerError
+
+
+def gather_without_rank_1() -> None:
+    together = agreement(timeout_seconds=0.5)
+    with together.phase("finish"):
+        pass
+    if dist.get_rank() == 0:
+        together.gather("report", "mine")
+
+
+def test_a_rank_that_gives_no_text_is_named(pool: RankPool) -> None:
+    errors = pool.run_to_errors(gather_without_rank_1, ranks=2)
+    assert type(errors[0]) is RankTimeoutError
+    assert "for every rank's report; ranks that did not arrive: 1 of 2" in str(errors[0])
+    assert errors[1] is None
+
+
+# --- timeouts in words ---
+
+
+@pytest.mark.parametrize(
+    ("timeout", "seconds"), [(None, 1800.0), (5, 5.0), (0.5, 0.5), (timedelta(minutes=2), 120.0)], ids=str
+)
+def test_timeouts_are_seconds(timeout: float | timedelta | None, seconds: float) -> None:
+    assert timeout_seconds_of(timeout) == seconds
