@@ -8,6 +8,9 @@ The two strategies wrap a model; the report says what it did cost:
     print(strategy.last_report.to_json())
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from shardwise.errors import (
     AlreadyWrappedError,
     CheckpointError,
@@ -26,8 +29,10 @@ from shardwise.errors import (
     UnsupportedParameterError,
     UnsupportedVersionError,
 )
-from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
-from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
+
+if TYPE_CHECKING:
+    from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
+    from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
 
 __version__ = "0.1.0"
 
@@ -56,3 +61,25 @@ __all__ = [
     "fsdp_pretrained_load_context",
     "profile_memory",
 ]
+
+# Looked up at first use: importing torch takes seconds, and the command line's help needs none of it.
+_LAZY = {
+    "AccelerateStrategy": "shardwise.strategies",
+    "LoadReport": "shardwise.profiling",
+    "MemoryProfile": "shardwise.profiling",
+    "NativeFSDPStrategy": "shardwise.strategies",
+    "RankReport": "shardwise.profiling",
+    "fsdp_pretrained_load_context": "shardwise.strategies",
+    "profile_memory": "shardwise.profiling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure as Canvas
 from rich.console import Console
 
 from shardwise.errors import ConfigurationError, MissingDependencyError
@@ -108,6 +109,47 @@ def comparison(*, ranks: int = 2, device_mib: int = 0, failed: tuple[str, ...] =
     return {"schema": "shardwise.compare/1", "model": "/models/SmolLM2", "environment": {}, "runs": runs}
 
 
+def with_steps(document: dict[str, Any]) -> dict[str, Any]:
+    """Add a training step that needs far more than the load, sampled 100 s later over another baseline."""
+    for entry in document["runs"]:
+        if entry["status"] == "ok":
+            entry["step_timelines"] = [
+                {
+                    **timeline(line["rank"], 2000, 0),
+                    "started_at_seconds": line["started_at_seconds"] + 100.0,
+                    "baseline": dict.fromkeys(line["baseline"], 0),
+                    "phases": [{"name": "step", "depth": 0, "start_seconds": 0.0, "stop_seconds": 2.95}],
+                }
+                for line in entry["timelines"]
+            ]
+    return document
+
+
+def drawn(document: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """Draw a document, and return the panels by row."""
+    figures: list[Canvas] = []
+    savefig = Canvas.savefig
+
+    def keep(figure: Canvas, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Canvas, "savefig", keep)
+    save_figure(document, path)
+    (figure,) = figures
+    rows = len(document["runs"])
+    columns = len(figure.axes) // rows
+    return [figure.axes[row * columns : (row + 1) * columns] for row in range(rows)]
+
+
+def highest(axis: Any) -> float:
+    return max(float(line.get_ydata().max()) for line in axis.lines)
+
+
+def words_of(axis: Any) -> list[str]:
+    return [text.get_text() for text in axis.texts]
+
+
 def png_size(path: Path) -> tuple[int, int]:
     header = path.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
@@ -133,7 +175,7 @@ def test_worst_rank_leaves_the_step_out_and_takes_file_and_pss_from_the_timeline
     line = first.timelines[0]
     assert isinstance(line, Timeline)
     assert line.peak_bytes("anon_bytes", until_seconds=2.0) == 500 * MIB
-    assert line.peak_bytes("anon_bytes", until_seconds=9.0) == 5000 * MIB
+    assert line.peak_bytes("anon_bytes", until_seconds=9.0) == 500 * MIB
 
 
 def test_fullest_node_is_the_one_drawn() -> None:
@@ -146,7 +188,7 @@ def test_fullest_node_is_the_one_drawn() -> None:
 
 def test_a_phase_inside_one_of_the_same_name_is_shaded_once() -> None:
     first = read_comparison(comparison())[0]
-    assert [span.name for _, span in shaded_phases(first)] == [*PHASES, "step"]
+    assert [span.name for _, span in shaded_phases(first.timelines)] == list(PHASES)
 
 
 @pytest.mark.parametrize(
@@ -162,29 +204,45 @@ def test_a_document_that_cannot_be_read_is_refused(change: dict[str, Any], messa
         comparison_table({**comparison(), **change})
 
 
-def test_a_step_that_was_sampled_apart_follows_the_load_on_the_loads_baseline() -> None:
+def test_the_load_ends_with_its_last_phase_on_each_rank() -> None:
+    first = read_comparison(comparison())[0]
+    assert [float(line.seconds[-1]) for line in first.timelines] == [2.0, 2.0]
+    assert not any(span.name == "step" for line in first.timelines for span in line.phases)
+    assert first.step_timelines == ()
+
+
+def test_a_timeline_without_phases_is_a_load_from_end_to_end() -> None:
     document = comparison()
-    first = document["runs"][0]
-    first["step_timelines"] = [
-        {
-            **timeline(rank, 50, 0),
-            "started_at_seconds": 1100.0 + 0.1 * rank,
-            "baseline": dict.fromkeys(timeline(0, 0, 0)["baseline"], 0),
-            "phases": [{"name": "step", "depth": 0, "start_seconds": 0.0, "stop_seconds": 2.0}],
-        }
-        for rank in range(2)
-    ]
-    read = read_comparison(document)[0]
-    line = read.timelines[1]
-    load_seconds = 0.1 + 59 * 0.05
-    assert read.break_seconds == pytest.approx(1.02 * load_seconds)
-    assert line.seconds.size == 120
-    assert line.started_at_seconds + line.seconds[60] == pytest.approx(1000 + 1.04 * load_seconds + 0.1)
-    assert line.increases["anon_bytes"][60] == 0
-    assert line.increases["anon_bytes"][119] == 500 * MIB
-    assert line.phases[-1].name == "step"
-    assert line.phases[-1].start_seconds == pytest.approx(line.seconds[60])
-    assert read_comparison(comparison())[0].break_seconds is None
+    for line in document["runs"][0]["timelines"]:
+        line["phases"] = []
+    assert read_comparison(document)[0].timelines[0].seconds.size == 60
+
+
+def test_a_step_that_was_sampled_apart_counts_from_the_loads_baseline() -> None:
+    read = read_comparison(with_steps(comparison()))[0]
+    assert [line.rank for line in read.step_timelines] == [0, 1]
+    line = read.step_timelines[1]
+    assert line.started_at_seconds == 1100.1
+    assert line.increases["anon_bytes"][0] == 0
+    assert line.increases["anon_bytes"][59] == 20_000 * MIB
+    # The load does not change by it.
+    assert read.timelines[1].seconds.size == read_comparison(comparison())[0].timelines[1].seconds.size
+    assert read.worst_rank == read_comparison(comparison())[0].worst_rank
+
+
+def test_a_step_that_some_rank_lacks_is_left_out() -> None:
+    document = with_steps(comparison())
+    del document["runs"][0]["step_timelines"][1]
+    first, second, *_ = read_comparison(document)
+    assert first.step_timelines == ()
+    assert len(second.step_timelines) == 2
+
+
+def test_the_steps_of_the_fullest_node_are_summed() -> None:
+    document = with_steps(comparison(ranks=3))
+    for rank, node in enumerate(("a", "b", "b")):
+        document["runs"][0]["ranks"][rank]["node"] = node
+    assert [line.rank for line in read_comparison(document)[0].node_step_timelines] == [1, 2]
 
 
 # -- table
@@ -266,7 +324,7 @@ def test_picture_says_what_it_shows(tmp_path: Path) -> None:
     for mode in MODES:
         assert f">{mode}<" in text
     assert "Memory while loading and sharding SmolLM2 on 2 ranks" in text
-    assert "worst rank (rank 1) 501 MiB, all ranks together 1,234 MiB" in text
+    assert "worst rank (rank 1) 501 MiB = 3.82x shard, all ranks together 1,234 MiB" in text
     assert "Host memory added" in text
     assert "Device memory added" not in text
     assert "This mode failed:" in text
@@ -275,17 +333,71 @@ def test_picture_says_what_it_shows(tmp_path: Path) -> None:
         assert words in text
 
 
-def test_picture_leaves_a_hole_between_load_and_step(tmp_path: Path) -> None:
-    import matplotlib
+def test_the_step_is_a_narrow_column_with_scales_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = drawn(with_steps(comparison()), tmp_path / "report.png", monkeypatch)
+    alone = drawn(comparison(), tmp_path / "alone.png", monkeypatch)
+    assert [len(row) for row in panels] == [2] * 4
+    assert [len(row) for row in alone] == [1] * 4
+    for row, before in zip(panels, alone, strict=True):
+        load, step = row
+        assert load.get_position().width > 3 * step.get_position().width
+        # In MiB; two ranks of 500 and 501 MiB. The step's 2 x 20,000 MiB change nothing here.
+        assert load.get_ylim() == before[0].get_ylim() == panels[0][0].get_ylim()
+        assert 1001 <= load.get_ylim()[1] < 1300
+        assert load.get_xlim() == before[0].get_xlim() == pytest.approx((0, 1.01 * 2.1))
+        # In GiB.
+        assert step.get_ylabel().endswith("(GiB)")
+        assert 40_000 / 1024 <= step.get_ylim()[1] < 50_000 / 1024
+        assert step.get_xlim() == pytest.approx((0, 1.01 * 3.05))
+        assert highest(step) == pytest.approx(40_000 / 1024)
+    assert [row[1].get_title("left") for row in panels] == ["one training step, apart", "", "", ""]
+    assert not any(axis.get_title("left") == "one training step, apart" for row in alone for axis in row)
 
-    document = comparison()
-    for entry in document["runs"]:
-        entry["step_timelines"] = [{**line, "started_at_seconds": 1100.0} for line in entry["timelines"]]
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        save_figure(document, tmp_path / "report.svg")
-        save_figure(comparison(), tmp_path / "plain.svg")
-    assert "The step is drawn right after the load" in (tmp_path / "report.svg").read_text()
-    assert "The step is drawn right after the load" not in (tmp_path / "plain.svg").read_text()
+
+def test_the_steps_sum_begins_when_every_rank_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panels = drawn(with_steps(comparison()), tmp_path / "report.png", monkeypatch)
+    load, step = panels[0]
+    assert float(step.lines[0].get_xdata().min()) == pytest.approx(0.1)
+    assert float(load.lines[0].get_xdata().min()) == 0
+
+
+def test_modes_without_a_step_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = with_steps(comparison(failed=("native-eager",)))
+    document["runs"][1]["step_timelines"] = []
+    panels = drawn(document, tmp_path / "report.png", monkeypatch)
+    assert panels[0][1].get_title("left") == "one training step, apart"
+    assert [words_of(row[1]) for row in panels] == [["no step measured"]] * 2 + [["step"]] * 2
+
+
+def test_each_load_panel_has_a_line_at_the_largest_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = with_steps(comparison(device_mib=140, failed=("accelerate-eager",)))
+    document["runs"][0]["ranks"][1]["shard_bytes"] = 1500 * MIB
+    panels = drawn(document, tmp_path / "report.png", monkeypatch)
+    for (load, *others), shard_mib in zip(panels, (1500, 131, None, 131), strict=True):
+        flat = [float(line.get_ydata()[0]) for line in load.lines if list(line.get_xdata()) == [0, 1]]
+        labels = [text for text in words_of(load) if text.startswith("shard")]
+        assert flat == ([] if shard_mib is None else [shard_mib])
+        assert labels == ([] if shard_mib is None else [f"shard\n{shard_mib:,} MiB"])
+        assert not any("shard" in text for axis in others for text in words_of(axis))
+        assert load.get_ylim()[1] > 1500
+    assert "501 MiB = 0.33x shard" in panels[0][0].get_title("right")
+
+
+def test_device_memory_stands_between_load_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    panels = drawn(with_steps(comparison(device_mib=140)), tmp_path / "report.png", monkeypatch)
+    assert [axis.get_ylabel() for axis in panels[0]] == [
+        "Host memory added\n(MiB)",
+        "Device memory added\n(MiB)",
+        "Host memory added\n(GiB)",
+    ]
+    assert highest(panels[0][1]) == pytest.approx(280)
+    assert "worst rank (rank 0) 140 MiB, all ranks together 280 MiB" in panels[0][1].get_title("right")
 
 
 def test_picture_of_failures_alone(tmp_path: Path) -> None:

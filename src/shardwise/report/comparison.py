@@ -11,11 +11,9 @@ from typing import Any, Final
 
 from shardwise.errors import ConfigurationError
 from shardwise.profiling import Figure, LoadReport, Timeline, node_peak_bytes
-from shardwise.report.joined import load_and_step
+from shardwise.report.timelines import LOAD_PHASES, load_timelines, step_timelines
 
 SCHEMA: Final = "shardwise.compare/1"
-LOAD_PHASES: Final = ("from_pretrained", "optimizer", "wrap_model")
-STEP_PHASE: Final = "step"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +39,9 @@ class Run:
         node: Highest sum over the ranks of the fullest node.
         device_peak_bytes: Highest of any rank; 0 where there is no device.
         shard_bytes: Largest shard of any rank.
-        timelines: Memory over time, by rank; the training step follows the load after a short break.
-        break_seconds: Middle of that break, since the start of the earliest timeline; None where there is none.
+        timelines: Memory over time while loading, by rank.
+        step_timelines: Memory over time during the training step, by rank, above the same start; none where the
+            step was not sampled apart.
         nodes: Ranks by host name.
     """
 
@@ -56,16 +55,22 @@ class Run:
     device_peak_bytes: int
     shard_bytes: int
     timelines: tuple[Timeline, ...]
-    break_seconds: float | None
+    step_timelines: tuple[Timeline, ...]
     nodes: Mapping[str, tuple[int, ...]]
 
     @property
     def node_timelines(self) -> tuple[Timeline, ...]:
-        """The timelines of the node with the highest anonymous peak."""
+        """The load's timelines of the node with the highest anonymous peak."""
         members = [
             tuple(line for line in self.timelines if line.rank in ranks) for ranks in self.nodes.values()
         ] or [self.timelines]
         return max(members, key=lambda lines: node_peak_bytes(lines, "anon_bytes", until=LOAD_PHASES) or 0)
+
+    @property
+    def node_step_timelines(self) -> tuple[Timeline, ...]:
+        """The step's timelines of the same node."""
+        ranks = {line.rank for line in self.node_timelines}
+        return tuple(line for line in self.step_timelines if line.rank in ranks)
 
 
 def model_name(comparison: Mapping[str, Any]) -> str:
@@ -117,11 +122,11 @@ def _read_run(run: Mapping[str, Any]) -> Run:
             device_peak_bytes=0,
             shard_bytes=0,
             timelines=(),
-            break_seconds=None,
+            step_timelines=(),
             nodes={},
         )
     report = LoadReport.from_json({field.name: run[field.name] for field in dataclasses.fields(LoadReport)})
-    timelines, break_seconds = load_and_step(run["timelines"], run.get("step_timelines", ()))
+    timelines = load_timelines(run["timelines"])
     nodes: dict[str, tuple[int, ...]] = {}
     for rank in report.ranks:
         nodes[rank.node] = (*nodes.get(rank.node, ()), rank.rank)
@@ -133,8 +138,8 @@ def _read_run(run: Mapping[str, Any]) -> Run:
         world_size=report.world_size,
         worst_rank=HostPeaks(
             anon_bytes=max((rank.host_anon_peak_bytes for rank in report.ranks), default=None),
-            file_bytes=_worst(timelines, "file_bytes", break_seconds),
-            pss_bytes=_worst(timelines, "pss_bytes", break_seconds),
+            file_bytes=_worst(timelines, "file_bytes"),
+            pss_bytes=_worst(timelines, "pss_bytes"),
         ),
         node=HostPeaks(
             anon_bytes=run["node"]["host_anon_peak_bytes"],
@@ -144,33 +149,11 @@ def _read_run(run: Mapping[str, Any]) -> Run:
         device_peak_bytes=max((rank.device_peak_bytes for rank in report.ranks), default=0),
         shard_bytes=max((rank.shard_bytes for rank in report.ranks), default=0),
         timelines=timelines,
-        break_seconds=break_seconds,
+        step_timelines=step_timelines(run.get("step_timelines", ()), loads=run["timelines"]),
         nodes=nodes,
     )
 
 
-def load_end_seconds(line: Timeline, *, timelines: Sequence[Timeline], break_seconds: float | None) -> float:
-    """Return when the load of one rank ends, since its profile's start.
-
-    Args:
-        line: The rank's timeline.
-        timelines: Those of all ranks.
-        break_seconds: The break before the step, since the start of the earliest timeline; None where there is none,
-            and then the last phase of the load is the end.
-    """
-    if break_seconds is not None:
-        return break_seconds - (
-            line.started_at_seconds - min(other.started_at_seconds for other in timelines)
-        )
-    end = line.phases_end_seconds(LOAD_PHASES)
-    return math.inf if end is None else end
-
-
-def _worst(timelines: Sequence[Timeline], figure: Figure, break_seconds: float | None) -> int | None:
-    peaks = (
-        line.peak_bytes(
-            figure, until_seconds=load_end_seconds(line, timelines=timelines, break_seconds=break_seconds)
-        )
-        for line in timelines
-    )
+def _worst(timelines: Sequence[Timeline], figure: Figure) -> int | None:
+    peaks = (line.peak_bytes(figure, until_seconds=math.inf) for line in timelines)
     return max((peak for peak in peaks if peak is not None), default=None)

@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from shardwise.profiling import PhaseSpan
-from shardwise.report.comparison import LOAD_PHASES, STEP_PHASE, Run, model_name
+from shardwise.profiling import PhaseSpan, Timeline
+from shardwise.report.comparison import Run, model_name
+from shardwise.report.timelines import LOAD_PHASES, STEP_PHASE
 
 # Okabe and Ito, "Color universal design" (2008): told apart under the common colour-vision deficiencies.
 RANK_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -20,14 +21,18 @@ _PHASE_COLOURS: Final = {
     "wrap_model": "#E4F0DC",
     "step": "#EDE4F3",
 }
-_BREAK_NOTE: Final = "The step is drawn right after the load; the checks that ran between them are left out."
+SHARD_COLOUR: Final = "#7B1FA2"
+SHARD_WIDTH: Final = 1.0  # points
+_STEP_NOTE: Final = (
+    "The training step ran after the load and has scales of its own; its memory, too, is above the value after the "
+    "imports."
+)
 _NOTE_LETTERS: Final = 150  # per line of the footnote
 _OTHER_PHASE_COLOUR: Final = "#E6E6E6"
 _PHASE_WORDS: Final = {
     "from_pretrained": "from_pretrained: build the model, read weights",
     "optimizer": "optimizer: create it",
     "wrap_model": "wrap_model: shard the model",
-    "step": "step: train once",
 }
 
 
@@ -54,12 +59,12 @@ def phase_colour(name: str) -> str:
     return _PHASE_COLOURS.get(name, _OTHER_PHASE_COLOUR)
 
 
-def shaded_phases(run: Run) -> list[tuple[float, PhaseSpan]]:
+def shaded_phases(timelines: Sequence[Timeline]) -> list[tuple[float, PhaseSpan]]:
     """Return the phases of the lowest rank that are worth a colour, with their start on the panel's axis."""
-    if not run.timelines:
+    if not timelines:
         return []
-    first = run.timelines[0]
-    offset = first.started_at_seconds - min(line.started_at_seconds for line in run.timelines)
+    first = timelines[0]
+    offset = first.started_at_seconds - min(line.started_at_seconds for line in timelines)
     shown = [span for span in first.phases if span.name in (*LOAD_PHASES, STEP_PHASE)]
     shown = shown or [span for span in first.phases if span.depth == 0]
     # Two layers may name the same phase, one inside the other: the outer one stands for both.
@@ -96,12 +101,12 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
         parse_math=False,
     )
     several = ranks > len(RANK_COLOURS)
-    lines: list[Any] = [
+    each: list[Any] = [
         Line2D([], [], color=rank_colour(rank, ranks), linewidth=2.5, label=f"rank {rank}")
         for rank in range(1 if several else ranks)
     ]
     if several:
-        lines.append(Line2D([], [], color=_OTHERS_COLOUR, linewidth=2.5, label=f"ranks 1 to {ranks - 1}"))
+        each.append(Line2D([], [], color=_OTHERS_COLOUR, linewidth=2.5, label=f"ranks 1 to {ranks - 1}"))
     together = max((together_label(run) for run in runs), key=len)
     peak: dict[str, Any] = {
         "marker": "o",
@@ -109,13 +114,16 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
         "linestyle": "none",
         "markeredgecolor": "#555555",
     }
-    lines += [
+    lines = [
         Line2D([], [], color=NODE_COLOUR, linewidth=1.2, linestyle=NODE_DASHES, label=together),
+        Line2D(
+            [], [], color=SHARD_COLOUR, linewidth=SHARD_WIDTH, label="shard: what one rank keeps in the end"
+        ),
         Line2D([], [], **peak, label="highest of one rank while loading"),
     ]
-    names = dict.fromkeys(span.name for run in runs for _, span in shaded_phases(run))
+    names = dict.fromkeys(span.name for run in runs for _, span in shaded_phases(run.timelines))
     patches = [Patch(facecolor=phase_colour(name), label=_PHASE_WORDS.get(name, name)) for name in names]
-    for handles, below_top in ((lines, 0.66), (patches, 0.93)):
+    for handles, below_top in ((each, 0.66), (lines, 0.92), (patches, 1.18)):
         figure.legend(
             handles=handles,
             loc="center left",
@@ -133,8 +141,9 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
     notes = [
         "Lines: anonymous memory of each rank (what the process itself has written; not the pages of mapped files) "
         "above its value after the imports.",
-        "Shading: what rank 0 is doing. Peaks leave the training step out. All panels share their scales.",
-        *([_BREAK_NOTE] if any(run.break_seconds is not None for run in runs) else []),
+        "Shard: parameters and buffers of the rank that keeps the most. Shading: what rank 0 is doing. "
+        "Panels below each other share their scales.",
+        *([_STEP_NOTE] if any(run.step_timelines for run in runs) else []),
         *(line for text in measures for line in textwrap.wrap(f"Measured: {text}.", _NOTE_LETTERS)),
     ]
     figure.text(

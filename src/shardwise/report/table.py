@@ -12,7 +12,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from shardwise.report.comparison import LOAD_PHASES, Run, model_name, read_comparison
+from shardwise.report.comparison import Run, model_name, read_comparison
+from shardwise.report.timelines import LOAD_PHASES
 from shardwise.report.units import ByteUnit, format_number, format_seconds
 
 PIPED_WIDTH: Final = 120  # columns at least, where there is no terminal to fit

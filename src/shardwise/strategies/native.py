@@ -93,9 +93,17 @@ class NativeFSDPStrategy(Strategy):
         return (model, *objects) if objects else model
 
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Return an optimizer that was made on a wrapped model; nothing needs to change."""
-        if not any(parameter.numel() for group in optimizer.param_groups for parameter in group["params"]):
-            raise OptimizerError("wrap_optimizer: expected an optimizer with parameters, got none")
+        """Check an optimizer that was made on a wrapped model and return it; nothing needs to change.
+
+        Raises:
+            OptimizerError: It holds parameters from before the wrap.
+        """
+        stale = [p for group in optimizer.param_groups for p in group["params"] if p.is_meta]
+        if stale:
+            raise OptimizerError(
+                f"wrap_optimizer: expected parameters of a wrapped model, got {len(stale)} on meta, from before the wrap. "
+                "Make the optimizer after wrap_model, or pass it to wrap_model."
+            )
         return optimizer
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
