@@ -253,7 +253,7 @@ def test_table_has_every_mode_and_every_phase() -> None:
     headers = [str(column.header) for column in table.columns]
     assert headers[0] == "mode"
     assert headers[-1] == "status"
-    assert set(PHASES) | {"step"} <= set(headers)
+    assert set(PHASES) | {"step"} <= {header.replace("_\n", "_") for header in headers}
     assert {f"{who}\n{what}" for who in ("rank", "node") for what in ("anon", "file", "PSS")} <= set(headers)
     assert table.row_count == len(MODES)
     assert [str(cell) for cell in table.columns[0].cells] == list(MODES)
@@ -263,7 +263,22 @@ def test_table_has_every_mode_and_every_phase() -> None:
 def test_piped_output_keeps_each_row_on_one_line_whatever_the_width() -> None:
     text = printed(comparison(failed=("accelerate-efficient",)), width=40)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip().startswith(MODES)}
-    expected = ["2.25", "0.01", "1.75", "1.12", "501", "40", "7.0", "1,234", "160", "-", "0", "131", "ok"]
+    expected = [
+        "2.25",
+        "0.01",
+        "1.75",
+        "1.12",
+        "131",
+        "501",
+        "501",
+        "40",
+        "7.0",
+        "1,234",
+        "160",
+        "-",
+        "0",
+        "ok",
+    ]
     assert rows["native-eager"][1:] == expected
     assert rows["accelerate-efficient"][1] in {"-", "failed:"}
     assert "…" not in text

@@ -36,6 +36,7 @@ class Run:
         step_seconds: Seconds of the training step.
         world_size: Number of ranks.
         worst_rank: Highest of any rank, each figure on its own.
+        others_anon_bytes: Highest anonymous memory of any rank but rank 0; None where there is no other.
         node: Highest sum over the ranks of the fullest node.
         device_peak_bytes: Highest of any rank; 0 where there is no device.
         shard_bytes: Largest shard of any rank.
@@ -51,6 +52,7 @@ class Run:
     step_seconds: float | None
     world_size: int
     worst_rank: HostPeaks
+    others_anon_bytes: int | None
     node: HostPeaks
     device_peak_bytes: int
     shard_bytes: int
@@ -118,6 +120,7 @@ def _read_run(run: Mapping[str, Any]) -> Run:
             step_seconds=None,
             world_size=0,
             worst_rank=nothing,
+            others_anon_bytes=None,
             node=nothing,
             device_peak_bytes=0,
             shard_bytes=0,
@@ -140,6 +143,9 @@ def _read_run(run: Mapping[str, Any]) -> Run:
             anon_bytes=max((rank.host_anon_peak_bytes for rank in report.ranks), default=None),
             file_bytes=_worst(timelines, "file_bytes"),
             pss_bytes=_worst(timelines, "pss_bytes"),
+        ),
+        others_anon_bytes=max(
+            (rank.host_anon_peak_bytes for rank in report.ranks if rank.rank != 0), default=None
         ),
         node=HostPeaks(
             anon_bytes=run["node"]["host_anon_peak_bytes"],

@@ -66,7 +66,10 @@ def render(comparison: Mapping[str, Any], console: Console) -> None:
         if not console.is_terminal:
             console.width = max(PIPED_WIDTH, needed, width_before)
         elif needed > width_before:
-            tables = [_table(runs, times, with_status=True), _table(runs, memory, with_status=False)]
+            tables = [
+                _table(runs, (*times, memory[0]), with_status=True),
+                _table(runs, memory[1:], with_status=False),
+            ]
         console.print(Text(_headline(comparison, runs)))
         for table in tables:
             console.print(table)
@@ -104,7 +107,7 @@ def _phase_column(name: str) -> _Column:
     def cell(run: Run) -> str:
         return format_seconds(run.phase_seconds[name]) if name in run.phase_seconds else _NONE
 
-    return _Column(header=name, cell=cell)
+    return _Column(header=name.replace("_", "_\n"), cell=cell)
 
 
 def _memory_columns(unit: ByteUnit) -> tuple[_Column, ...]:
@@ -116,14 +119,15 @@ def _memory_columns(unit: ByteUnit) -> tuple[_Column, ...]:
         return _Column(header=header, cell=cell)
 
     return (
+        column("rank\nshard", lambda run: run.shard_bytes),
         column("rank\nanon", lambda run: run.worst_rank.anon_bytes),
+        column("others\nanon", lambda run: run.others_anon_bytes),
         column("rank\nfile", lambda run: run.worst_rank.file_bytes),
         column("rank\nPSS", lambda run: run.worst_rank.pss_bytes),
         column("node\nanon", lambda run: run.node.anon_bytes),
         column("node\nfile", lambda run: run.node.file_bytes),
         column("node\nPSS", lambda run: run.node.pss_bytes),
         column("device\npeak", lambda run: run.device_peak_bytes),
-        column("rank\nshard", lambda run: run.shard_bytes),
     )
 
 
@@ -147,7 +151,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     notes = [
         "Memory is the highest increase while loading and sharding (the step is not in it), counted from just after "
         "the imports.",
-        "rank: the worst rank of each column. node: all ranks of the node together, at one instant. shard: the "
+        "rank: the worst rank of each column. others: the worst rank but rank 0. node: all ranks of the node together, at one instant. shard: the "
         "largest one.",
         "anon: memory with no file behind it. file: pages of mapped files, which the kernel can take back and which "
         "are counted again for each rank that maps them. PSS: both, with shared pages divided among the ranks; it is "

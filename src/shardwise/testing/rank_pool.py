@@ -25,6 +25,8 @@ from typing import Any, Self
 
 from shardwise.errors import CommandError
 
+_MOST_SECONDS_AT_THE_END = 2.0  # to wait for ranks that work on, or have failed
+
 
 class RankFailedError(AssertionError):
     """A function failed on at least one rank; the message holds every rank's traceback."""
@@ -210,7 +212,13 @@ def _serve(connection: Connection, preload: tuple[str, ...], path: list[str]) ->
     import torch
 
     torch.set_num_threads(1)
+    frozen = 0
     while True:
+        if len(sys.modules) > frozen:
+            # What is imported stays: without it, the collection after each run takes far less time.
+            frozen = len(sys.modules)
+            gc.collect()
+            gc.freeze()
         try:
             task = connection.recv()
         except (EOFError, OSError):
@@ -233,28 +241,40 @@ def _execute(task: _Task) -> _Outcome:
             WORLD_SIZE=str(task.world_size),
             LOCAL_WORLD_SIZE=str(task.world_size),
         )
+        store = torch._C._distributed_c10d.FileStore(task.store_file, task.world_size)
         dist.init_process_group(
             "gloo",
-            store=torch._C._distributed_c10d.FileStore(task.store_file, task.world_size),
+            store=store,
             rank=task.rank,
             world_size=task.world_size,
             timeout=timedelta(seconds=task.group_timeout_seconds),
         )
+        _meet(store, "start", task, timeout_seconds=task.group_timeout_seconds)
         target: Any = importlib.import_module(task.module)
         for part in task.function.split("."):
             target = getattr(target, part)
         outcome = _Outcome(value=target(*task.args), error=None, traceback="")
         pickle.dumps(outcome)
+        _meet(store, "end", task, timeout_seconds=_MOST_SECONDS_AT_THE_END)
     except BaseException as error:
         outcome = _Outcome(value=None, error=_picklable(error), traceback=traceback.format_exc())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         _forget_accelerate()
+        _forget_meshes()
         os.environ.clear()
         os.environ.update(environment)
         gc.collect()
     return outcome
+
+
+def _meet(store: Any, name: str, task: _Task, *, timeout_seconds: float) -> None:
+    # A rank that closes its group while others still connect to it, or read from it, would fail theirs.
+    store.add(name, 1)
+    deadline = time.monotonic() + timeout_seconds
+    while store.add(name, 0) < task.world_size and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _picklable(error: BaseException) -> BaseException:
@@ -272,3 +292,13 @@ def _forget_accelerate() -> None:
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+def _forget_meshes() -> None:
+    # DTensor caches what it worked out for a mesh, with that mesh; an equal one of the next run has other groups.
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+        _redistribute._gen_transform_infos.cache_clear()
