@@ -17,7 +17,7 @@ CAUSAL_KINDS = ("qwen3_tied", "qwen3_untied", "qwen3_moe", "gpt2")
 
 
 def write_checkpoint(kind: str, directory: Path) -> Path:
-    """Save a tiny random bf16 causal language model of one of `CAUSAL_KINDS`."""
+    """Save a random bf16 causal language model: one of `CAUSAL_KINDS`, or a larger one."""
     torch.manual_seed(1)
     model = causal_model(kind).to(torch.bfloat16)
     for parameter in model.parameters():  # norms are all ones otherwise, which hides permutations
@@ -27,7 +27,7 @@ def write_checkpoint(kind: str, directory: Path) -> Path:
 
 
 def causal_model(kind: str) -> nn.Module:
-    """Return a new model of one of `CAUSAL_KINDS`, in float32."""
+    """Return a new model of a kind that `write_checkpoint` knows, in float32."""
     import transformers
 
     attention = {
@@ -45,6 +45,19 @@ def causal_model(kind: str) -> nn.Module:
         return transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(
                 **attention, intermediate_size=40, tie_word_embeddings=kind == "qwen3_tied"
+            )
+        )
+    if kind == "qwen3_wide":  # 16 MiB, nearly all of it one tensor
+        return transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                **{**attention, "vocab_size": 262_144}, intermediate_size=40, tie_word_embeddings=True
+            )
+        )
+    if kind == "qwen3_large":  # 38 million parameters, most of them in two tensors
+        wide = {"vocab_size": 32_768, "hidden_size": 512, "head_dim": 64}
+        return transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                **{**attention, **wide}, intermediate_size=1536, tie_word_embeddings=False
             )
         )
     if kind == "qwen3_moe":

@@ -139,6 +139,7 @@ def _at_least(min_num_params: int) -> Any:
 
 def enable_fsdp2(accelerator: Any, plugin: Any) -> None:
     """Make an Accelerator take its FSDP2 path on this device."""
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     state = accelerator.state
@@ -146,6 +147,8 @@ def enable_fsdp2(accelerator: Any, plugin: Any) -> None:
         plugin.set_mixed_precision(accelerator.mixed_precision)
     state.fsdp_plugin = plugin
     state.distributed_type = DistributedType.FSDP
+    # Each `AcceleratorState()` that Accelerate makes later, for an optimizer for instance, copies this over the former.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def register_model(accelerator: Any, model: nn.Module) -> None:

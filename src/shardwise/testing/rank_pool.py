@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from shardwise.errors import CommandError
 
-_MOST_SECONDS_AT_THE_END = 2.0  # to wait for ranks that work on, or have failed
+_MOST_SECONDS_AT_THE_END = 2.0  # to wait for ranks that work on
 
 
 class RankFailedError(AssertionError):
@@ -233,6 +233,7 @@ def _execute(task: _Task) -> _Outcome:
     import torch.distributed as dist
 
     environment = dict(os.environ)
+    store = torch._C._distributed_c10d.FileStore(task.store_file, task.world_size)
     try:
         # As a launcher would set them; the group itself meets through the file.
         os.environ.update(
@@ -241,7 +242,6 @@ def _execute(task: _Task) -> _Outcome:
             WORLD_SIZE=str(task.world_size),
             LOCAL_WORLD_SIZE=str(task.world_size),
         )
-        store = torch._C._distributed_c10d.FileStore(task.store_file, task.world_size)
         dist.init_process_group(
             "gloo",
             store=store,
@@ -258,6 +258,7 @@ def _execute(task: _Task) -> _Outcome:
         _meet(store, "end", task, timeout_seconds=_MOST_SECONDS_AT_THE_END)
     except BaseException as error:
         outcome = _Outcome(value=None, error=_picklable(error), traceback=traceback.format_exc())
+        store.add("end", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
