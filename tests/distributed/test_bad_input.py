@@ -211,7 +211,7 @@ def fail_then_retry(name: str, after: int) -> str:
     # The user's group and the same process still work, with a new model.
     dist.barrier()
     for seed in (7, 8):
-        model = strategy.wrap_model(PlainNet(seed=seed if dist.get_rank() == 0 else 0))
+        model = make_strategy(name).wrap_model(PlainNet(seed=seed if dist.get_rank() == 0 else 0))
         check_equal(model, PlainNet(seed=seed))
     return text
 

@@ -316,21 +316,33 @@ def test_two_models_and_a_second_strategy_in_one_process(
 
 
 def wrap_two(first_directory: str, second_directory: str, name: str) -> None:
-    strategy = make_strategy(name)
+    directories = [first_directory, second_directory, first_directory]
+    strategies = [make_strategy(name, memory_efficient_init=efficient) for efficient in (True, True, False)]
+    if name == "native_fsdp":
+        strategies[1] = strategies[0]
     models = [
-        load(strategy, directory, dtype=torch.float32) for directory in (first_directory, second_directory)
+        load(strategy, directory, dtype=torch.float32)
+        for strategy, directory in zip(strategies, directories, strict=True)
     ]
-    for model in models:
+    for strategy, model in zip(strategies, models, strict=True):
         strategy.wrap_model(model)
-    again = make_strategy(name, memory_efficient_init=False)
-    third = load(again, first_directory, dtype=torch.float32)
-    again.wrap_model(third)
-    for model, directory in zip(
-        [*models, third], [first_directory, second_directory, first_directory], strict=True
-    ):
+    for strategy, model, directory in zip(strategies, models, directories, strict=True):
         check_equal(model, from_checkpoint(directory, dtype=torch.float32))
         backward(strategy, language_loss(model, own_rows(token_batch())))
         check_gradients(model, reference_gradients(directory))
+
+
+def test_a_second_model_of_one_accelerator_is_refused(pool: RankPool) -> None:
+    for error in pool.run_to_errors(wrap_two_with_one_accelerator, ranks=2):
+        assert isinstance(error, sw.ConfigurationError)
+        assert "holds FSDPPlainNet already" in str(error)
+        assert "another AccelerateStrategy" in str(error)
+
+
+def wrap_two_with_one_accelerator() -> None:
+    strategy = make_strategy("accelerate")
+    strategy.wrap_model(PlainNet())
+    strategy.wrap_model(PlainNet())
 
 
 def test_both_strategies_in_one_process(pool: RankPool, checkpoint: Checkpoint) -> None:

@@ -317,4 +317,4 @@ def load_under_flags(directory: str, name: str) -> None:
     del os.environ[FLAGS[0]], os.environ[FLAGS[1]]
     expected = from_checkpoint(directory)
     for given in (model, loaded):
-        check_equal(strategy.wrap_model(given), expected)
+        check_equal(make_strategy(name).wrap_model(given), expected)

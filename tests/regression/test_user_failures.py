@@ -1,6 +1,6 @@
 """What broke for people who initialised large models for FSDP, one test per failure.
 
-The numbers are those of docs/failures.md, which says for each where it was reported.
+The case numbers only name them: each docstring or name says what went wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -73,11 +74,13 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc for anonymous memory")
 @by_strategy
 def test_case_01_02_06_ranks_that_are_not_the_source_hold_their_shard_and_staging(
-    pool: RankPool, large_checkpoint: str, strategy: str
+    pool: RankPool, checkpoint: Checkpoint, large_checkpoint: str, strategy: str
 ) -> None:
+    # A first load imports modules, which would count here.
+    pool.run(measure_load, checkpoint("qwen3_untied"), strategy, ranks=4)
     results = pool.run(measure_load, large_checkpoint, strategy, ranks=4)
     whole = results[0][2]
-    assert whole > 140 * MIB
+    assert whole > 70 * MIB
     for rank, (peak, shard, _) in enumerate(results):
         assert shard < 0.26 * whole
         if rank != 0:
@@ -90,14 +93,14 @@ def measure_load(directory: str, name: str) -> tuple[int, int, int]:
     """Return the anonymous peak over load and wrap, this rank's shard and the whole model, in bytes."""
     ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not serve this one
     strategy = make_strategy(name)
-    # On transformers 4, a cast reads each tensor on every rank; the parts of the bound are then tighter than that.
-    cast = torch.float32 if int(__import__("transformers").__version__[0]) > 4 else "auto"
+    # transformers 4 casts each tensor on every rank, one after the other, also onto meta.
+    cast = "auto" if transformers.__version__.startswith("4.") else torch.float32
     with sw.profile_memory() as profile:
         model = load(strategy, directory, dtype=cast)
         optimizer = torch.optim.AdamW(model.parameters())
         model, _ = strategy.wrap_model(model, optimizer)
     shard = sum(p.to_local().nbytes for p in model.parameters())
-    whole = sum(p.numel() * 4 for p in model.parameters())
+    whole = sum(p.nbytes for p in model.parameters())
     # Neither NaN placeholders nor zeros: every row of this rank's shard is the file's.
     expected = dict(from_checkpoint(directory).named_parameters())
     for fqn, parameter in model.named_parameters():
@@ -168,7 +171,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @by_strategy
-@pytest.mark.parametrize("kind", ["qwen3_tied", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen3_tied", "qwen3_moe"])
 @pytest.mark.parametrize("way", ["load_pretrained", "pretrained_load_context"])
 def test_case_16_17_18_buffers_are_equal_on_all_ranks_in_bytes_and_dtype(
     pool: RankPool, checkpoint: Checkpoint, strategy: str, kind: str, way: str
@@ -265,7 +268,7 @@ def digest_replicas(name: str) -> str:
     check_equal(model, PlainNet(seed=0))
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        digest.update(parameter.to_local().numpy().tobytes())
+        digest.update(raw_bytes(parameter.to_local()).numpy())
     return digest.hexdigest()
 
 
@@ -315,23 +318,29 @@ class Experts(nn.Module):
 
     def __init__(self, *, sidecar: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Module()])
-        (layer,) = self.layers
-        layer.experts = nn.Parameter(torch.randn(2, 8, 8))
-        layer.router = nn.Linear(8, 2, bias=False)
-        layer.router.register_buffer("e_score_correction_bias", torch.rand(2))
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+        self.router = nn.Linear(8, 2, bias=False)
+        self.router.register_buffer("e_score_correction_bias", torch.rand(2))
         if sidecar:
-            layer.router.statistics = torch.rand(4)
+            self.router.statistics = torch.rand(4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (layer,) = self.layers
-        weights = torch.softmax(layer.router(x) + layer.router.e_score_correction_bias, -1)
-        return torch.einsum("be,bd,edo->bo", weights, x, layer.experts)
+        weights = torch.softmax(self.router(x) + self.router.e_score_correction_bias, -1)
+        return torch.einsum("be,bd,edo->bo", weights, x, self.experts)
 
 
-def experts(*, seed: int, sidecar: bool) -> Experts:
+class Mixture(nn.Module):
+    def __init__(self, *, sidecar: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Experts(sidecar=sidecar)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x)
+
+
+def mixture(*, seed: int, sidecar: bool) -> Mixture:
     torch.manual_seed(seed)
-    return Experts(sidecar=sidecar)
+    return Mixture(sidecar=sidecar)
 
 
 @by_strategy
@@ -351,9 +360,9 @@ def test_case_36_37_a_persistent_router_bias_and_keys_that_only_rank_0_has(
 def train_experts(name: str, efficient: bool, sidecar: bool) -> None:
     inputs = torch.randn(2 * dist.get_world_size(), 8, generator=torch.Generator().manual_seed(5))
     strategy = make_strategy(name, memory_efficient_init=efficient)
-    model = experts(seed=dist.get_rank() if efficient else 0, sidecar=sidecar and dist.get_rank() == 0)
+    model = mixture(seed=dist.get_rank() if efficient else 0, sidecar=sidecar and dist.get_rank() == 0)
     model = strategy.wrap_model(model)
-    reference = experts(seed=0, sidecar=False)
+    reference = mixture(seed=0, sidecar=False)
     check_equal(model, reference)
     assert "layers.0.router.e_score_correction_bias" in model.state_dict()
     backward(strategy, model(own_rows(inputs)).square().mean())

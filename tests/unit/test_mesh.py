@@ -77,7 +77,10 @@ def test_other_axes_are_refused(world: Any, shape: tuple[int, ...], names: tuple
     with pytest.raises(ConfigurationError) as caught:
         resolve_mesh(mesh(*shape, names=names))
     message = str(caught.value)
-    assert "expected one axis, or two named dp_replicate or dp and dp_shard or fsdp in this order" in message
+    assert (
+        "expected one axis, or two named dp_replicate or dp and dp_shard or fsdp or dp_shard_cp in this order"
+        in message
+    )
     assert f"got axes {names or 'without names'} of shape {shape}" in message
     assert "device_mesh['dp_replicate', 'dp_shard']" in message
 

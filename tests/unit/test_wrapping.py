@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 
-from shardwise.errors import ConfigurationError, UnsupportedParameterError
+from shardwise.errors import ConfigurationError
 from shardwise.materialize import entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.wrapping import apply_checkpointing, plan_units
@@ -159,24 +159,18 @@ def test_a_tie_inside_of_the_root_needs_no_unit() -> None:
     assert units_of(model) == [("layers.0",), ("layers.1",)]
 
 
-def test_a_tie_between_nested_units_is_refused() -> None:
+def test_a_tie_between_nested_units_leaves_the_outer_one() -> None:
     model = Layered()
     model.layers[0].outer = model.layers[0].mix.weight
-    with pytest.raises(UnsupportedParameterError) as caught:
-        units_of(model, wrap_classes=[Layer, nn.Linear])
-    assert str(caught.value) == (
-        "layers.0.outer: tied between layers.0 and layers.0.mix inside of it, which FSDP2 cannot keep in one group. "
-        "Choose other wrap_classes, or auto_wrap_policy='none'."
-    )
+    before = units_of(Layered(), wrap_classes=[Layer, nn.Linear])
+    assert ("layers.0.mix",) in before
+    assert set(units_of(model, wrap_classes=[Layer, nn.Linear])) == set(before) - {("layers.0.mix",)}
 
 
-def test_a_tie_between_a_layer_and_the_root_module_itself_is_refused() -> None:
+def test_a_layer_tied_to_the_root_module_itself_goes_to_the_root() -> None:
     model = Layered()
     model.shared = model.layers[0].mix.weight
-    with pytest.raises(
-        UnsupportedParameterError, match=r"tied between the root module and layers.0.* inside"
-    ):
-        units_of(model)
+    assert units_of(model) == [("layers.1",)]
 
 
 def test_planning_leaves_the_model_as_it_is() -> None:

@@ -4,7 +4,7 @@ from shardwise.materialize.agreement import Agreement, Comparable, timeout_secon
 from shardwise.materialize.fill import Filled, fill_from_source
 from shardwise.materialize.meta import take_values
 from shardwise.materialize.names import clean_fqn
-from shardwise.materialize.storage import local_bytes_of
+from shardwise.materialize.storage import local_bytes_of, trained_parameters_of
 from shardwise.materialize.structure import Entry, Structure, entries_of, structure_difference
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "structure_difference",
     "take_values",
     "timeout_seconds_of",
+    "trained_parameters_of",
 ]

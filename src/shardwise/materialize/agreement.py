@@ -12,19 +12,21 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from shardwise.errors import PeerError, RankMismatchError, RankTimeoutError
+from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
+from shardwise.materialize.call_store import CallStore
 from shardwise.profiling import phase as record_phase
 
 _OK = "ok"
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
+_MOST_SECONDS_TO_TELL = 5.0  # how long the store's host stays for ranks that do not know of a failure yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ class Agreement:
         self.rank = dist.get_rank()
         self.timeout_seconds = timeout_seconds
         self._call = call
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store = CallStore(call=call)
         # Like collectives, shardwise calls must come in one order on all ranks, so the n-th call of every rank over
         # the same ranks is the same call. The count is kept in the store: it begins anew with a new process group.
         group = "all" if len(self.ranks) == dist.get_world_size() else "-".join(map(str, self.ranks))
@@ -108,7 +110,13 @@ class Agreement:
         except BaseException as error:
             self._fail(error)
             raise
-        same = together.same
+        try:
+            self._end(together.same)
+        except RankError:
+            self._leave()
+            raise
+
+    def _end(self, same: Comparable | None) -> None:
         with record_phase("agree"):
             self._arrive(same.digest if same is not None else "")
             outcome = self._await_outcome()
@@ -132,7 +140,7 @@ class Agreement:
             self._store.set(full_key, value)
             return value
         self._wait([full_key], what=f"the source rank's {key}", key_of_rank={})
-        return str(self._store.get(full_key), "utf-8")
+        return self._store.get([full_key])[0]
 
     def gather(self, key: str, value: str) -> list[str]:
         """Return every rank's text, in the order of `ranks`."""
@@ -140,7 +148,7 @@ class Agreement:
         keys = list(key_of_rank.values())
         self._store.set(key_of_rank[self.rank], value)
         self._wait(keys, what=f"every rank's {key}", key_of_rank=key_of_rank)
-        return [text.decode() for text in self._store.multi_get(keys)]
+        return self._store.get(keys)
 
     def check(self, *, now: bool = False) -> None:
         """Raise if another rank has failed in this phase; cheap enough to call while data moves.
@@ -151,7 +159,7 @@ class Agreement:
         seconds = time.monotonic()
         if now or seconds - self._last_check_seconds >= _POLL_SECONDS_WHILE_MOVING:
             self._last_check_seconds = seconds
-            if self._store.check([self._outcome_key]):
+            if self._store.has([self._outcome_key]):
                 self._raise_peer_error(self._outcome())
 
     @property
@@ -163,28 +171,37 @@ class Agreement:
         return {rank: f"{self._prefix}/{self._phase}/rank/{rank}" for rank in self.ranks}
 
     def _outcome(self) -> dict[str, Any]:
-        outcome: dict[str, Any] = json.loads(self._store.get(self._outcome_key).decode())
+        outcome: dict[str, Any] = json.loads(self._store.get([self._outcome_key])[0])
         return outcome
 
     def _settle(self, outcome: dict[str, Any]) -> None:
-        # Only the first outcome of a phase counts: compare_set leaves an existing value alone.
-        self._store.compare_set(self._outcome_key, "", json.dumps(outcome))
+        # Only the first outcome of a phase counts.
+        self._store.set_once(self._outcome_key, json.dumps(outcome))
 
     def _fail(self, error: BaseException) -> None:
-        if isinstance(error, PeerError):
-            return
+        if not isinstance(error, PeerError):
+            try:
+                self._settle(self._failure(error))
+            except RankError as lost:  # the store's host has ended; the first error is what matters
+                error.add_note(f"The other ranks could not be told: {lost}")
+        self._leave()
+
+    def _failure(self, error: BaseException) -> dict[str, Any]:
         text = f"{type(error).__name__}: {error}"
-        outcome = {"rank": self.rank, "host": socket.gethostname(), "error": text[:8000]}
-        try:
-            self._settle(outcome)
-        except RuntimeError as lost:  # the store's host has ended; the first error is what matters
-            error.add_note(f"The other ranks could not be told: {lost}")
+        return {"rank": self.rank, "host": socket.gethostname(), "error": text[:8000]}
+
+    def _leave(self) -> None:
+        """After a failure: say that this rank knows, and let the store live until all do, if it is in this process."""
+        counter = f"{self._prefix}/{self._phase}/told"
+        with suppress(RankError):
+            self._store.add(counter, 1)
+            self._store.wait_if_host(counter, count=len(self.ranks), timeout_seconds=_MOST_SECONDS_TO_TELL)
 
     def _arrive(self, digest: str) -> None:
         self._store.set(self._arrival_keys[self.rank], digest)
         if self._store.add(f"{self._prefix}/{self._phase}/arrived", 1) < len(self.ranks):
             return
-        digests = self._store.multi_get(list(self._arrival_keys.values()))
+        digests = self._store.get(list(self._arrival_keys.values()))
         differing = [rank for rank, text in zip(self.ranks, digests, strict=True) if text != digests[0]]
         self._settle({"mismatch": [self.ranks[0], differing]} if differing else {_OK: True})
 
@@ -193,7 +210,7 @@ class Agreement:
             self._wait([self._outcome_key], what="the other ranks", key_of_rank=self._arrival_keys)
         except RankTimeoutError as error:
             # Told to the others too: a rank that arrives later must not begin the next phase alone.
-            self._fail(error)
+            self._settle(self._failure(error))
             outcome = self._outcome()
             if outcome.get("rank") == self.rank:
                 raise
@@ -203,7 +220,7 @@ class Agreement:
     def _wait(self, keys: list[str], *, what: str, key_of_rank: Mapping[int, str]) -> None:
         """Wait until all keys are there; after the timeout, name the ranks whose own key is not."""
         started = time.monotonic()
-        while not self._store.check(keys):
+        while not self._store.has(keys):
             waited = time.monotonic() - started
             if waited > self.timeout_seconds:
                 raise RankTimeoutError(self._timeout_message(what, key_of_rank))
@@ -212,7 +229,7 @@ class Agreement:
             time.sleep(min(_LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
 
     def _timeout_message(self, what: str, key_of_rank: Mapping[int, str]) -> str:
-        missing = [str(rank) for rank, key in key_of_rank.items() if not self._store.check([key])]
+        missing = [str(rank) for rank, key in key_of_rank.items() if not self._store.has([key])]
         late = f"; ranks that did not arrive: {', '.join(missing)} of {len(self.ranks)}" if missing else ""
         return (
             f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}{late}. "
@@ -234,7 +251,7 @@ class Agreement:
         key_of_rank = {rank: f"{base}/{rank}" for rank in (reference, differing[0])}
         keys = list(key_of_rank.values())
         self._wait(keys, what="the other ranks' details", key_of_rank=key_of_rank)
-        expected, got = (value.decode() for value in self._store.multi_get(keys))
+        expected, got = self._store.get(keys)
         ranks = ", ".join(map(str, differing))
         raise RankMismatchError(
             f"{self._call}, phase {self._phase!r}: {same.what} on rank {ranks} is not that of rank {reference}: "

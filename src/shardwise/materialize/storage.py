@@ -38,6 +38,17 @@ def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
                     yield fsdp_param
 
 
+def trained_parameters_of(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters that an optimizer of a sharded model must hold.
+
+    A parameter that is gathered at this moment is left out: FSDP2 replaces it by its shard after the step.
+    """
+    managed = list(fsdp_params_of(model))
+    gathered = {id(getattr(fsdp_param, "_unsharded_param", None)) for fsdp_param in managed}
+    registered = {id(parameter) for parameter in model.parameters()}
+    return {id(fsdp_param.sharded_param) for fsdp_param in managed} | (registered - gathered)
+
+
 def allocate_parameters(model: nn.Module, device: torch.device) -> None:
     """Give every meta parameter of a model storage on this rank, its values undefined, padding zero.
 

@@ -22,6 +22,7 @@ from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
 from shardwise.strategies.mesh import default_device_type, resolve_mesh
 from shardwise.strategies.precision import check_mixed_precision
+from shardwise.strategies.wrapping import refuse_wrapped
 
 _log = logging.getLogger("shardwise")
 
@@ -121,7 +122,9 @@ class AccelerateStrategy(Strategy):
                 )
         optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
         with unchanged_environment():
-            if not self.memory_efficient_init and optimizers and compat.shards_itself(self.accelerator):
+            refuse_wrapped(model)
+            compat.refuse_second_model(self.accelerator, model)
+            if not self.memory_efficient_init and optimizers and self._stock_shards():
                 return self._prepare_stock(model, objects)
             self._wrap(model, optimizers, self._policy)
             compat.register_model(self.accelerator, model)
@@ -129,12 +132,7 @@ class AccelerateStrategy(Strategy):
             ready = {id(obj): self._prepare(obj) for obj in sorted(objects, key=_preparation_order)}
         return (model, *(ready[id(obj)] for obj in objects)) if objects else model
 
-    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Register an optimizer that was made on a wrapped model with the Accelerator.
-
-        Returns:
-            Accelerate's wrapper around it.
-        """
+    def _take_optimizer(self, optimizer: Optimizer) -> Optimizer:
         prepared: Optimizer = self._prepare(optimizer)
         return prepared
 
@@ -150,12 +148,20 @@ class AccelerateStrategy(Strategy):
             nonlocal prepared
             prepared = self.accelerator.prepare(model, *objects)
 
-        self._wrap(model, (), self._policy, shard=shard)
+        optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
+        self._wrap(model, optimizers, self._policy, shard=shard)
         return prepared
+
+    def _stock_shards(self) -> bool:
+        return compat.shards_itself(
+            self.accelerator, self.fsdp_config, mesh_shape=tuple(self.device_mesh.shape)
+        )
 
     def _prepare(self, obj: Any) -> Any:
         if isinstance(obj, Optimizer):
-            return self.accelerator.prepare_optimizer(obj, device_placement=False)
+            prepared = self.accelerator.prepare_optimizer(obj, device_placement=False)
+            compat.warn_of_optimizers(self.accelerator)
+            return prepared
         if isinstance(obj, LRScheduler):
             return self.accelerator.prepare_scheduler(obj)
         return self.accelerator.prepare_data_loader(obj)
@@ -195,6 +201,7 @@ def _build(
             mixed_precision=mixed_precision,
             fsdp_plugin=plugin,
             kwargs_handlers=handlers,
+            gradient_accumulation_plugin=compat.keep_gradient_state(),
             cpu=device_type == "cpu",
         )
     except (ValueError, ImportError) as error:

@@ -24,6 +24,14 @@ from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.precision import policy_of
 
 OLDEST, NEWEST_CHECKED = (1, 15), (1, 15)
+# What `save_state` and `backward` read of the plugin that all Accelerators of a process share.
+_SHARED_OPTIONS = (
+    "fsdp_version",
+    "reshard_after_forward",
+    "activation_checkpointing",
+    "state_dict_type",
+    "mixed_precision_policy",
+)
 _FSDP_FLAG = "ACCELERATE_USE_FSDP"
 _EFFICIENT_FLAG = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -54,6 +62,19 @@ def require_supported() -> None:
         )
 
 
+def keep_gradient_state() -> Any | None:
+    """Return the accumulation settings of an Accelerator that this process has already, for the next one to keep.
+
+    Accelerators share them; a new one without the argument would set the old one's steps back to 1.
+    """
+    from accelerate.state import GradientState
+    from accelerate.utils import GradientAccumulationPlugin
+
+    if not GradientState._shared_state:
+        return None
+    return GradientAccumulationPlugin(**GradientState().plugin_kwargs)
+
+
 def make_plugin(config: FSDPConfig, *, mixed_precision: str) -> Any:
     """Return Accelerate's FSDP2 plugin with every option given, so that none is read from the environment."""
     from accelerate import FullyShardedDataParallelPlugin
@@ -79,11 +100,20 @@ def plugin_of(accelerator: Any) -> Any | None:
 
     On CPU ranks Accelerate drops the plugin that it was given; there it is read again from the environment, which is
     what a launch YAML becomes.
+
+    Raises:
+        ConfigurationError: The plugin was an object, and is lost.
     """
     from accelerate import FullyShardedDataParallelPlugin
 
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None and os.environ.get(_FSDP_FLAG, "false").lower() == "true":
+        if not any(name in os.environ for name in ("FSDP_VERSION", "FSDP_AUTO_WRAP_POLICY")):
+            raise ConfigurationError(
+                "AccelerateStrategy: Accelerate drops a plugin object on CPU ranks, and the environment has no FSDP_VERSION "
+                "to read its options from. Build the Accelerator from a launch YAML, or without a plugin and pass "
+                "fsdp_config=."
+            )
         plugin = FullyShardedDataParallelPlugin()
     return plugin
 
@@ -99,7 +129,7 @@ def config_of(plugin: Any) -> FSDPConfig:
     if plugin.fsdp_version != 2:
         raise ConfigurationError(
             "AccelerateStrategy: expected an Accelerator with fsdp_version: 2, got 1. Set it in the launch YAML, or pass "
-            "FullyShardedDataParallelPlugin(fsdp_version=2)."
+            "FullyShardedDataParallelPlugin(fsdp_version=2) on an accelerator."
         )
     if plugin.ignored_modules is not None:
         raise ConfigurationError(
@@ -138,14 +168,29 @@ def _at_least(min_num_params: int) -> Any:
 
 
 def enable_fsdp2(accelerator: Any, plugin: Any) -> None:
-    """Make an Accelerator take its FSDP2 path on this device."""
+    """Make an Accelerator take its FSDP2 path on this device.
+
+    Raises:
+        ConfigurationError: Another Accelerator of this process has other options, which the two would share.
+    """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     state = accelerator.state
     if accelerator.mixed_precision != "no" and plugin.mixed_precision_policy is None:
         plugin.set_mixed_precision(accelerator.mixed_precision)
-    state.fsdp_plugin = plugin
+    earlier = getattr(state, "fsdp_plugin", None)
+    if earlier is None:
+        state.fsdp_plugin = plugin
+    elif earlier is not plugin:
+        for option in _SHARED_OPTIONS:
+            ours, theirs = getattr(plugin, option), getattr(earlier, option)
+            if ours != theirs:
+                raise ConfigurationError(
+                    f"AccelerateStrategy: {option} is {ours}, and {theirs} in the Accelerator that this process has already. "
+                    "Accelerate keeps one set of options per process: use the same ones for both strategies, or "
+                    "NativeFSDPStrategy for one of them."
+                )
     state.distributed_type = DistributedType.FSDP
     # Each `AcceleratorState()` that Accelerate makes later, for an optimizer for instance, copies this over the former.
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -158,6 +203,40 @@ def register_model(accelerator: Any, model: nn.Module) -> None:
     model._is_accelerate_prepared = True  # type: ignore[assignment]
 
 
-def shards_itself(accelerator: Any) -> bool:
-    """Return whether stock Accelerate turns FSDP on for this device; it does for accelerators only."""
-    return bool(accelerator.device.type != "cpu")
+def refuse_second_model(accelerator: Any, model: nn.Module) -> None:
+    """Raise if an Accelerator holds another model: its `clip_grad_norm_` and `save_state` would mix the two up.
+
+    Raises:
+        ConfigurationError: Naming the first model.
+    """
+    others = [type(known).__name__ for known in accelerator._models if known is not model]
+    if others:
+        raise ConfigurationError(
+            f"wrap_model: one Accelerator holds one FSDP2 model, and this one holds {others[0]} already. Make another "
+            "AccelerateStrategy for the second model, or call accelerator.free_memory() if the first is done with."
+        )
+
+
+def warn_of_optimizers(accelerator: Any) -> None:
+    """Warn that `save_state` fails where there is not exactly one optimizer per model."""
+    if len(accelerator._optimizers) > 1:
+        warnings.warn(
+            f"AccelerateStrategy: {len(accelerator._optimizers)} optimizers on one model train as usual, but Accelerate's "
+            "save_state pairs optimizers with models by position and fails. Save with torch.distributed.checkpoint.",
+            stacklevel=3,
+        )
+
+
+def shards_itself(accelerator: Any, config: FSDPConfig, *, mesh_shape: tuple[int, ...]) -> bool:
+    """Return whether stock Accelerate shards on this device in the way that the options ask for.
+
+    It turns FSDP on for accelerators only, over one axis of all ranks, and its plugin has no place for some options.
+    """
+    return bool(
+        accelerator.device.type != "cpu"
+        and mesh_shape == (accelerator.num_processes,)
+        and not config.ignored_params
+        and config.shard_placement_fn is None
+        and not callable(config.auto_wrap_policy)
+        and (config.reshard is None or isinstance(config.reshard, bool))
+    )

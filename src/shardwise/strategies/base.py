@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, final
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch.distributed as dist
 from torch import nn
@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from shardwise.errors import ConfigurationError
-from shardwise.materialize import Agreement, timeout_seconds_of
+from shardwise.errors import ConfigurationError, OptimizerError
+from shardwise.materialize import Agreement, timeout_seconds_of, trained_parameters_of
 from shardwise.profiling import LoadReport
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
@@ -53,6 +53,7 @@ class Strategy(ABC):
         self.route = route
         self.timeout_seconds = timeout_seconds_of(timeout)
         self.last_report: LoadReport | None = None
+        self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
 
     def load_pretrained(
@@ -125,9 +126,37 @@ class Strategy(ABC):
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
         """Shard a model and rebind what was made on it."""
 
-    @abstractmethod
+    @final
     def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Register an optimizer that was made on a wrapped model."""
+        """Take in an optimizer that was made on a wrapped model. All ranks of the mesh call this together.
+
+        Args:
+            optimizer: Made on the parameters that a model of this strategy has after `wrap_model`.
+
+        Returns:
+            The optimizer; through Accelerate, Accelerate's wrapper around it.
+
+        Raises:
+            OptimizerError: It holds other parameters.
+            PeerError: Another rank's optimizer does.
+        """
+        agreement = Agreement(
+            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="wrap_optimizer"
+        )
+        with agreement.phase("check"):
+            known = set().union(*(trained_parameters_of(model) for model in self._wrapped))
+            stale = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+            if stale:
+                raise OptimizerError(
+                    f"wrap_optimizer: expected parameters of a model that this strategy wrapped, got {len(stale)} others. "
+                    "Make the optimizer after wrap_model, on that model's parameters, and not between a forward and its "
+                    "backward; or make it before and pass it to wrap_model."
+                )
+        return self._take_optimizer(optimizer)
+
+    @abstractmethod
+    def _take_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Register an optimizer whose parameters were checked."""
 
     @abstractmethod
     def unwrap_model(self, model: nn.Module) -> nn.Module:
@@ -141,6 +170,7 @@ class Strategy(ABC):
         *,
         shard: Callable[[], None] | None = None,
     ) -> None:
+        model = getattr(model, "_orig_mod", model)  # a compiled module calls the one inside, which is sharded
         record = self._pretrained.get(model)
         options = WrapOptions(
             strategy=self.name,
@@ -159,3 +189,4 @@ class Strategy(ABC):
             initialised=record.initialised if record is not None else frozenset(),
             shard=shard,
         )
+        self._wrapped.add(model)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from shardwise.errors import ConfigurationError
 
 REPLICATE_AXES = ("dp_replicate", "dp")
-SHARD_AXES = ("dp_shard", "fsdp")
+SHARD_AXES = ("dp_shard", "fsdp", "dp_shard_cp")  # the last is Accelerate's flattened shard x context axis
 
 
 def resolve_mesh(device_mesh: DeviceMesh | None) -> DeviceMesh:
@@ -49,9 +49,12 @@ def resolve_mesh(device_mesh: DeviceMesh | None) -> DeviceMesh:
 
 
 def default_device_type() -> str:
-    """Return the accelerator's type if the default group's ranks can each have one, else the CPU's."""
+    """Return the accelerator's type if it has collectives and each local rank can have one, else the CPU's."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
+    if accelerator is None or dist.get_default_backend_for_device(accelerator) == dist.Backend.GLOO:
+        return "cpu"
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return accelerator.type if torch.accelerator.device_count() >= local_ranks else "cpu"
 
 
 def device_of(mesh: DeviceMesh) -> torch.device:

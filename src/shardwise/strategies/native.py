@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from shardwise.errors import ConfigurationError, ModelError, OptimizerError
+from shardwise.errors import ConfigurationError, ModelError
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.mesh import default_device_type, resolve_mesh
@@ -92,24 +92,14 @@ class NativeFSDPStrategy(Strategy):
         self._wrap(model, objects, policy_of(self.mixed_precision))
         return (model, *objects) if objects else model
 
-    def wrap_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Check an optimizer that was made on a wrapped model and return it; nothing needs to change.
-
-        Raises:
-            OptimizerError: It holds parameters from before the wrap.
-        """
-        stale = [p for group in optimizer.param_groups for p in group["params"] if p.is_meta]
-        if stale:
-            raise OptimizerError(
-                f"wrap_optimizer: expected parameters of a wrapped model, got {len(stale)} on meta, from before the wrap. "
-                "Make the optimizer after wrap_model, or pass it to wrap_model."
-            )
+    def _take_optimizer(self, optimizer: Optimizer) -> Optimizer:
         return optimizer
 
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """Return the model under `torch.compile`; `fully_shard` itself wraps nothing."""
         inner: nn.Module = getattr(model, "_orig_mod", model)
-        if not isinstance(inner, FSDPModule):
+        # A model that was compiled before the wrap is sharded under its compiled wrapper, not itself.
+        if not isinstance(inner, FSDPModule) and not isinstance(model, FSDPModule):
             raise ModelError(
                 f"unwrap_model: expected a model from wrap_model, got {type(inner).__name__}, which is not sharded"
             )

@@ -23,7 +23,8 @@ class DetachedOptimizer:
         """Put the model's present parameters of the same names into the groups."""
         named = {entry.fqn: entry.tensor for entry in entries_of(model) if entry.role == "parameter"}
         for group, fqns in zip(self.optimizer.param_groups, self.group_fqns, strict=True):
-            group["params"] = [named[fqn] for fqn in fqns]
+            # In place: LBFGS keeps the list itself under another name.
+            group["params"][:] = [named[fqn] for fqn in fqns]
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[DetachedOptimizer, ...]:
@@ -70,4 +71,4 @@ def drop_references(records: Sequence[DetachedOptimizer]) -> None:
     """Empty the groups, so that the full parameters can be freed while the model is sharded."""
     for record in records:
         for group in record.optimizer.param_groups:
-            group["params"] = []
+            group["params"].clear()

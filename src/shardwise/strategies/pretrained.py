@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.errors import CheckpointError, ConfigurationError
-from shardwise.materialize import Agreement
+from shardwise.materialize import Agreement, entries_of
 from shardwise.strategies.load_context import fsdp_pretrained_load_context
 from shardwise.strategies.transformers_compat import (
     from_pretrained,
@@ -74,11 +74,32 @@ def load_on_source(
         if loads:
             model, absent = from_pretrained(model_cls, name, dtype=dtype, **config_kwargs)
             _check_missing(name, absent, missing)
-            text = json.dumps(absent)
         else:
-            model, text = from_pretrained_on_meta(model_cls, name, dtype=dtype, **config_kwargs), None
-        initialised = json.loads(text if source_rank is None and text else agreement.publish("missing", text))
-    return model, Pretrained(name=str(name), initialised=frozenset(initialised))
+            model, absent = from_pretrained_on_meta(model_cls, name, dtype=dtype, **config_kwargs), []
+        if source_rank is not None:
+            found = json.dumps({"missing": absent, "tied": _tied(model)}) if loads else None
+            source = json.loads(agreement.publish("what the source found", found))
+            absent = source["missing"]
+            if not loads:
+                _tie_as_source(model, source["tied"])
+    return model, Pretrained(name=str(name), initialised=frozenset(absent))
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    return [
+        [slot.fqn for slot in entry.slots]
+        for entry in entries_of(model)
+        if entry.role == "parameter" and len(entry.slots) > 1
+    ]
+
+
+def _tie_as_source(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    # Where a checkpoint holds both names of a tied weight, transformers compares their values; on meta it cannot.
+    for fqns in groups:
+        named = {slot.fqn: e for e in entries_of(model) if e.role == "parameter" for slot in e.slots}
+        for fqn in fqns[1:]:
+            if fqn in named and fqns[0] in named:
+                named[fqn].replace(named[fqns[0]].tensor)
 
 
 def _check_missing(name: str, absent: list[str], missing: str | Sequence[str]) -> None:

@@ -52,6 +52,7 @@ def from_pretrained_on_meta(model_cls: Any, name: str, **kwargs: Any) -> nn.Modu
     require_accelerate("load_pretrained on a rank that is not the source")
     model: nn.Module = model_cls.from_pretrained(name, device_map="meta", **kwargs)
     _refuse_values(model, "load_pretrained")
+    _forget_device_map(model)
     return model
 
 
@@ -76,7 +77,9 @@ def plain_loads_on_meta(enabled: bool) -> Iterator[None]:
     original = PreTrainedModel.__dict__["from_pretrained"]
 
     def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("device_map") is not None:
+        own = kwargs.get("device_map")
+        # load_pretrained itself asks for meta; that may happen in here.
+        if own is not None and not (enabled and own == "meta"):
             raise ConfigurationError(
                 f"pretrained_load_context: device_map={kwargs['device_map']!r} places the model itself; the strategy "
                 "does that. Leave device_map out inside the context."
@@ -85,7 +88,9 @@ def plain_loads_on_meta(enabled: bool) -> Iterator[None]:
             kwargs["device_map"] = "meta"
         result = original.__get__(None, cls)(*args, **kwargs)
         if enabled:
-            _refuse_values(result[0] if isinstance(result, tuple) else result, "pretrained_load_context")
+            model = result[0] if isinstance(result, tuple) else result
+            _refuse_values(model, "pretrained_load_context")
+            _forget_device_map(model)
         return result
 
     if not _patch_lock.acquire(blocking=False):
@@ -110,6 +115,11 @@ def _refuse_values(model: nn.Module, call: str) -> None:
             f"device_map='meta', got values in {len(filled)} parameters, first {filled[0]}. Use "
             "strategy.load_pretrained with transformers 4.57 or 5.17 and newer, and report the model."
         )
+
+
+def _forget_device_map(model: nn.Module) -> None:
+    # 4.57 keeps the map; Accelerate would take it for a model that is spread over devices.
+    model.__dict__.pop("hf_device_map", None)
 
 
 def require_accelerate(what: str) -> None:

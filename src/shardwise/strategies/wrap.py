@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -22,6 +23,7 @@ from shardwise.materialize import (
     Entry,
     Filled,
     Structure,
+    clean_fqn,
     entries_of,
     fill_from_source,
     local_bytes_of,
@@ -38,6 +40,7 @@ from shardwise.strategies.wrapping import (
     apply_checkpointing,
     ignored_parameters,
     plan_units,
+    refuse_aliases,
     refuse_mixed_dtypes,
     refuse_wrapped,
 )
@@ -102,9 +105,9 @@ def wrap(
         with agreement.phase("check") as check:
             records, units = _check(model, optimizers, options, checkpointing=shard is None)
             # No name here may keep the entries: they hold the full tensors.
-            check.same = _comparable_structure(Structure.of(entries_of(model)), options)
+            check.same = _comparable_structure(Structure.of(entries_of(model)), units, options)
             tensors = _origins(entries_of(model), initialised)
-        with _rebinding(records, model):
+        with _rebinding(records if shard is None else (), model):
             if options.efficient:
                 filled = _shard_and_fill(model, units, options, agreement, ranks, device)
             else:
@@ -112,15 +115,17 @@ def wrap(
                 filled = None
         with agreement.phase("finish"):
             pass
-    return _report(
-        model, options, agreement, profile, filled, name=name, tensors=tensors, optimizers=optimizers
-    )
+    with agreement.phase("report"):
+        return _report(
+            model, options, agreement, profile, filled, name=name, tensors=tensors, optimizers=optimizers
+        )
 
 
 def _check(
     model: nn.Module, optimizers: Sequence[Optimizer], options: WrapOptions, *, checkpointing: bool
 ) -> tuple[tuple[DetachedOptimizer, ...], tuple[Unit, ...]]:
     refuse_wrapped(model)
+    refuse_aliases(model)
     records = check_optimizers(model, optimizers)
     if checkpointing:
         apply_checkpointing(model, options.config)
@@ -129,8 +134,10 @@ def _check(
     return records, units
 
 
-def _comparable_structure(structure: Structure, options: WrapOptions) -> Comparable:
-    lines = (*structure.lines, *_option_lines(options))
+def _comparable_structure(structure: Structure, units: tuple[Unit, ...], options: WrapOptions) -> Comparable:
+    # Units decide which collectives a forward runs: ranks that differ in them would hang in the first one.
+    unit_lines = (f"unit {' + '.join(map(clean_fqn, unit.fqns))}" for unit in units)
+    lines = (*structure.lines, *unit_lines, *_option_lines(options))
     described = Structure(lines=lines)
     return Comparable(
         what="the model or an option",
@@ -150,6 +157,9 @@ def _option_lines(options: WrapOptions) -> tuple[str, ...]:
         f"option memory_efficient_init: {options.efficient}",
         f"option mesh: {tuple(options.mesh.shape)}",
         f"option reshard_after_forward: {options.config.reshard}",
+        f"option activation_checkpointing: {options.config.activation_checkpointing}",
+        f"option ignored_params: {', '.join(sorted(options.config.ignored_params))}",
+        f"option shard_placement_fn: {options.config.shard_placement_fn is not None}",
         f"option cpu_offload: {type(options.config.offload_policy).__name__}",
         f"option mixed precision: {options.policy}",
         f"option staging_bytes: {options.staging_bytes}",
@@ -191,6 +201,9 @@ def _shard_values(model: nn.Module, agreement: Agreement, shard: Callable[[], No
 def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions) -> None:
     config = options.config
     ignored = ignored_parameters(model, config)
+    for parameter in ignored:
+        if not parameter.is_meta:  # FSDP2 moves what it manages, and leaves these where they are
+            parameter.data = parameter.data.to(device_of(options.mesh))
     for unit in units:
         modules = [model.get_submodule(fqn) for fqn in unit.fqns]
         reshard = False if unit.keep_gathered and config.reshard is None else config.reshard
@@ -307,7 +320,7 @@ def _report(
         model=name,
         strategy=options.strategy,
         route="rank0" if options.efficient else "none",
-        world_size=len(reports),
+        world_size=dist.get_world_size(),
         seconds=max(report.seconds for report in reports),
         phases=phases,
         storage_bytes=0,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
 from shardwise.materialize import clean_fqn, entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
+
+_log = logging.getLogger("shardwise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,8 @@ def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
     """Choose the units of a model, inner ones first; the root, which takes what is left, is not among them.
 
     Each decoder layer becomes a unit; so do the input embedding and the output head, together where they are tied.
-    A parameter tied between two units joins them, since FSDP2 keeps a parameter in one group only.
+    A parameter tied between two units joins them, since FSDP2 keeps a parameter in one group only; where one module
+    lies inside the other, the outer one becomes the unit.
 
     Args:
         model: Not sharded yet.
@@ -47,28 +52,25 @@ def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
 
     Raises:
         ConfigurationError: A wrap class does not occur in the model.
-        UnsupportedParameterError: A parameter is tied between a module and one inside of it.
     """
-    groups = [[fqn] for fqn in _layer_fqns(model, config)]
-    gathered: set[str] = set()
-    if config.auto_wrap_policy == "transformer":
-        embedding, head = _embedding_and_head(model)
-        taken = {fqn for group in groups for fqn in group}
-        if embedding is not None and embedding not in taken:
-            groups.append([embedding])
-        if head is not None and head not in taken:
-            groups.append([head])
-            gathered.add(head)
-    groups = _join_tied(model, groups)
+    layers = _layer_fqns(model, config)
+    embedding, head = _embedding_and_head(model) if config.auto_wrap_policy == "transformer" else (None, None)
+    extras = [fqn for fqn in (embedding, head) if fqn is not None and fqn not in layers]
+    groups = _join_tied(model, [[fqn] for fqn in (*layers, *extras)])
     # Inner modules first: a unit takes the parameters below it that no earlier unit has.
     groups.sort(key=lambda group: -max(fqn.count(".") for fqn in group))
-    return tuple(Unit(fqns=tuple(group), keep_gathered=not gathered.isdisjoint(group)) for group in groups)
+    return tuple(Unit(fqns=tuple(group), keep_gathered=head in extras and head in group) for group in groups)
 
 
 def apply_checkpointing(model: nn.Module, config: FSDPConfig) -> None:
     """Wrap each layer that becomes a unit in torch's activation checkpointing, if the options ask for it."""
     if not config.activation_checkpointing:
         return
+    model_config: Any = getattr(model, "config", None)
+    if getattr(model_config, "use_cache", False):
+        # A cache that grows in forward would grow once more when backward recomputes it.
+        model_config.use_cache = False
+        _log.info("activation_checkpointing: config.use_cache is set to False")
     layers = [model.get_submodule(fqn) for fqn in _layer_fqns(model, config)]
     chosen = {id(layer) for layer in layers if not isinstance(layer, CheckpointWrapper)}
     apply_activation_checkpointing(model, check_fn=lambda module: id(module) in chosen)
@@ -161,9 +163,9 @@ def _join_tied(model: nn.Module, groups: list[list[str]]) -> list[list[str]]:
             joined += groups[index] if index is not None else [fqn]
         for index in sorted((i for i in indices if i is not None), reverse=True):
             del groups[index]
-        joined = list(dict.fromkeys(joined))
-        _refuse_nested(entry.fqn, joined)
-        groups.append(joined)
+        joined = _outermost(joined)
+        if joined != [""]:  # the root takes what is tied to a parameter of its own
+            groups.append(joined)
         owner = {fqn: index for index, group in enumerate(groups) for fqn in group}
     return groups
 
@@ -184,14 +186,12 @@ def _owner_index(fqn: str, owner: dict[str, int]) -> int | None:
     return None
 
 
-def _refuse_nested(parameter: str, fqns: list[str]) -> None:
-    for inner in fqns:
-        for outer in fqns:
-            if inner != outer and (outer == "" or inner.startswith(f"{outer}.")):
-                raise UnsupportedParameterError(
-                    f"{parameter}: tied between {outer or 'the root module'} and {inner} inside of it, which FSDP2 "
-                    "cannot keep in one group. Choose other wrap_classes, or auto_wrap_policy='none'."
-                )
+def _outermost(fqns: list[str]) -> list[str]:
+    """Leave out modules inside of others: BERT ties the head's bias to a parameter of the module around it."""
+    unique = list(dict.fromkeys(fqns))
+    if "" in unique:
+        return [""]
+    return [fqn for fqn in unique if not any(fqn.startswith(f"{outer}.") for outer in unique)]
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -213,6 +213,23 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{clean_fqn(name)}: expected a plain tensor, got a DTensor with placements {parameter.placements}. "
                 "Wrap a model that is not distributed yet; tensor parallelism cannot be combined with the strategies "
                 "in this version."
+            )
+
+
+def refuse_aliases(model: nn.Module) -> None:
+    """Raise if a parameter is also kept as a buffer or plain attribute, which sharding would leave behind.
+
+    Raises:
+        UnsupportedParameterError: Naming the parameter and its other name.
+    """
+    entries = entries_of(model)
+    parameters = {id(entry.tensor): entry.fqn for entry in entries if entry.role == "parameter"}
+    for entry in entries:
+        if entry.role != "parameter" and id(entry.tensor) in parameters:
+            raise UnsupportedParameterError(
+                f"{parameters[id(entry.tensor)]}: expected one registration as a parameter, got the same tensor as "
+                f"{entry.role} {entry.fqn}, which would keep the full values while the parameter is sharded. Remove the "
+                "second name, or look the parameter up when it is needed."
             )
 
 
