@@ -241,7 +241,7 @@ def test_case_27_either_name_of_a_tied_weight_may_be_in_the_file(
     errors = pool.run_to_errors(load_renamed, str(directory), checkpoint("qwen3_tied"), ranks=2)
     if kept == "lm_head.weight" and errors != [None, None]:
         # transformers 4 does not find the value under this name: then it is an error that says so, never a random one.
-        assert isinstance(errors[0], sw.CheckpointError)
+        assert isinstance(errors[0], (sw.CheckpointError, sw.LeftOnMetaError))
         assert "embed_tokens.weight" in str(errors[0])
         assert isinstance(errors[1], sw.PeerError)
     else:

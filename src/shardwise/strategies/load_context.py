@@ -37,6 +37,16 @@ def fsdp_pretrained_load_context(enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
+def without_fsdp_flags() -> Iterator[None]:
+    """Unset Accelerate's two flags, and restore what was there."""
+    before = {flag: os.environ.pop(flag, None) for flag in _FLAGS}
+    try:
+        yield
+    finally:
+        restore_environment(before)
+
+
+@contextmanager
 def unchanged_environment() -> Iterator[None]:
     """Undo every change that the body makes to `os.environ`."""
     before = dict(os.environ)

@@ -14,7 +14,7 @@ from torch import nn
 
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialize import Agreement, entries_of
-from shardwise.strategies.load_context import fsdp_pretrained_load_context
+from shardwise.strategies.load_context import fsdp_pretrained_load_context, without_fsdp_flags
 from shardwise.strategies.transformers_compat import (
     from_pretrained,
     from_pretrained_on_meta,
@@ -131,7 +131,7 @@ def plain_load_context(*, source_rank: int, rank: int) -> Iterator[None]:
     """
     is_source = rank == source_rank
     with ExitStack() as stack:
-        flags = not is_source or os.environ.get("LOCAL_RANK") == "0"
-        stack.enter_context(fsdp_pretrained_load_context(flags))
+        with_flags = not is_source or os.environ.get("LOCAL_RANK") == "0"
+        stack.enter_context(fsdp_pretrained_load_context(True) if with_flags else without_fsdp_flags())
         stack.enter_context(plain_loads_on_meta(not is_source))
         yield

@@ -1,8 +1,10 @@
 """What shardwise needs of transformers' `from_pretrained`, on 4.57 and from 5.17.
 
 A rank stays empty through `device_map="meta"`, which builds the whole model on meta on both generations and needs
-accelerate installed. `plain_loads_on_meta` gives that argument to calls that the user makes, by putting a wrapper in
-the place of `PreTrainedModel.from_pretrained` for the length of a context: transformers offers no hook for it.
+accelerate installed. Accelerate's two flags must be off for that call: with them, 4.57 gives every rank whose
+LOCAL_RANK is not 0 real, uninitialised parameters in place of meta ones. `plain_loads_on_meta` gives that argument to
+calls that the user makes, by putting a wrapper in the place of `PreTrainedModel.from_pretrained` for the length of a
+context: transformers offers no hook for it.
 `tests/distributed/test_load_context.py` fails when a release reads weights all the same.
 """
 
@@ -12,7 +14,7 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -23,6 +25,7 @@ from shardwise.errors import (
     MissingDependencyError,
     UnsupportedVersionError,
 )
+from shardwise.strategies.load_context import without_fsdp_flags
 
 _patch_lock = threading.Lock()
 
@@ -31,16 +34,18 @@ def from_pretrained(model_cls: Any, name: str, **kwargs: Any) -> tuple[nn.Module
     """Load with values; return the model and the names of parameters that the checkpoint lacks.
 
     Raises:
-        LeftOnMetaError: The model came back without values, because a context or an environment flag keeps ranks empty.
+        LeftOnMetaError: The model came back without values, because a context keeps it empty or a tied weight was not found.
     """
     warn_of_untested_version()
-    model, info = model_cls.from_pretrained(name, output_loading_info=True, **kwargs)
+    # With the flags, 4.57 leaves the parameters of a rank whose LOCAL_RANK is not 0 uninitialised.
+    with without_fsdp_flags():
+        model, info = model_cls.from_pretrained(name, output_loading_info=True, **kwargs)
     left = [fqn for fqn, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise LeftOnMetaError(
             f"{name}: expected values on this rank, got {len(left)} parameters on meta, first {left[0]}. Is a meta "
-            "device context open, or are ACCELERATE_USE_FSDP and FSDP_CPU_RAM_EFFICIENT_LOADING set around the call? "
-            "load_pretrained needs neither."
+            "device context open around the call, or does the checkpoint lack the name under which transformers looks "
+            "for a tied weight?"
         )
     absent = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     return model, absent
@@ -50,7 +55,8 @@ def from_pretrained_on_meta(model_cls: Any, name: str, **kwargs: Any) -> nn.Modu
     """Build the model that `from_pretrained` would return, on meta, without reading weights."""
     warn_of_untested_version()
     require_accelerate("load_pretrained on a rank that is not the source")
-    model: nn.Module = model_cls.from_pretrained(name, device_map="meta", **kwargs)
+    with _flags_that_fit():
+        model: nn.Module = model_cls.from_pretrained(name, device_map="meta", **kwargs)
     _refuse_values(model, "load_pretrained")
     _forget_device_map(model)
     return model
@@ -84,13 +90,14 @@ def plain_loads_on_meta(enabled: bool) -> Iterator[None]:
                 f"pretrained_load_context: device_map={kwargs['device_map']!r} places the model itself; the strategy "
                 "does that. Leave device_map out inside the context."
             )
-        if enabled:
-            kwargs["device_map"] = "meta"
-        result = original.__get__(None, cls)(*args, **kwargs)
-        if enabled:
-            model = result[0] if isinstance(result, tuple) else result
-            _refuse_values(model, "pretrained_load_context")
-            _forget_device_map(model)
+        if not enabled:
+            return original.__get__(None, cls)(*args, **kwargs)
+        kwargs["device_map"] = "meta"
+        with _flags_that_fit():
+            result = original.__get__(None, cls)(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        _refuse_values(model, "pretrained_load_context")
+        _forget_device_map(model)
         return result
 
     if not _patch_lock.acquire(blocking=False):
@@ -115,6 +122,12 @@ def _refuse_values(model: nn.Module, call: str) -> None:
             f"device_map='meta', got values in {len(filled)} parameters, first {filled[0]}. Use "
             "strategy.load_pretrained with transformers 4.57 or 5.17 and newer, and report the model."
         )
+
+
+def _flags_that_fit() -> AbstractContextManager[None]:
+    import transformers
+
+    return without_fsdp_flags() if int(transformers.__version__.split(".")[0]) < 5 else nullcontext()
 
 
 def _forget_device_map(model: nn.Module) -> None:
