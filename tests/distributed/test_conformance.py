@@ -345,6 +345,19 @@ def wrap_two_with_one_accelerator() -> None:
     strategy.wrap_model(PlainNet())
 
 
+@by_strategy
+def test_many_calls_in_one_process(pool: RankPool, strategy: str) -> None:
+    """Each call opens a group of its own for the data; a later one must not meet an earlier one's addresses."""
+    pool.run(wrap_many, strategy, ranks=4)
+
+
+def wrap_many(name: str) -> None:
+    strategy = make_strategy(name)
+    for seed in range(6):
+        model = strategy.wrap_model(PlainNet(seed=seed if dist.get_rank() == 0 else 99))
+        check_equal(model, PlainNet(seed=seed))
+
+
 def test_both_strategies_in_one_process(pool: RankPool, checkpoint: Checkpoint) -> None:
     pool.run(wrap_with_both, checkpoint("qwen3_tied"), ranks=2)
 

@@ -165,8 +165,6 @@ def watch_flags(directory: str, name: str, earlier: str | None) -> None:
         assert {os.environ.get(flag) for flag in FLAGS} == {"true"}
         from_checkpoint(directory)
         assert {os.environ.get(flag) for flag in FLAGS} == {"true"}
-    import transformers
-
     # 4.57 would take the flags as an order to give this rank real parameters where LOCAL_RANK is not 0.
     unset = dist.get_rank() != 0 and transformers.__version__.startswith("4.")
     assert seen == [dict.fromkeys(FLAGS, None if unset else "true")]

@@ -171,11 +171,9 @@ def train_tied(name: str, efficient: bool, options: dict[str, Any]) -> None:
 
 
 @by_strategy
-def test_a_tie_between_a_module_and_its_inside_is_refused(pool: RankPool, strategy: str) -> None:
-    for error in pool.run_to_errors(wrap_nested_tie, strategy, ranks=2, timeout_seconds=30):
-        assert isinstance(error, sw.UnsupportedParameterError), error
-        assert "layers.0.weight" in str(error)
-        assert "wrap_classes" in str(error)
+@by_efficient
+def test_a_tie_between_a_module_and_its_inside(pool: RankPool, strategy: str, efficient: bool) -> None:
+    pool.run(train_nested_tie, strategy, efficient, ranks=2)
 
 
 class Outer(nn.Module):
@@ -198,8 +196,22 @@ class NestedTie(nn.Module):
         return self.layers[0](x)
 
 
-def wrap_nested_tie(name: str) -> None:
-    make_strategy(name, fsdp_config={"wrap_classes": [Outer, nn.Linear]}).wrap_model(NestedTie())
+def nested_tie(seed: int) -> NestedTie:
+    torch.manual_seed(seed)
+    return NestedTie()
+
+
+def train_nested_tie(name: str, efficient: bool) -> None:
+    inputs = torch.randn(2 * dist.get_world_size(), 8, generator=torch.Generator().manual_seed(5))
+    strategy = make_strategy(
+        name, memory_efficient_init=efficient, fsdp_config={"wrap_classes": [Outer, nn.Linear]}
+    )
+    model = strategy.wrap_model(nested_tie(dist.get_rank() if efficient else 0))
+    reference = nested_tie(0)
+    check_equal(model, reference)
+    backward(strategy, model(own_rows(inputs)).square().mean())
+    reference(inputs).square().mean().backward()
+    check_gradients(model, reference)
 
 
 # --- what FSDP2 cannot shard is refused by name, on every rank ---
