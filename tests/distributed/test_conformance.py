@@ -352,9 +352,8 @@ def test_many_calls_in_one_process(pool: RankPool, strategy: str) -> None:
 
 
 def wrap_many(name: str) -> None:
-    strategy = make_strategy(name)
     for seed in range(6):
-        model = strategy.wrap_model(PlainNet(seed=seed if dist.get_rank() == 0 else 99))
+        model = make_strategy(name).wrap_model(PlainNet(seed=seed if dist.get_rank() == 0 else 99))
         check_equal(model, PlainNet(seed=seed))
 
 
