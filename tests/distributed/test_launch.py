@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ from shardwise.compare.launch import refuse_inside_launcher, run_ranks
 from shardwise.errors import CommandError, ConfigurationError, PeerError
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _collect_launchers() -> Iterator[None]:
+    """Let go of each launcher here: torch's keep-alive timer fails when its own thread is the one that collects it."""
+    yield
+    gc.collect()
 
 
 def sum_of_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
