@@ -1,4 +1,4 @@
-"""Frozen data about tensors that every layer shares: regions and specifications."""
+"""Frozen data about tensors that every layer shares: regions, specifications, names of dtypes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.errors import ConfigurationError
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without its module: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shardwise.errors import ConfigurationError
-from shardwise.strategies.precision import MIXED_PRECISIONS, check_mixed_precision, dtype_name, policy_of
+from shardwise.strategies.precision import MIXED_PRECISIONS, check_mixed_precision, policy_of
+from shardwise.tensors import dtype_name
 
 
 @pytest.mark.parametrize("mixed_precision", MIXED_PRECISIONS)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from shardwise.errors import LeftOnMetaError, RankMismatchError
 from shardwise.materialize.names import clean_fqn
+from shardwise.tensors import dtype_name
 
 _MOST_NAMES: Final = 5
 _TIED_TO: Final = " tied to "
@@ -21,7 +22,7 @@ _TIED_TO: Final = " tied to "
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return dtype, shape and the sha256 of the bytes of a full tensor."""
     raw = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     return f"{dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 

@@ -18,6 +18,7 @@ import torch
 from shardwise.compare.generated_config import generated_config
 from shardwise.compare.random_values import constant_bytes, random_bytes
 from shardwise.errors import CheckpointError, ConfigurationError
+from shardwise.tensors import dtype_name
 
 _STANDARD_DEVIATION: Final = 0.02
 # Safetensors' names of the dtypes that can be asked for.
@@ -75,8 +76,7 @@ def generate_checkpoint(
         raise CheckpointError(
             f"{directory}: expected an empty or a new directory. Remove it, or choose another."
         )
-    dtype_name = str(dtype).removeprefix("torch.")
-    config = generated_config(config_kind=config_kind, parameters=parameters, dtype_name=dtype_name)
+    config = generated_config(config_kind=config_kind, parameters=parameters, dtype_name=dtype_name(dtype))
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

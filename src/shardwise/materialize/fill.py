@@ -17,10 +17,10 @@ from shardwise.errors import LeftOnMetaError
 from shardwise.materialize.agreement import Agreement
 from shardwise.materialize.data_plane import open_data_plane
 from shardwise.materialize.scatter import Scatter
-from shardwise.materialize.storage import allocate_parameters
+from shardwise.materialize.storage import allocate_parameters, local_of
 from shardwise.materialize.structure import Entry, entries_of
 from shardwise.plan import Layout, PlannedTensor, ScatterPlan, plan_scatter
-from shardwise.tensors import TensorSpec
+from shardwise.tensors import TensorSpec, dtype_name
 
 _DIRECT_FROM_BYTES = 64 * 2**10
 
@@ -31,12 +31,10 @@ class Filled:
 
     Args:
         plan: What was carried out.
-        staging_bytes: Size of this rank's staging buffers.
         received_bytes: Payload that reached this rank over the network.
     """
 
     plan: ScatterPlan
-    staging_bytes: int
     received_bytes: int
 
 
@@ -88,10 +86,9 @@ def fill_from_source(
         )
     with agreement.phase("allocate"):
         allocate_parameters(model, device)
-        targets = {entry.fqn: _local(entry.tensor) for entry in parameters}
+        targets = {entry.fqn: local_of(entry.tensor) for entry in parameters}
         targets |= _place_plain_tensors(model, shared, source, device, is_source=is_source)
     with agreement.phase("transfer"):
-        staging = 0
         with ExitStack() as stack:
             plane = None
             if plan.buckets:
@@ -103,12 +100,10 @@ def fill_from_source(
                 rank=agreement.rank,
                 device=plane.device if plane is not None else device,
             )
-            staging = scatter.staging_bytes
             scatter.run(plane)
         _refuse_meta(model)
     return Filled(
         plan=plan,
-        staging_bytes=staging,
         received_bytes=plan.bytes_to_rank[list(ranks).index(agreement.rank)],
     )
 
@@ -129,10 +124,6 @@ def _layout(entry: Entry, ranks: Sequence[int]) -> Layout:
     )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PlainTensor:
     """A buffer or plain tensor attribute of the source rank's model, and all names that it has there."""
@@ -150,12 +141,7 @@ def _plain_tensors(
         named = _names_of_plain_tensors(model)
         for entry, _ in named:
             source.require(_spec(entry))
-        text = json.dumps(
-            [
-                (fqns, entry.tensor.shape, str(entry.tensor.dtype).removeprefix("torch."))
-                for entry, fqns in named
-            ]
-        )
+        text = json.dumps([(fqns, e.tensor.shape, dtype_name(e.tensor.dtype)) for e, fqns in named])
     return [
         _PlainTensor(
             spec=TensorSpec(fqn=fqns[0], shape=tuple(shape), dtype=getattr(torch, dtype)), fqns=tuple(fqns)
@@ -165,11 +151,9 @@ def _plain_tensors(
 
 
 def _names_of_plain_tensors(model: nn.Module) -> list[tuple[Entry, list[str]]]:
-    entries = entries_of(model)
-    parameters = {id(entry.tensor) for entry in entries if entry.role == "parameter"}
     named: dict[int, tuple[Entry, list[str]]] = {}
-    for entry in entries:
-        if entry.role != "parameter" and id(entry.tensor) not in parameters:
+    for entry in entries_of(model):
+        if entry.role != "parameter":
             _, fqns = named.setdefault(id(entry.tensor), (entry, []))
             fqns += [slot.fqn for slot in entry.slots]
     return list(named.values())

@@ -54,11 +54,6 @@ class Scatter:
             self._ending_with.setdefault(bucket, []).append(tensor)
         self._travels = frozenset(last)
 
-    @property
-    def staging_bytes(self) -> int:
-        """Size of this rank's staging buffers in bytes."""
-        return sum(buffer.numel() for buffer in self._ring)
-
     def run(self, plane: DataPlane | None) -> None:
         """Move everything.
 

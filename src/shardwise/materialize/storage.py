@@ -84,8 +84,8 @@ def _allocate_managed(fsdp_param: Any) -> None:
 
 def _allocate_plain(entry: Entry, device: torch.device) -> None:
     parameter = entry.tensor
-    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-    _swap(parameter, _like(parameter, torch.empty(local.shape, dtype=parameter.dtype, device=device)))
+    shape = local_of(parameter).shape
+    _swap(parameter, _like(parameter, torch.empty(shape, dtype=parameter.dtype, device=device)))
 
 
 def _like(parameter: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
@@ -110,11 +110,16 @@ def _swap(parameter: torch.Tensor, made: nn.Parameter) -> None:
     torch.utils.swap_tensors(parameter, made)  # type: ignore[no-untyped-call]
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor, outside of autograd: the shard of a DTensor, else the tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def local_bytes_of(model: nn.Module) -> int:
     """Return the bytes of parameter storage on this rank, padding included, tied storage counted once."""
     seen: dict[int, int] = {}
     for parameter in model.parameters():
-        local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+        local = local_of(parameter)
         if not local.is_meta:
             storage = local.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()

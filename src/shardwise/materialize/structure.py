@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shardwise.materialize.names import clean_fqn
+from shardwise.tensors import dtype_name
 
 Role = Literal["parameter", "buffer", "attribute"]
 
@@ -132,7 +133,7 @@ class Structure:
             shape = tuple(entry.tensor.shape)
             if entry.role == "parameter":
                 trainable = "trainable" if entry.tensor.requires_grad else "frozen"
-                lines.append(f"parameter {names}: {shape} {_dtype_name(entry.tensor.dtype)} {trainable}")
+                lines.append(f"parameter {names}: {shape} {dtype_name(entry.tensor.dtype)} {trainable}")
             else:
                 kind = "persistent" if entry.persistent else "non-persistent"
                 lines.append(f"buffer {names}: {shape} {kind}")
@@ -170,7 +171,3 @@ def structure_difference(expected_json: str, got_json: str, *, limit: int) -> st
             more = f" and {len(lines) - limit} more" if len(lines) > limit else ""
             parts.append(f"{label} " + "; ".join(lines[:limit]) + more)
     return ", ".join(parts)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

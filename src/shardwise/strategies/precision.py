@@ -32,8 +32,3 @@ def policy_of(mixed_precision: str) -> MixedPrecisionPolicy:
     if compute is None:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without its module: `bfloat16`."""
-    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,6 @@ from shardwise.profiling import LoadReport, MemoryProfile, RankReport, phase, pr
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import device_of, ranks_of, source_rank_of
 from shardwise.strategies.optimizers import DetachedOptimizer, check_optimizers, drop_references
-from shardwise.strategies.precision import dtype_name
 from shardwise.strategies.wrapping import (
     Unit,
     apply_checkpointing,
@@ -44,6 +44,7 @@ from shardwise.strategies.wrapping import (
     refuse_mixed_dtypes,
     refuse_wrapped,
 )
+from shardwise.tensors import dtype_name
 
 _SAMPLED_ELEMENTS = 64  # per parameter, in the comparison of values between ranks
 
@@ -204,28 +205,20 @@ def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions
     for parameter in ignored:
         if not parameter.is_meta:  # FSDP2 moves what it manages, and leaves these where they are
             parameter.data = parameter.data.to(device_of(options.mesh))
-    for unit in units:
-        modules = [model.get_submodule(fqn) for fqn in unit.fqns]
-        reshard = False if unit.keep_gathered and config.reshard is None else config.reshard
-        fully_shard(
-            modules if len(modules) > 1 else modules[0],
-            mesh=options.mesh,
-            reshard_after_forward=reshard,
-            shard_placement_fn=config.shard_placement_fn,
-            mp_policy=options.policy,
-            offload_policy=config.offload_policy,
-            ignored_params=ignored,
-        )
-    # What is left to the root is needed first in backward: FSDP2 then keeps it gathered unless told otherwise.
-    fully_shard(
-        model,
+    shard = partial(
+        fully_shard,
         mesh=options.mesh,
-        reshard_after_forward=None if isinstance(config.reshard, bool) else config.reshard,
         shard_placement_fn=config.shard_placement_fn,
         mp_policy=options.policy,
         offload_policy=config.offload_policy,
         ignored_params=ignored,
     )
+    for unit in units:
+        modules = [model.get_submodule(fqn) for fqn in unit.fqns]
+        reshard = False if unit.keep_gathered and config.reshard is None else config.reshard
+        shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard)
+    # What is left to the root is needed first in backward: FSDP2 then keeps it gathered unless told otherwise.
+    shard(model, reshard_after_forward=None if isinstance(config.reshard, bool) else config.reshard)
 
 
 def _comparable_values(entries: tuple[Entry, ...]) -> Comparable:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
 from shardwise.materialize import clean_fqn, entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
+from shardwise.tensors import dtype_name
 
 _log = logging.getLogger("shardwise")
 
@@ -290,7 +291,7 @@ def refuse_mixed_dtypes(model: nn.Module, units: tuple[Unit, ...], ignored: set[
                     if parameter.requires_grad:
                         by_dtype.setdefault(parameter.dtype, clean_fqn(name))
         if len(by_dtype) > 1:
-            examples = ", ".join(f"{name} is {str(d).removeprefix('torch.')}" for d, name in by_dtype.items())
+            examples = ", ".join(f"{name} is {dtype_name(d)}" for d, name in by_dtype.items())
             raise UnsupportedParameterError(
                 f"{' + '.join(fqns) or 'the root unit'}: expected trainable parameters of one dtype, got {examples}. "
                 "FSDP2 gathers a unit in one dtype: load with one dtype (dtype=torch.float32), freeze the odd ones, or "
