@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,6 +17,10 @@ from shardwise.materialize import clean_fqn
 from tests.distributed.models import VOCABULARY, from_checkpoint
 
 STRATEGIES = ("native_fsdp", "accelerate")
+Checkpoint = Callable[[str], str]  # the fixture: a kind of model in, its directory out
+
+by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
 ROWS_PER_RANK = 2
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import shardwise as sw
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, TiedNet, check_equal, from_checkpoint, gathered
 from tests.distributed.steps import (
+    Checkpoint,
     full_gradients,
     language_loss,
     load,
@@ -30,7 +30,6 @@ from tests.distributed.steps import (
 
 pytestmark = pytest.mark.distributed
 
-Checkpoint = Callable[[str], str]
 LAUNCH_YAML = {
     # What `accelerate launch` makes of a YAML with fsdp_version: 2.
     "ACCELERATE_USE_FSDP": "true",

@@ -17,13 +17,16 @@ import shardwise as sw
 from shardwise.checkpoint import StateDictSource
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, TiedNet, check_equal, from_checkpoint
-from tests.distributed.steps import STRATEGIES, load, make_strategy
+from tests.distributed.steps import (
+    Checkpoint,
+    by_efficient,
+    by_strategy,
+    load,
+    make_strategy,
+)
 
 pytestmark = pytest.mark.distributed
 
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
-Checkpoint = Callable[[str], str]
 MOST_SECONDS = 30.0
 
 

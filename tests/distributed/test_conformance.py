@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +23,10 @@ from tests.distributed.models import (
 )
 from tests.distributed.steps import (
     STRATEGIES,
+    Checkpoint,
     backward,
+    by_efficient,
+    by_strategy,
     check_gradients,
     every_rank,
     language_loss,
@@ -38,10 +40,6 @@ from tests.distributed.steps import (
 )
 
 pytestmark = pytest.mark.distributed
-
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
-Checkpoint = Callable[[str], str]
 
 
 # --- values, dtypes, ties, buffers ---

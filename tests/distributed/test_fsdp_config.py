@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,8 +16,10 @@ from shardwise.materialize import clean_fqn
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, check_equal, from_checkpoint, gathered
 from tests.distributed.steps import (
-    STRATEGIES,
+    Checkpoint,
     backward,
+    by_efficient,
+    by_strategy,
     check_gradients,
     language_loss,
     load,
@@ -29,10 +30,6 @@ from tests.distributed.steps import (
 )
 
 pytestmark = pytest.mark.distributed
-
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
-Checkpoint = Callable[[str], str]
 
 
 def units_of(model: nn.Module) -> set[str]:

@@ -15,10 +15,12 @@ from torch.distributed.device_mesh import init_device_mesh
 import shardwise as sw
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet
-from tests.distributed.steps import make_strategy
+from tests.distributed.steps import (
+    by_strategy,
+    make_strategy,
+)
 
 pytestmark = pytest.mark.distributed
-by_strategy = pytest.mark.parametrize("strategy", ["native_fsdp", "accelerate"])
 
 
 def test_lbfgs_gets_the_shards_and_lets_go_of_the_full_parameters(pool: RankPool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import transformers
 import shardwise as sw
 from shardwise.testing import RankPool
 from tests.distributed.models import check_equal, from_checkpoint, named_tensors
-from tests.distributed.steps import STRATEGIES, load, make_strategy
+from tests.distributed.steps import (
+    Checkpoint,
+    by_strategy,
+    load,
+    make_strategy,
+)
 
 pytestmark = pytest.mark.distributed
 
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-Checkpoint = Callable[[str], str]
 FLAGS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 

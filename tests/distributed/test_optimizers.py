@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,8 +15,10 @@ import shardwise as sw
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, from_checkpoint, gathered
 from tests.distributed.steps import (
-    STRATEGIES,
+    Checkpoint,
     backward,
+    by_efficient,
+    by_strategy,
     every_rank,
     language_loss,
     load,
@@ -28,10 +29,6 @@ from tests.distributed.steps import (
 )
 
 pytestmark = pytest.mark.distributed
-
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
-Checkpoint = Callable[[str], str]
 
 
 def plain_model(*, efficient: bool) -> PlainNet:

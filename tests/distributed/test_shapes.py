@@ -16,8 +16,9 @@ from shardwise.materialize import entries_of
 from shardwise.testing import RankPool
 from tests.distributed.models import TiedNet, check_equal, gathered, ties
 from tests.distributed.steps import (
-    STRATEGIES,
     backward,
+    by_efficient,
+    by_strategy,
     check_gradients,
     every_rank,
     make_strategy,
@@ -25,9 +26,6 @@ from tests.distributed.steps import (
 )
 
 pytestmark = pytest.mark.distributed
-
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
 
 
 class Rows(nn.Module):

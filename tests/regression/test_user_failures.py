@@ -41,7 +41,10 @@ from tests.distributed.models import (
 )
 from tests.distributed.steps import (
     STRATEGIES,
+    Checkpoint,
     backward,
+    by_efficient,
+    by_strategy,
     check_gradients,
     every_rank,
     language_loss,
@@ -54,9 +57,6 @@ from tests.distributed.steps import (
 
 pytestmark = pytest.mark.distributed
 
-by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
-Checkpoint = Callable[[str], str]
 MIB = 2**20
 
 

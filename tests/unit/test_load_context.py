@@ -33,9 +33,13 @@ def set_flags(monkeypatch: pytest.MonkeyPatch, values: list[str | None]) -> None
 
 
 @pytest.fixture(autouse=True)
-def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_flags(monkeypatch, [None, None])
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+def _unset() -> Iterator[None]:
+    """Begin without the flags and `LOCAL_RANK`, and undo what a test sets past `monkeypatch`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*FLAGS, "LOCAL_RANK"):
+            patch.setenv(name, "")  # noted as ours even where it was not set, so that the end removes it
+            del os.environ[name]
+        yield
 
 
 @pytest.fixture(scope="module")
