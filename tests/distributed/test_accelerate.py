@@ -187,7 +187,10 @@ def test_a_second_model_in_one_accelerator_is_refused(pool: RankPool) -> None:
 def wrap_second_model() -> None:
     strategy = accelerate_strategy()
     strategy.wrap_model(PlainNet(seed=dist.get_rank()))
-    with pytest.raises(sw.ConfigurationError, match=r"one FSDP2 model.*FSDPPlainNet.*free_memory"):
+    with pytest.raises(
+        sw.ConfigurationError,
+        match=r"one FSDP2 model.*holds FSDPPlainNet already.*another AccelerateStrategy.*free_memory",
+    ):
         strategy.wrap_model(TiedNet(seed=dist.get_rank()))
     strategy.accelerator.free_memory()
     check_equal(strategy.wrap_model(TiedNet(seed=dist.get_rank())), TiedNet(seed=0))

@@ -330,31 +330,6 @@ def wrap_two(first_directory: str, second_directory: str, name: str) -> None:
         check_gradients(model, reference_gradients(directory))
 
 
-def test_a_second_model_of_one_accelerator_is_refused(pool: RankPool) -> None:
-    for error in pool.run_to_errors(wrap_two_with_one_accelerator, ranks=2):
-        assert isinstance(error, sw.ConfigurationError)
-        assert "holds FSDPPlainNet already" in str(error)
-        assert "another AccelerateStrategy" in str(error)
-
-
-def wrap_two_with_one_accelerator() -> None:
-    strategy = make_strategy("accelerate")
-    strategy.wrap_model(PlainNet())
-    strategy.wrap_model(PlainNet())
-
-
-@by_strategy
-def test_many_calls_in_one_process(pool: RankPool, strategy: str) -> None:
-    """Each call opens a group of its own for the data; a later one must not meet an earlier one's addresses."""
-    pool.run(wrap_many, strategy, ranks=4)
-
-
-def wrap_many(name: str) -> None:
-    for seed in range(6):
-        model = make_strategy(name).wrap_model(PlainNet(seed=seed if dist.get_rank() == 0 else 99))
-        check_equal(model, PlainNet(seed=seed))
-
-
 def test_both_strategies_in_one_process(pool: RankPool, checkpoint: Checkpoint) -> None:
     pool.run(wrap_with_both, checkpoint("qwen3_tied"), ranks=2)
 

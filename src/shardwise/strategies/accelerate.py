@@ -22,7 +22,6 @@ from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
 from shardwise.strategies.mesh import default_device_type, resolve_mesh
 from shardwise.strategies.precision import check_mixed_precision
-from shardwise.strategies.wrapping import refuse_wrapped
 
 _log = logging.getLogger("shardwise")
 
@@ -68,23 +67,22 @@ class AccelerateStrategy(Strategy):
         compat.require_supported()
         with unchanged_environment():
             if accelerator is None:
+                plugin = None
                 config = FSDPConfig.from_dict(fsdp_config)
                 device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
-                check_mixed_precision(mixed_precision, device_type=device_type)
-                efficient = efficient_switch(memory_efficient_init, config)
-                _check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
-                mesh = resolve_mesh(device_mesh)
-                accelerator, plugin = _build(config, mixed_precision, ddp_config, device_type)
             else:
                 plugin = compat.plugin_of(accelerator)
                 config = _adopted_config(plugin, fsdp_config, ddp_config)
-                mixed_precision = accelerator.mixed_precision
-                if plugin is None:
-                    plugin = compat.make_plugin(config, mixed_precision=mixed_precision)
-                check_mixed_precision(mixed_precision, device_type=accelerator.device.type)
-                efficient = efficient_switch(memory_efficient_init, config)
-                _check_fp8(mixed_precision, device_type=accelerator.device.type, efficient=efficient)
-                mesh = resolve_mesh(device_mesh if device_mesh is not None else _mesh_of(accelerator))
+                device_type, mixed_precision = accelerator.device.type, accelerator.mixed_precision
+                device_mesh = device_mesh if device_mesh is not None else _mesh_of(accelerator)
+            check_mixed_precision(mixed_precision, device_type=device_type)
+            efficient = efficient_switch(memory_efficient_init, config)
+            _check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
+            mesh = resolve_mesh(device_mesh)
+            if accelerator is None:
+                accelerator, plugin = _build(config, mixed_precision, ddp_config, device_type)
+            elif plugin is None:
+                plugin = compat.make_plugin(config, mixed_precision=mixed_precision)
             compat.enable_fsdp2(accelerator, plugin)
         self.accelerator = accelerator
         self._policy: MixedPrecisionPolicy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
@@ -122,8 +120,6 @@ class AccelerateStrategy(Strategy):
                 )
         optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
         with unchanged_environment():
-            refuse_wrapped(model)
-            compat.refuse_second_model(self.accelerator, model)
             if not self.memory_efficient_init and optimizers and self._stock_shards():
                 return self._prepare_stock(model, objects)
             self._wrap(model, optimizers, self._policy)
@@ -151,6 +147,9 @@ class AccelerateStrategy(Strategy):
         optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
         self._wrap(model, optimizers, self._policy, shard=shard)
         return prepared
+
+    def _refuse(self, model: nn.Module) -> None:
+        compat.refuse_second_model(self.accelerator, model)
 
     def _stock_shards(self) -> bool:
         return compat.shards_itself(

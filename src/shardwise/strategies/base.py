@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -162,6 +163,10 @@ class Strategy(ABC):
     def unwrap_model(self, model: nn.Module) -> nn.Module:
         """Return the model without wrappers around it."""
 
+    @abstractmethod
+    def _refuse(self, model: nn.Module) -> None:
+        """Raise what this strategy itself has against wrapping a model."""
+
     def _wrap(
         self,
         model: nn.Module,
@@ -187,6 +192,7 @@ class Strategy(ABC):
             options,
             name=record.name if record is not None else type(model).__name__,
             initialised=record.initialised if record is not None else frozenset(),
+            refuse=partial(self._refuse, model),
             shard=shard,
         )
         self._wrapped.add(model)

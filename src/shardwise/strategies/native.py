@@ -92,6 +92,9 @@ class NativeFSDPStrategy(Strategy):
         self._wrap(model, objects, policy_of(self.mixed_precision))
         return (model, *objects) if objects else model
 
+    def _refuse(self, model: nn.Module) -> None:
+        """Nothing: what `fully_shard` cannot take is refused for both strategies alike."""
+
     def _take_optimizer(self, optimizer: Optimizer) -> Optimizer:
         return optimizer
 

@@ -79,6 +79,7 @@ def wrap(
     *,
     name: str,
     initialised: frozenset[str],
+    refuse: Callable[[], None],
     shard: Callable[[], None] | None = None,
 ) -> LoadReport:
     """Bring a model into FSDP2 form in place and rebind its optimizers.
@@ -89,6 +90,7 @@ def wrap(
         options: Of the strategy; equal on all ranks.
         name: Of the model, for the report.
         initialised: Names of parameters whose values did not come from a checkpoint.
+        refuse: Raises what the strategy itself has against the model; called once the model is known not to be sharded.
         shard: Shards the model and rebinds its optimizers in place of this module's own way; needs values on every
             rank, so only where `options.efficient` is off.
 
@@ -104,6 +106,8 @@ def wrap(
     agreement = Agreement(ranks, timeout_seconds=options.timeout_seconds, call="wrap_model")
     with profile_memory(device=device) as profile:
         with agreement.phase("check") as check:
+            refuse_wrapped(model)
+            refuse()
             records, units = _check(model, optimizers, options, checkpointing=shard is None)
             # No name here may keep the entries: they hold the full tensors.
             check.same = _comparable_structure(Structure.of(entries_of(model)), units, options)
@@ -125,7 +129,6 @@ def wrap(
 def _check(
     model: nn.Module, optimizers: Sequence[Optimizer], options: WrapOptions, *, checkpointing: bool
 ) -> tuple[tuple[DetachedOptimizer, ...], tuple[Unit, ...]]:
-    refuse_wrapped(model)
     refuse_aliases(model)
     records = check_optimizers(model, optimizers)
     if checkpointing:
