@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import (
     AlreadyWrappedError,
+    ChangedFileError,
     CheckpointError,
     CommandError,
     ConfigurationError,
+    DamagedFileError,
     LeftOnMetaError,
     MissingDependencyError,
     ModelError,
@@ -26,6 +28,7 @@ from shardwise.errors import (
     RankTimeoutError,
     ShapeMismatchError,
     ShardwiseError,
+    UnsupportedFormatError,
     UnsupportedParameterError,
     UnsupportedVersionError,
 )
@@ -39,9 +42,11 @@ __version__ = "0.1.0"
 __all__ = [
     "AccelerateStrategy",
     "AlreadyWrappedError",
+    "ChangedFileError",
     "CheckpointError",
     "CommandError",
     "ConfigurationError",
+    "DamagedFileError",
     "LeftOnMetaError",
     "LoadReport",
     "MemoryProfile",
@@ -56,6 +61,7 @@ __all__ = [
     "RankTimeoutError",
     "ShapeMismatchError",
     "ShardwiseError",
+    "UnsupportedFormatError",
     "UnsupportedParameterError",
     "UnsupportedVersionError",
     "fsdp_pretrained_load_context",

@@ -10,7 +10,10 @@
     │   └── LeftOnMetaError           a tensor would have stayed without storage
     ├── OptimizerError                an optimizer that cannot be rebound to the shards
     ├── CheckpointError               what is on disk, or in a state dict
-    │   └── ShapeMismatchError        a tensor is not of the shape that the model expects
+    │   ├── ShapeMismatchError        a tensor is not of the shape that the model expects
+    │   ├── DamagedFileError          truncated, or not what its format says
+    │   ├── ChangedFileError          not the file any more that was described when the load began
+    │   └── UnsupportedFormatError    a format, dtype or quantisation that is not read
     ├── RankError                     ranks do not agree
     │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
     │   ├── PeerError                 another rank failed; its first error is in the message
@@ -65,6 +68,18 @@ class CheckpointError(ShardwiseError):
 
 class ShapeMismatchError(CheckpointError):
     """A tensor's shape is not the one that the model expects."""
+
+
+class DamagedFileError(CheckpointError):
+    """A file is truncated, or its contents contradict each other or the format."""
+
+
+class ChangedFileError(CheckpointError):
+    """A file is not the one any more that was described when the load began."""
+
+
+class UnsupportedFormatError(CheckpointError):
+    """A file format, dtype or quantisation that shardwise does not read; the message names the remedy."""
 
 
 class RankError(ShardwiseError):

@@ -57,6 +57,14 @@ class Region:
         """Return the region as an index into the tensor."""
         return tuple(slice(low, high) for low, high in zip(self.start, self.stop, strict=True))
 
+    def intersect(self, other: Region) -> Region | None:
+        """Return the common box of two regions of one tensor, or None if it is empty."""
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        if any(low >= high for low, high in zip(start, stop, strict=True)):
+            return None
+        return Region(start=start, stop=stop)
+
     def relative_to(self, outer: Region) -> Region:
         """Return this region in the coordinates of `outer`, which contains it."""
         return Region(

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from shardwise.errors import ConfigurationError, UnsupportedParameterError
 from shardwise.tensors import Region
+
+Interval = tuple[int, int]  # [start, stop) along one dim, in elements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A box of a full tensor and where it lies in a rank's shard.
+
+    Args:
+        region: In the full tensor, in elements.
+        local: In the shard, in elements; of the same shape.
+    """
+
+    region: Region
+    local: Region
+
+    def local_of(self, region: Region) -> Region:
+        """Return where a box inside of `self.region` lies in the shard."""
+        shift = tuple(b - a for a, b in zip(self.region.start, self.local.start, strict=True))
+        return Region(
+            start=tuple(a + by for a, by in zip(region.start, shift, strict=True)),
+            stop=tuple(a + by for a, by in zip(region.stop, shift, strict=True)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +45,16 @@ class Layout:
     Args:
         mesh_shape: Ranks per mesh axis.
         mesh_ranks: Global ranks in row-major order of the mesh.
-        placements: One per mesh axis; `Shard` on any dim, or `Replicate`.
+        placements: One per mesh axis; `Shard` on any dim, `_StridedShard`, or `Replicate`.
 
     Raises:
         ConfigurationError: The three do not fit together.
         UnsupportedParameterError: A placement is of another kind.
 
-    Source: `torch.distributed.tensor` places a `Shard(dim)` by chunks of ceil(size / ranks) elements,
-    outer mesh axes first; the last chunks may be short or empty.
+    Source: `torch.distributed.tensor` places a `Shard(dim)` by chunks of ceil(size / ranks) elements, outer mesh axes
+    first; the last chunks may be short or empty. A `_StridedShard` whose split factor is the number of shards that later
+    axes make of the same dim says that these came first, as FSDP2 does it on top of tensor parallelism; any other one
+    takes every rank's chunk out of `split_factor` equal parts.
     """
 
     mesh_shape: tuple[int, ...]
@@ -48,10 +74,10 @@ class Layout:
                 f"layout: expected one placement per mesh axis ({len(self.mesh_shape)}), got {self.placements}"
             )
         for placement in self.placements:
-            if type(placement) not in (Shard, Replicate):
+            if not isinstance(placement, (Shard, _StridedShard, Replicate)):
                 raise UnsupportedParameterError(
-                    f"layout: expected Shard or Replicate on every mesh axis, got {self.placements}. "
-                    "Apply tensor parallelism after the weights are in place, or not at all with this strategy."
+                    f"layout: expected Shard or Replicate on every mesh axis, got {self.placements}. A partial sum has no "
+                    "values of its own to load: redistribute the parameter first."
                 )
 
     @classmethod
@@ -84,19 +110,106 @@ class Layout:
         Returns:
             The region, possibly empty; None when the rank is not part of the mesh.
         """
+        intervals = self._intervals(shape, rank)
+        if intervals is None:
+            return None
+        if any(len(of_dim) > 1 for of_dim in intervals):
+            raise UnsupportedParameterError(
+                f"layout: expected one box per rank of a tensor of shape {shape}, got several with {self.placements}"
+            )
+        return Region(
+            start=tuple(of_dim[0][0] for of_dim in intervals),
+            stop=tuple(of_dim[0][1] for of_dim in intervals),
+        )
+
+    def parts(self, shape: tuple[int, ...], rank: int) -> tuple[Part, ...]:
+        """Return the boxes of a full tensor of `shape` that a global rank owns, in the order of its shard.
+
+        Args:
+            shape: Of the full tensor, in elements.
+            rank: A global rank.
+
+        Returns:
+            Boxes that are not empty; none where the rank owns nothing or is not part of the mesh.
+        """
+        intervals = self._intervals(shape, rank)
+        if intervals is None:
+            return ()
+        placed: list[list[tuple[Interval, Interval]]] = []
+        for of_dim in intervals:
+            position, with_local = 0, []
+            for start, stop in of_dim:
+                with_local.append(((start, stop), (position, position + stop - start)))
+                position += stop - start
+            placed.append(with_local)
+        boxes = (
+            Part(region=_box([full for full, _ in box]), local=_box([local for _, local in box]))
+            for box in itertools.product(*placed)
+        )
+        return tuple(part for part in boxes if part.region.numel > 0)
+
+    def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...] | None:
+        """Return the shape of a global rank's shard, or None if it is not part of the mesh."""
+        intervals = self._intervals(shape, rank)
+        if intervals is None:
+            return None
+        return tuple(sum(stop - start for start, stop in of_dim) for of_dim in intervals)
+
+    def _intervals(self, shape: tuple[int, ...], rank: int) -> list[list[Interval]] | None:
         coordinate = self.coordinate(rank)
         if coordinate is None:
             return None
-        start, stop = [0] * len(shape), list(shape)
-        for size, index, placement in zip(self.mesh_shape, coordinate, self.placements, strict=True):
-            if not isinstance(placement, Shard):
+        axes_of_dim: dict[int, list[int]] = {}
+        for axis, placement in enumerate(self.placements):
+            if not isinstance(placement, (Shard, _StridedShard)):
                 continue
-            dim = placement.dim
-            if not 0 <= dim < len(shape):
+            if not 0 <= placement.dim < len(shape):
                 raise ConfigurationError(
                     f"layout: expected placements on dims of a tensor of shape {shape}, got {placement!r}"
                 )
-            rows = -(-(stop[dim] - start[dim]) // size)
-            low = min(start[dim] + index * rows, stop[dim])
-            start[dim], stop[dim] = low, min(low + rows, stop[dim])
-        return Region(start=tuple(start), stop=tuple(stop))
+            axes_of_dim.setdefault(placement.dim, []).append(axis)
+        intervals: list[list[Interval]] = [[(0, size)] for size in shape]
+        for dim, axes in axes_of_dim.items():
+            for axis, split_factor in self._in_order_of_sharding(axes):
+                size, index = self.mesh_shape[axis], coordinate[axis]
+                intervals[dim] = _chunk(intervals[dim], size, index, split_factor)
+        return intervals
+
+    def _in_order_of_sharding(self, axes: Sequence[int]) -> list[tuple[int, int]]:
+        """Return (axis, split factor) in the order in which one dim was cut."""
+        if not axes:
+            return []
+        first, later = axes[0], axes[1:]
+        placement = self.placements[first]
+        factor = int(placement.split_factor) if isinstance(placement, _StridedShard) else 1
+        if factor > 1 and factor == math.prod(self.mesh_shape[axis] for axis in later):
+            return [*self._in_order_of_sharding(later), (first, 1)]
+        return [(first, factor), *self._in_order_of_sharding(later)]
+
+
+def _box(intervals: Sequence[Interval]) -> Region:
+    return Region(start=tuple(start for start, _ in intervals), stop=tuple(stop for _, stop in intervals))
+
+
+def _chunk(owned: list[Interval], ranks: int, index: int, split_factor: int) -> list[Interval]:
+    """Return what rank `index` of `ranks` keeps of the elements in `owned`, cut into `split_factor` parts before."""
+    length = sum(stop - start for start, stop in owned)
+    step = -(-length // split_factor)
+    kept: list[Interval] = []
+    for part in range(split_factor):
+        low, high = min(part * step, length), min((part + 1) * step, length)
+        rows = -(-(high - low) // ranks)
+        start = min(low + index * rows, high)
+        kept += _at_positions(owned, start, min(start + rows, high))
+    return kept or [(owned[-1][1], owned[-1][1])]
+
+
+def _at_positions(owned: list[Interval], start: int, stop: int) -> list[Interval]:
+    """Return the elements at positions [start, stop) of the concatenated intervals."""
+    found, position = [], 0
+    for low, high in owned:
+        first, last = max(start, position), min(stop, position + high - low)
+        if first < last:
+            found.append((low + first - position, low + last - position))
+        position += high - low
+    return found

@@ -1,0 +1,256 @@
+"""What ranks read and exchange, carried out on plain bytes and compared with slices of the full tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from shardwise.checkpoint import StoredTensor
+from shardwise.errors import ConfigurationError
+from shardwise.plan import Layout, WantedTensor, exchanged, plan_load, plan_rounds
+from shardwise.plan.exchange_plan import SMALL_TENSORS
+from shardwise.plan.load_plan import MAX_GAP_BYTES
+
+DTYPES = (torch.uint8, torch.int16, torch.float32, torch.float64)
+
+
+def placements_of(draw: st.DrawFn, shape: tuple[int, ...], axes: int) -> tuple[Placement, ...]:
+    kinds: list[st.SearchStrategy[Placement]] = [st.just(Replicate())]
+    if shape:
+        dims = st.integers(0, len(shape) - 1)
+        kinds += [dims.map(Shard), dims.map(lambda dim: _StridedShard(dim, split_factor=2))]
+    return tuple(draw(st.one_of(kinds)) for _ in range(axes))
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> tuple[bytes, list[WantedTensor], tuple[int, ...]]:
+    """Draw a file's bytes, tensors that follow each other in it, and the ranks that want them."""
+    mesh_shape = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
+    ranks = tuple(range(math.prod(mesh_shape)))
+    position = draw(st.integers(0, 9))  # nothing says that a header ends on an element's boundary
+    wanted = []
+    for index in range(draw(st.integers(1, 5))):
+        shape = tuple(draw(st.lists(st.integers(0, 9), min_size=0, max_size=3)))
+        dtype = draw(st.sampled_from(DTYPES))
+        nbytes = math.prod(shape) * dtype.itemsize
+        stored = StoredTensor(
+            name=f"t{index}", shape=shape, dtype=dtype, file="f", start=position, stop=position + nbytes
+        )
+        position += nbytes
+        layout = Layout(
+            mesh_shape=mesh_shape, mesh_ranks=ranks, placements=placements_of(draw, shape, len(mesh_shape))
+        )
+        wanted.append(
+            WantedTensor(
+                fqn=f"m.t{index}", stored=stored, dtype=dtype, layout=layout, may_map=draw(st.booleans())
+            )
+        )
+    content = torch.randint(
+        0, 255, (position,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    return bytes(content.tolist()), wanted, ranks
+
+
+def full(content: bytes, tensor: WantedTensor) -> torch.Tensor:
+    stored = tensor.stored
+    if stored.nbytes == 0:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    data = torch.frombuffer(bytearray(content[stored.start : stored.stop]), dtype=stored.dtype)
+    return data.view(stored.shape)
+
+
+def expected_shard(content: bytes, tensor: WantedTensor, rank: int) -> torch.Tensor:
+    whole = full(content, tensor)
+    shard = empty_shard(tensor, rank)
+    for part in tensor.layout.parts(tensor.stored.shape, rank):
+        shard[part.local.slices()] = whole[part.region.slices()]
+    return shard
+
+
+def empty_shard(tensor: WantedTensor, rank: int) -> torch.Tensor:
+    shape = tensor.layout.local_shape(tensor.stored.shape, rank)
+    assert shape is not None
+    return torch.zeros(shape, dtype=tensor.stored.dtype)
+
+
+def strided(
+    data: bytes, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> torch.Tensor:
+    flat = torch.frombuffer(bytearray(data[: len(data) // dtype.itemsize * dtype.itemsize]), dtype=dtype)
+    return flat.as_strided(shape, strides)
+
+
+def same_bytes(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return got.shape == expected.shape and got.numpy().tobytes() == expected.numpy().tobytes()
+
+
+@given(case=checkpoints(), max_read_bytes=st.sampled_from([16, 24, 100, 10_000]), gap=st.integers(0, 40))
+@settings(max_examples=200)
+def test_reads_and_mapped_extents_fill_every_shard(
+    case: tuple[bytes, list[WantedTensor], tuple[int, ...]], max_read_bytes: int, gap: int
+) -> None:
+    content, wanted, ranks = case
+    by_fqn = {tensor.fqn: tensor for tensor in wanted}
+    for rank in ranks:
+        plan = plan_load(wanted, rank=rank, max_read_bytes=max_read_bytes, max_gap_bytes=gap)
+        shards = {tensor.fqn: empty_shard(tensor, rank) for tensor in wanted}
+        for mapped in plan.mapped:
+            tensor = by_fqn[mapped.fqn]
+            assert tensor.may_map
+            assert mapped.start % tensor.stored.dtype.itemsize == 0
+            data = bytearray(content[mapped.start : mapped.start + mapped.nbytes])
+            shards[mapped.fqn] = torch.frombuffer(data, dtype=tensor.dtype).view(shards[mapped.fqn].shape)
+        for read in plan.reads:
+            assert read.nbytes <= max_read_bytes
+            for fragment in read.fragments:
+                stored = by_fqn[fragment.fqn].stored
+                piece = content[fragment.start : fragment.stop]
+                shards[fragment.fqn][fragment.local.slices()] = strided(
+                    piece, stored.dtype, fragment.local.shape, fragment.strides
+                )
+        for tensor in wanted:
+            assert same_bytes(shards[tensor.fqn], expected_shard(content, tensor, rank))
+
+
+COLUMNS_OVER_THREE_RANKS = (
+    bytes(range(64)),
+    [
+        WantedTensor(
+            fqn="m.t0",
+            stored=StoredTensor(name="t0", shape=(8, 8), dtype=torch.uint8, file="f", start=0, stop=64),
+            dtype=torch.uint8,
+            layout=Layout(mesh_shape=(3,), mesh_ranks=(0, 1, 2), placements=(Shard(1),)),
+            may_map=False,
+        )
+    ],
+    (0, 1, 2),
+)
+
+
+@given(case=checkpoints(), buffer_bytes=st.sampled_from([48, 100, 10_000]))
+@example(case=COLUMNS_OVER_THREE_RANKS, buffer_bytes=48)
+@settings(max_examples=200)
+def test_exchanged_pieces_fill_every_shard(
+    case: tuple[bytes, list[WantedTensor], tuple[int, ...]], buffer_bytes: int
+) -> None:
+    content, wanted, ranks = case
+    chosen = frozenset(range(len(wanted)))
+    shards = {rank: {tensor.fqn: empty_shard(tensor, rank) for tensor in wanted} for rank in ranks}
+    rounds = {
+        rank: list(plan_rounds(wanted, chosen, ranks=ranks, rank=rank, buffer_bytes=buffer_bytes))
+        for rank in ranks
+    }
+    assert len({len(of_rank) for of_rank in rounds.values()}) == 1
+    requested = 0
+    for number in range(len(rounds[0])):
+        messages: dict[tuple[int, int], bytearray] = {}
+        for sender in ranks:
+            turn = rounds[sender][number]
+            data = content[turn.read.start : turn.read.stop] if turn.read is not None else b""
+            requested += len(data)
+            for receiver, (pieces, length) in enumerate(zip(turn.outgoing, turn.send_bytes, strict=True)):
+                message = messages[sender, receiver] = bytearray(length)
+                for piece in pieces:
+                    box = strided(data[piece.slice_offset :], piece.dtype, piece.shape, piece.strides)
+                    as_bytes = box.contiguous().numpy().tobytes()
+                    message[piece.message_offset : piece.message_offset + len(as_bytes)] = as_bytes
+        for receiver in ranks:
+            turn = rounds[receiver][number]
+            for sender, (arriving, length) in enumerate(zip(turn.incoming, turn.receive_bytes, strict=True)):
+                message = messages[sender, receiver]
+                assert len(message) == length
+                for piece in arriving:
+                    shape = piece.local.shape
+                    nbytes = math.prod(shape) * piece.dtype.itemsize
+                    data = message[piece.message_offset : piece.message_offset + nbytes]
+                    shards[receiver][piece.fqn][piece.local.slices()] = torch.frombuffer(
+                        data, dtype=piece.dtype
+                    ).view(shape)
+    assert requested == sum(tensor.stored.nbytes for tensor in wanted)
+    for rank in ranks:
+        for tensor in wanted:
+            assert same_bytes(shards[rank][tensor.fqn], expected_shard(content, tensor, rank))
+
+
+def wanted_tensors(
+    count: int, shape: tuple[int, ...], placement: Placement, *, ranks: int, may_map: bool = False
+) -> list[WantedTensor]:
+    nbytes = math.prod(shape) * 2
+    layout = Layout(mesh_shape=(ranks,), mesh_ranks=tuple(range(ranks)), placements=(placement,))
+    return [
+        WantedTensor(
+            fqn=f"t{i}",
+            stored=StoredTensor(
+                name=f"t{i}",
+                shape=shape,
+                dtype=torch.bfloat16,
+                file="f",
+                start=i * nbytes,
+                stop=(i + 1) * nbytes,
+            ),
+            dtype=torch.bfloat16,
+            layout=layout,
+            may_map=may_map,
+        )
+        for i in range(count)
+    ]
+
+
+def test_whole_job_requests_each_byte_of_row_shards_once() -> None:
+    wanted = wanted_tensors(3, (1021, 512), Shard(0), ranks=4)
+    assert exchanged(wanted, ranks=range(4)) == frozenset()
+    plans = [plan_load(wanted, rank=rank, max_read_bytes=2**16) for rank in range(4)]
+    assert sum(plan.storage_bytes for plan in plans) == sum(tensor.stored.nbytes for tensor in wanted)
+
+
+def test_column_shards_are_exchanged_and_not_read_by_every_rank() -> None:
+    wanted = wanted_tensors(1, (64, 64), Shard(1), ranks=4)
+    assert exchanged(wanted, ranks=range(4)) == {0}
+    alone = plan_load(wanted, rank=0, max_read_bytes=2**20)
+    assert alone.storage_bytes > 0.95 * wanted[0].stored.nbytes  # what each rank would have read
+
+
+def test_many_small_tensors_become_few_reads() -> None:
+    wanted = wanted_tensors(20_000, (128, 8), Shard(0), ranks=2)
+    chosen = exchanged(wanted, ranks=range(2))
+    assert len(chosen) == 20_000
+    reads = [r.read for r in plan_rounds(wanted, chosen, ranks=range(2), rank=0, buffer_bytes=8 * 2**20)]
+    assert len(reads) <= 10
+
+
+def test_small_tensors_that_are_mapped_need_no_exchange() -> None:
+    wanted = wanted_tensors(1000, (128, 8), Shard(0), ranks=2, may_map=True)
+    assert exchanged(wanted, ranks=range(2)) == frozenset()
+
+
+def test_a_few_small_tensors_between_large_ones_are_read_by_their_owners() -> None:
+    wanted = wanted_tensors(SMALL_TENSORS - 1, (128, 8), Shard(0), ranks=2)
+    assert exchanged(wanted, ranks=range(2)) == frozenset()
+
+
+def test_a_gap_above_the_bound_is_skipped() -> None:
+    wanted = wanted_tensors(
+        3, (2, MAX_GAP_BYTES // 2), Shard(0), ranks=2
+    )  # a gap of one row, just at the bound
+    joined = plan_load(wanted, rank=0, max_read_bytes=2**20)
+    assert len(joined.reads) == 1
+    apart = plan_load(wanted, rank=0, max_read_bytes=2**20, max_gap_bytes=MAX_GAP_BYTES - 1)
+    assert [read.nbytes for read in apart.reads] == [MAX_GAP_BYTES] * 3
+
+
+def test_a_short_shard_is_copied_because_it_needs_padding() -> None:
+    wanted = wanted_tensors(1, (5, 4), Shard(0), ranks=2, may_map=True)
+    assert len(plan_load(wanted, rank=0, max_read_bytes=2**20).mapped) == 1
+    last = plan_load(wanted, rank=1, max_read_bytes=2**20)
+    assert (len(last.mapped), len(last.reads)) == (0, 1)
+
+
+def test_a_read_holds_at_least_one_element() -> None:
+    with pytest.raises(ConfigurationError, match="expected max_read_bytes of at least 16, got 8"):
+        plan_load([], rank=0, max_read_bytes=8)
