@@ -34,6 +34,7 @@ from shardwise.errors import (
 )
 
 if TYPE_CHECKING:
+    from shardwise.materialization import Mismatch, VerifyReport, materialize, verify_shards
     from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
     from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
 
@@ -50,6 +51,7 @@ __all__ = [
     "LeftOnMetaError",
     "LoadReport",
     "MemoryProfile",
+    "Mismatch",
     "MissingDependencyError",
     "ModelError",
     "NativeFSDPStrategy",
@@ -64,8 +66,11 @@ __all__ = [
     "UnsupportedFormatError",
     "UnsupportedParameterError",
     "UnsupportedVersionError",
+    "VerifyReport",
     "fsdp_pretrained_load_context",
+    "materialize",
     "profile_memory",
+    "verify_shards",
 ]
 
 # Looked up at first use: importing torch takes seconds, and the command line's help needs none of it.
@@ -73,10 +78,14 @@ _LAZY = {
     "AccelerateStrategy": "shardwise.strategies",
     "LoadReport": "shardwise.profiling",
     "MemoryProfile": "shardwise.profiling",
+    "Mismatch": "shardwise.materialization",
     "NativeFSDPStrategy": "shardwise.strategies",
     "RankReport": "shardwise.profiling",
+    "VerifyReport": "shardwise.materialization",
     "fsdp_pretrained_load_context": "shardwise.strategies",
+    "materialize": "shardwise.materialization",
     "profile_memory": "shardwise.profiling",
+    "verify_shards": "shardwise.materialization",
 }
 
 

@@ -9,11 +9,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shardwise.materialize import clean_fqn
+from shardwise.materialization import clean_fqn
 
 VOCABULARY = 97  # prime: no number of ranks above 1 divides it
 LAYERS = 2
 CAUSAL_KINDS = ("qwen3_tied", "qwen3_untied", "qwen3_moe", "gpt2")
+
+
+def transformers_fuses_experts() -> bool:
+    """Whether the installed transformers keeps experts fused in the model and apart in the checkpoint."""
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) >= 5
 
 
 def write_checkpoint(kind: str, directory: Path) -> Path:

@@ -13,13 +13,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import shardwise as sw
-from shardwise.materialize import clean_fqn
+from shardwise.materialization import clean_fqn
 from tests.distributed.models import VOCABULARY, from_checkpoint
 
 STRATEGIES = ("native_fsdp", "accelerate")
 Checkpoint = Callable[[str], str]  # the fixture: a kind of model in, its directory out
 
 by_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+WAYS = (
+    "direct",
+    "rank0",
+    "eager",
+)  # each rank reads its own bytes; rank 0 reads and sends; each rank loads all
+by_way = pytest.mark.parametrize("way", WAYS)
 by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
 ROWS_PER_RANK = 2
 
@@ -31,10 +37,12 @@ def make_strategy(name: str, **arguments: Any) -> Any:
 
 
 def load(strategy: Any, directory: str, **arguments: Any) -> nn.Module:
-    """Load a causal language model through a strategy."""
+    """Load a causal language model through a strategy; on rank 0 alone unless told otherwise."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = strategy.load_pretrained(AutoModelForCausalLM, directory, **arguments)
+    model: nn.Module = strategy.load_pretrained(
+        AutoModelForCausalLM, directory, **{"defer": False, **arguments}
+    )
     return model
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from shardwise.errors import PeerError, RankMismatchError, RankTimeoutError
-from shardwise.materialize import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization import Agreement, Comparable, timeout_seconds_of
 from shardwise.testing import RankPool
 
 pytestmark = pytest.mark.distributed

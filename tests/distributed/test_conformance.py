@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import shardwise as sw
-from shardwise.materialize import clean_fqn, entries_of
+from shardwise.materialization import clean_fqn, entries_of
 from shardwise.testing import RankPool
 from tests.distributed.models import (
     CAUSAL_KINDS,
@@ -20,6 +20,7 @@ from tests.distributed.models import (
     check_equal,
     from_checkpoint,
     named_tensors,
+    transformers_fuses_experts,
 )
 from tests.distributed.steps import (
     STRATEGIES,
@@ -27,6 +28,7 @@ from tests.distributed.steps import (
     backward,
     by_efficient,
     by_strategy,
+    by_way,
     check_gradients,
     every_rank,
     language_loss,
@@ -46,27 +48,30 @@ pytestmark = pytest.mark.distributed
 
 
 @by_strategy
-@by_efficient
+@by_way
 @pytest.mark.parametrize("kind", CAUSAL_KINDS)
 def test_every_tensor_equals_the_single_process_load(
-    pool: RankPool, checkpoint: Checkpoint, strategy: str, efficient: bool, kind: str
+    pool: RankPool, checkpoint: Checkpoint, strategy: str, way: str, kind: str
 ) -> None:
-    pool.run(compare_with_reference, checkpoint(kind), strategy, efficient, ranks=4)
+    if way == "direct" and kind == "qwen3_moe" and transformers_fuses_experts():
+        pytest.skip("the checkpoint's layout is not the model's; refused, see test_direct.py")
+    pool.run(compare_with_reference, checkpoint(kind), strategy, way, ranks=4)
 
 
 @by_strategy
+@pytest.mark.parametrize("way", ["direct", "rank0"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_every_tensor_equals_at_other_world_sizes(
-    pool: RankPool, checkpoint: Checkpoint, strategy: str, ranks: int
+    pool: RankPool, checkpoint: Checkpoint, strategy: str, way: str, ranks: int
 ) -> None:
-    pool.run(compare_with_reference, checkpoint("qwen3_tied"), strategy, True, ranks=ranks)
+    pool.run(compare_with_reference, checkpoint("qwen3_tied"), strategy, way, ranks=ranks)
 
 
-def compare_with_reference(directory: str, name: str, efficient: bool) -> None:
-    strategy = make_strategy(name, memory_efficient_init=efficient)
-    model = load(strategy, directory)
+def compare_with_reference(directory: str, name: str, way: str) -> None:
+    strategy = make_strategy(name, memory_efficient_init=way != "eager")
+    model = load(strategy, directory, defer=way == "direct")
     on_meta = {p.is_meta for p in model.parameters()}
-    assert on_meta == {efficient and dist.get_rank() != 0}
+    assert on_meta == {way == "direct" or (way == "rank0" and dist.get_rank() != 0)}
     wrapped = strategy.wrap_model(model)
     assert wrapped is model  # with no optimizer, the model alone
     check_equal(model, from_checkpoint(directory))

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 import shardwise as sw
-from shardwise.materialize import clean_fqn
+from shardwise.materialization import clean_fqn
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, check_equal, from_checkpoint, gathered
 from tests.distributed.steps import (

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import shardwise as sw
-from shardwise.materialize import entries_of
+from shardwise.materialization import entries_of
 from shardwise.testing import RankPool
 from tests.distributed.models import TiedNet, check_equal, gathered, ties
 from tests.distributed.steps import (

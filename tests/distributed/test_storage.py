@@ -1,4 +1,4 @@
-"""The private fields of torch's FSDP2 that `materialize/storage.py` relies on, and what it makes of them."""
+"""The private fields of torch's FSDP2 that `materialization/storage.py` relies on, and what it makes of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from shardwise.materialize import local_bytes_of, take_values
-from shardwise.materialize.storage import allocate_parameters, fsdp_params_of
+from shardwise.materialization import local_bytes_of, take_values
+from shardwise.materialization.storage import allocate_parameters, fsdp_params_of
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet
 
 pytestmark = pytest.mark.distributed
 
 CHANGED = (
-    f"torch {torch.__version__} changed a private field of FSDP2 that shardwise/materialize/storage.py uses: "
+    f"torch {torch.__version__} changed a private field of FSDP2 that shardwise/materialization/storage.py uses: "
     "compare it with torch/distributed/fsdp/_fully_shard/_fsdp_param.py. "
 )
 

@@ -26,7 +26,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.tensor import DTensor
 
 import shardwise as sw
-from shardwise.materialize import clean_fqn
+from shardwise.materialization import clean_fqn
 from shardwise.testing import RankPool
 from tests.distributed.models import (
     PlainNet,

@@ -13,7 +13,7 @@ from shardwise.compare import experiment
 from shardwise.compare.experiment import Comparison, Outcome, agreement, compare, median_entry, merge_ranks
 from shardwise.compare.fingerprint import differing_names, is_tie, tensor_digest, whole_digest
 from shardwise.compare.model_directory import model_directory
-from shardwise.compare.modes import MODES, modes_named
+from shardwise.compare.modes import DEFAULT_MODES, modes_named
 from shardwise.errors import CheckpointError, CommandError, ConfigurationError
 from shardwise.report.comparison import read_comparison
 
@@ -67,6 +67,7 @@ def load_report(ranks: int) -> dict[str, Any]:
         "network_bytes": 20,
         "predicted": {},
         "tensors": {"checkpoint": 2},
+        "origins": {},
         "dtypes": {"stored": "bfloat16", "compute": "bfloat16", "reduce": "bfloat16", "optimizer": None},
         "ranks": [
             {
@@ -272,7 +273,7 @@ def test_compare_goes_on_after_a_failed_mode(tmp_path: Path, monkeypatch: pytest
         log_directory=tmp_path / "logs",
         progress=said.append,
     )
-    assert [each["mode"] for each in asked] == list(MODES)
+    assert [each["mode"] for each in asked] == list(DEFAULT_MODES)
     assert {(each["dtype"], each["ranks"]) for each in asked} == {("float32", 2)}
     assert [each["mode"] for each in asked if each["ask"]] == ["native-efficient"]
     assert not any(each["load_only"] for each in asked)

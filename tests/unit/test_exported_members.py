@@ -20,6 +20,7 @@ PUBLIC = [
     "LeftOnMetaError",
     "LoadReport",
     "MemoryProfile",
+    "Mismatch",
     "MissingDependencyError",
     "ModelError",
     "NativeFSDPStrategy",
@@ -34,8 +35,11 @@ PUBLIC = [
     "UnsupportedFormatError",
     "UnsupportedParameterError",
     "UnsupportedVersionError",
+    "VerifyReport",
     "fsdp_pretrained_load_context",
+    "materialize",
     "profile_memory",
+    "verify_shards",
 ]
 OPTIONAL_PACKAGES = ["accelerate", "gguf", "matplotlib", "peft"]
 

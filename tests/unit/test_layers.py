@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoint",),
     ("conversion",),
     ("plan",),
-    ("materialize",),
+    ("materialization",),
     ("export",),
     ("strategies",),
     ("transformers_model", "training"),

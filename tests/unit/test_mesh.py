@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shardwise.errors import ConfigurationError
+from shardwise.materialization import device_of
 from shardwise.strategies.mesh import (
     default_device_type,
-    device_of,
     ranks_of,
     resolve_mesh,
     source_rank_of,

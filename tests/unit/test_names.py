@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shardwise.materialize import clean_fqn
+from shardwise.materialization import clean_fqn
 
 
 @pytest.mark.parametrize(

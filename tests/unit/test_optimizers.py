@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from shardwise.errors import OptimizerError
-from shardwise.materialize import entries_of, take_values
+from shardwise.materialization import entries_of, take_values
 from shardwise.strategies.optimizers import check_optimizers, drop_references
 from tests.unit.models import Layered, Tied
 

@@ -577,6 +577,7 @@ def load_report(**changes: Any) -> LoadReport:
         "network_bytes": 20,
         "predicted": {"storage_bytes": 10, "seconds": 1.25},
         "tensors": {"checkpoint": 3, "tied": 1},
+        "origins": {"a": "checkpoint"},
         "dtypes": {"stored": "bfloat16", "compute": "bfloat16", "reduce": "float32", "optimizer": None},
         "ranks": (rank_report(), rank_report(rank=1)),
     }
@@ -601,6 +602,7 @@ def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
         "network_bytes",
         "predicted",
         "tensors",
+        "origins",
         "dtypes",
         "ranks",
     ]
@@ -618,6 +620,7 @@ def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
         ({"phases": {"load": -1.0}}, r"expected phases\['load'\]"),
         ({"predicted": {"seconds": "1"}}, r"expected predicted\['seconds'\]"),
         ({"tensors": {"guessed": 1}}, "expected origins among"),
+        ({"origins": {"a": "guessed"}}, "expected origins among"),
         ({"dtypes": {"stored": "bfloat16"}}, "expected dtypes for"),
         ({"ranks": (rank_report(rank=2),)}, "expected each rank below 2"),
         ({"ranks": (rank_report(), rank_report())}, "at most once"),

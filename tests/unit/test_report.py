@@ -73,6 +73,7 @@ def run(mode: str, *, ranks: int, peak_mib: int, device_mib: int) -> dict[str, A
         "network_bytes": 0,
         "predicted": {},
         "tensors": {"checkpoint": 3},
+        "origins": {},
         "dtypes": {"stored": "float32", "compute": "float32", "reduce": "float32", "optimizer": None},
         "ranks": [
             {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardwise.materialize import entries_of, take_values
+from shardwise.materialization import entries_of, take_values
 from tests.unit.models import Tied
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 
 from shardwise.errors import ConfigurationError
-from shardwise.materialize import entries_of
+from shardwise.materialization import entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.wrapping import apply_checkpointing, plan_units
 from tests.unit.models import Layer, Layered, tiny

@@ -1,7 +1,22 @@
 """Where tensor bytes come from."""
 
+from shardwise.checkpoint.hub import cached_snapshot, download_snapshot, snapshot_revision
+from shardwise.checkpoint.locate import Location, locate
+from shardwise.checkpoint.pickle_file import load_pickle
+from shardwise.checkpoint.safetensors_source import SafetensorsSource
 from shardwise.checkpoint.source import Source
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
 
-__all__ = ["Source", "StateDictSource", "StoredTensor"]
+__all__ = [
+    "Location",
+    "SafetensorsSource",
+    "Source",
+    "StateDictSource",
+    "StoredTensor",
+    "cached_snapshot",
+    "download_snapshot",
+    "load_pickle",
+    "locate",
+    "snapshot_revision",
+]

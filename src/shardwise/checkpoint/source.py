@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from shardwise.checkpoint.stored_tensor import StoredTensor
 
 
+@runtime_checkable
 class Source(Protocol):
     """Full tensors by name, read by byte ranges; `shardwise.testing.SourceTests` is what an implementation must pass.
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.tensors import Region, TensorSpec
 
@@ -73,3 +74,46 @@ class StateDictSource:
     def tensor(self, fqn: str) -> torch.Tensor:
         """Return a full tensor as it is."""
         return self._tensors[fqn]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return "state dict"
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by name, each as a file of its own whose bytes are its elements in row-major order."""
+        return {
+            name: StoredTensor(
+                name=name,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
+                file=name,
+                start=0,
+                stop=tensor.numel() * tensor.element_size(),
+            )
+            for name, tensor in self._tensors.items()
+        }
+
+    def read_into(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes of a tensor from an offset on; see `Source`."""
+        tensor = self._tensors[file].detach()
+        nbytes = tensor.numel() * tensor.element_size()
+        if offset < 0 or offset + len(into) > nbytes:
+            raise CheckpointError(
+                f"{file}: expected a range within {nbytes} bytes, got [{offset}, {offset + len(into)}). Was the tensor changed "
+                "during the load?"
+            )
+        if len(into):
+            content = tensor.cpu().contiguous().view(-1).view(torch.uint8)[offset : offset + len(into)]
+            torch.frombuffer(into, dtype=torch.uint8).copy_(content)
+
+    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
+        """Nothing: the caller's tensors must not be the model's."""
+        return None
+
+    def require_unchanged(self) -> None:
+        """Nothing to compare with."""
+
+    def close(self) -> None:
+        """Nothing to close."""

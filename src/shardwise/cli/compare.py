@@ -26,7 +26,8 @@ def compare_command(
     mode: Annotated[
         list[str] | None,
         typer.Option(
-            "--mode", help=f"A mode; give it several times for several. {', '.join(MODES)}; default: all."
+            "--mode",
+            help=f"A mode; give it several times for several. {', '.join(MODES)}; default: the first four.",
         ),
     ] = None,
     repeats: Annotated[

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import LeftOnMetaError, RankMismatchError
-from shardwise.materialize.names import clean_fqn
+from shardwise.materialization.names import clean_fqn
 from shardwise.tensors import dtype_name
 
 _MOST_NAMES: Final = 5

@@ -1,4 +1,4 @@
-"""The four ways to bring a model up that are compared."""
+"""The ways to bring a model up that are compared."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class Mode:
     Args:
         name: What the user calls it.
         strategy: Which strategy shards the model.
-        memory_efficient_init: Whether only the source rank loads values.
+        memory_efficient_init: Whether no rank loads the whole model, or the source rank alone does.
+        route: Of the strategy: `"auto"` lets each rank read its own bytes, `"rank0"` lets the source rank load and send.
     """
 
     name: str
     strategy: StrategyName
     memory_efficient_init: bool
+    route: str = "auto"
 
 
 MODES: Final[Mapping[str, Mode]] = MappingProxyType(
@@ -35,13 +37,16 @@ MODES: Final[Mapping[str, Mode]] = MappingProxyType(
             Mode(name="native-efficient", strategy="native_fsdp", memory_efficient_init=True),
             Mode(name="accelerate-eager", strategy="accelerate", memory_efficient_init=False),
             Mode(name="accelerate-efficient", strategy="accelerate", memory_efficient_init=True),
+            Mode(name="native-rank0", strategy="native_fsdp", memory_efficient_init=True, route="rank0"),
+            Mode(name="accelerate-rank0", strategy="accelerate", memory_efficient_init=True, route="rank0"),
         )
     }
 )
+DEFAULT_MODES: Final = ("native-eager", "native-efficient", "accelerate-eager", "accelerate-efficient")
 
 
 def modes_named(names: Iterable[str]) -> tuple[Mode, ...]:
-    """Return the modes of these names, in their order, each once; all of them for no name.
+    """Return the modes of these names, in their order, each once; the four default ones for no name.
 
     Raises:
         ConfigurationError: A name is not that of a mode.
@@ -51,6 +56,6 @@ def modes_named(names: Iterable[str]) -> tuple[Mode, ...]:
     if unknown:
         raise ConfigurationError(
             f"mode: expected one of {', '.join(MODES)}, got {', '.join(map(repr, unknown))}. "
-            "Give one of these names, several of them, or none for all."
+            "Give one of these names, several of them, or none for the first four."
         )
-    return tuple(MODES[name] for name in asked) or tuple(MODES.values())
+    return tuple(MODES[name] for name in asked or DEFAULT_MODES)

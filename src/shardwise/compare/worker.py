@@ -47,7 +47,7 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     mode = MODES[arguments["mode"]]
     directory = Path(arguments["model"])
     dtype = arguments["dtype"] if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
-    device = _join_group()
+    device = join_group()
     strategy = _strategy(mode, device)
     config_class = type(AutoConfig.from_pretrained(directory, local_files_only=True))
     if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -58,7 +58,7 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     with profile_memory(device=device) as profile:
         announce("from_pretrained")
         with profile.phase("from_pretrained"):
-            model = strategy.load_pretrained(AutoModelForCausalLM, str(directory), dtype=dtype, defer=False)
+            model = strategy.load_pretrained(AutoModelForCausalLM, str(directory), dtype=dtype)
         announce("optimizer")
         with profile.phase("optimizer"):
             optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
@@ -127,7 +127,7 @@ def _look(
     }
 
 
-def _join_group() -> torch.device:
+def join_group() -> torch.device:
     """Make the default group, on the accelerators where each local rank can have one of its own."""
     local_rank = int(os.environ["LOCAL_RANK"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -152,7 +152,12 @@ def _strategy(mode: Mode, device: torch.device) -> Any:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
     chosen = NativeFSDPStrategy if mode.strategy == "native_fsdp" else AccelerateStrategy
     # Computed in the stored dtype: with mixed precision, stock Accelerate would store another one than was asked for.
-    return chosen(device_mesh=mesh, mixed_precision="no", memory_efficient_init=mode.memory_efficient_init)
+    return chosen(
+        device_mesh=mesh,
+        mixed_precision="no",
+        memory_efficient_init=mode.memory_efficient_init,
+        route=mode.route,
+    )
 
 
 @torch.no_grad()

@@ -95,6 +95,7 @@ class Round:
     """One rank's part in one round.
 
     Args:
+        position: Of this rank, in the order of the plan's ranks.
         read: What it reads; None where the slices ran out.
         outgoing: For each rank, in the order of the plan's ranks.
         incoming: From each rank, in the same order.
@@ -102,6 +103,7 @@ class Round:
         receive_bytes: Length of the message from each rank.
     """
 
+    position: int
     read: Slice | None
     outgoing: tuple[tuple[Outgoing, ...], ...]
     incoming: tuple[tuple[Incoming, ...], ...]
@@ -208,6 +210,7 @@ def plan_rounds(
     ranks: Sequence[int],
     rank: int,
     buffer_bytes: int,
+    readers: int | None = None,
 ) -> Iterator[Round]:
     """Plan one rank's part in the exchange.
 
@@ -217,6 +220,7 @@ def plan_rounds(
         ranks: Global ranks that take part.
         rank: This one.
         buffer_bytes: Bound of what a rank reads, sends or receives in one round, in bytes, alignment aside.
+        readers: How many of the first ranks read; None is all. The first alone may hold a state dict.
 
     Yields:
         Rounds in order; equally many on every rank.
@@ -227,8 +231,9 @@ def plan_rounds(
         for index in chosen
     }
     own = list(ranks).index(rank)
-    for first in range(0, len(slices), len(ranks)):
-        of_round = slices[first : first + len(ranks)]
+    readers = len(ranks) if readers is None else readers
+    for first in range(0, len(slices), readers):
+        of_round = slices[first : first + readers]
         read = of_round[own] if own < len(of_round) else None
         outgoing, send_bytes = [], []
         for owner in range(len(ranks)):
@@ -242,6 +247,7 @@ def plan_rounds(
             incoming.append(arriving)
             receive_bytes.append(length)
         yield Round(
+            position=own,
             read=read,
             outgoing=tuple(outgoing),
             incoming=tuple(incoming),

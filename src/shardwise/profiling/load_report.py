@@ -83,6 +83,7 @@ class LoadReport:
         network_bytes: Bytes moved between ranks, by all ranks together.
         predicted: What the plan had said, under the names of these fields; empty where there was no plan.
         tensors: Number of tensors by origin.
+        origins: Origin of each tensor, by name.
         dtypes: Name of the dtype `stored`, for `compute`, for `reduce` and of the `optimizer` state; None where
             there is none.
         ranks: One entry per rank that reported, in the order of ranks.
@@ -99,6 +100,7 @@ class LoadReport:
     network_bytes: int
     predicted: dict[str, float | int]
     tensors: dict[str, int]
+    origins: dict[str, str]
     dtypes: dict[str, str | None]
     ranks: tuple[RankReport, ...]
 
@@ -124,6 +126,11 @@ class LoadReport:
                     f"load report: expected origins among {ORIGINS}, got {origin!r} in tensors"
                 )
             _check_count(where, f"tensors[{origin!r}]", count)
+        strange = sorted({origin for origin in self.origins.values() if origin not in ORIGINS})
+        if strange:
+            raise ConfigurationError(
+                f"load report: expected origins among {ORIGINS}, got {strange} in origins"
+            )
         if set(self.dtypes) != set(DTYPE_ROLES):
             raise ConfigurationError(
                 f"load report: expected dtypes for {DTYPE_ROLES}, got them for {tuple(self.dtypes)}"

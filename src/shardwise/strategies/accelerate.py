@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from shardwise.errors import ConfigurationError
+from shardwise.materialization import CpuStorage
 from shardwise.strategies import accelerate_compat as compat
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
@@ -39,12 +40,15 @@ class AccelerateStrategy(Strategy):
         mixed_precision: Compute dtype: `"no"`, `"bf16"`, `"fp16"` on accelerators, `"fp8"` where a backend is installed.
         ddp_config: Arguments of `accelerate.DistributedDataParallelKwargs`, for models that are prepared without sharding.
         fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
-        memory_efficient_init: Shard on meta and send each rank its own rows (True, the default), or stock Accelerate
+        memory_efficient_init: Shard on meta and give each rank its own rows (True, the default), or stock Accelerate
             (False). None: True, unless `fsdp_config` or the adopted Accelerator says otherwise.
-        route: `"auto"` or `"rank0"`.
+        route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
+            `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
         timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
         accelerator: An Accelerator to adopt, built for example from a launch YAML; its precision and FSDP options count.
             Without one, the arguments count and Accelerate's environment variables do not.
+        cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
+            are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
 
     Raises:
         ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
@@ -63,6 +67,7 @@ class AccelerateStrategy(Strategy):
         route: str = "auto",
         timeout: float | timedelta | None = None,
         accelerator: Any | None = None,
+        cpu_storage: CpuStorage = "auto",
     ) -> None:
         compat.require_supported()
         with unchanged_environment():
@@ -93,6 +98,7 @@ class AccelerateStrategy(Strategy):
             memory_efficient_init=efficient,
             route=route,
             timeout=timeout,
+            cpu_storage=cpu_storage,
         )
 
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:

@@ -17,17 +17,27 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from shardwise.errors import ConfigurationError, OptimizerError
-from shardwise.materialize import Agreement, timeout_seconds_of, trained_parameters_of
+from shardwise.materialization import (
+    CPU_STORAGE,
+    Agreement,
+    CpuStorage,
+    default_staging_bytes,
+    timeout_seconds_of,
+    trained_parameters_of,
+)
 from shardwise.profiling import LoadReport
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
-from shardwise.strategies.pretrained import Pretrained, load_on_source, plain_load_context
+from shardwise.strategies.pretrained import (
+    Bindings,
+    Pretrained,
+    load_deferred,
+    load_on_source,
+    plain_load_context,
+)
 from shardwise.strategies.wrap import WrapOptions, wrap
 
-ROUTES = ("auto", "rank0")
-_MEBIBYTE = 2**20
-_STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
-_STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
+ROUTES = ("auto", "direct", "rank0")
 
 
 class Strategy(ABC):
@@ -44,6 +54,7 @@ class Strategy(ABC):
         memory_efficient_init: bool,
         route: str,
         timeout: float | timedelta | None,
+        cpu_storage: CpuStorage,
     ) -> None:
         if route not in ROUTES:
             raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
@@ -52,10 +63,16 @@ class Strategy(ABC):
         self.fsdp_config = config
         self.memory_efficient_init = memory_efficient_init
         self.route = route
+        if cpu_storage not in CPU_STORAGE:
+            raise ConfigurationError(
+                f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
+            )
+        self.cpu_storage = cpu_storage
         self.timeout_seconds = timeout_seconds_of(timeout)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
+        self._bindings = Bindings()
 
     def load_pretrained(
         self,
@@ -64,12 +81,12 @@ class Strategy(ABC):
         *,
         dtype: Any = "auto",
         missing: str | Sequence[str] = "error",
-        defer: bool = False,
+        defer: bool = True,
         **config_kwargs: Any,
     ) -> nn.Module:
-        """Load a pretrained model, on the efficient path on global rank 0 alone; the other ranks build it on meta.
+        """Build a pretrained model whose values every rank reads from the files when it is wrapped, its own bytes only.
 
-        All ranks of the strategy's mesh call this together.
+        All ranks of the strategy's mesh call this together. Without `memory_efficient_init` every rank loads it whole.
 
         Args:
             model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
@@ -78,7 +95,9 @@ class Strategy(ABC):
                 a torch dtype.
             missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or
                 patterns of names such as `"score.*"`, lets the model initialise them.
-            defer: Only False: global rank 0 holds the values, which may be edited before the wrap.
+            defer: True: every rank gets meta parameters, bound to their checkpoint as objects: the model may become a
+                part of another one before the wrap. False: global rank 0 loads the values, which may be edited before
+                the wrap, and the other ranks build on meta.
             **config_kwargs: Further arguments of `from_pretrained`; not `device_map`.
 
         Returns:
@@ -90,23 +109,29 @@ class Strategy(ABC):
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
-        if defer:
-            raise ConfigurationError(
-                "load_pretrained: defer=True (shards read from the files at the wrap) is not in this version. Use "
-                "defer=False, where global rank 0 reads the files."
-            )
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
         )
-        model, record = load_on_source(
-            model_cls,
-            pretrained_model_name_or_path,
-            dtype=dtype,
-            missing=missing,
-            config_kwargs=config_kwargs,
-            source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
-            agreement=agreement,
-        )
+        if defer and self.memory_efficient_init and self.route != "rank0":
+            model, record, binding = load_deferred(
+                model_cls,
+                pretrained_model_name_or_path,
+                dtype=dtype,
+                missing=missing,
+                config_kwargs=config_kwargs,
+                agreement=agreement,
+            )
+            self._bindings.add(model, binding)
+        else:
+            model, record = load_on_source(
+                model_cls,
+                pretrained_model_name_or_path,
+                dtype=dtype,
+                missing=missing,
+                config_kwargs=config_kwargs,
+                source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
+                agreement=agreement,
+            )
         self._pretrained[model] = record
         return model
 
@@ -183,7 +208,8 @@ class Strategy(ABC):
             config=self.fsdp_config,
             policy=policy,
             efficient=self.memory_efficient_init,
-            staging_bytes=_STAGING_BYTES.get(self.device_mesh.device_type, _STAGING_BYTES_ON_ACCELERATORS),
+            staging_bytes=default_staging_bytes(self.device_mesh.device_type),
+            cpu_storage=self.cpu_storage,
             timeout_seconds=self.timeout_seconds,
         )
         self.last_report = wrap(
@@ -192,6 +218,7 @@ class Strategy(ABC):
             options,
             name=record.name if record is not None else type(model).__name__,
             initialised=record.initialised if record is not None else frozenset(),
+            deferred=self._bindings.of(model),
             refuse=partial(self._refuse, model),
             shard=shard,
         )

@@ -57,13 +57,6 @@ def default_device_type() -> str:
     return accelerator.type if torch.accelerator.device_count() >= local_ranks else "cpu"
 
 
-def device_of(mesh: DeviceMesh) -> torch.device:
-    """Return this rank's device on a mesh, as `fully_shard` sees it."""
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-
-
 def ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
     """Return the global ranks of a mesh in ascending order."""
     return tuple(sorted(mesh.mesh.flatten().tolist()))

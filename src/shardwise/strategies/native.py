@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from shardwise.errors import ConfigurationError, ModelError
+from shardwise.materialization import CpuStorage
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.mesh import default_device_type, resolve_mesh
@@ -28,10 +29,13 @@ class NativeFSDPStrategy(Strategy):
         mixed_precision: Compute dtype: `"no"`, `"bf16"`, or `"fp16"` on accelerators, whose gradient scaler is then
             `.scaler`. Gradients are reduced in float32.
         fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
-        memory_efficient_init: Shard on meta and send each rank its own rows (True, the default), or shard what every
+        memory_efficient_init: Shard on meta and give each rank its own rows (True, the default), or shard what every
             rank has loaded (False). None: True, unless `fsdp_config` says otherwise.
-        route: `"auto"` or `"rank0"`.
+        route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
+            `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
         timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
+            are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
 
     Raises:
         ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
@@ -47,6 +51,7 @@ class NativeFSDPStrategy(Strategy):
         memory_efficient_init: bool | None = None,
         route: str = "auto",
         timeout: float | timedelta | None = None,
+        cpu_storage: CpuStorage = "auto",
     ) -> None:
         config = FSDPConfig.from_dict(fsdp_config)
         device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
@@ -63,6 +68,7 @@ class NativeFSDPStrategy(Strategy):
             memory_efficient_init=efficient_switch(memory_efficient_init, config),
             route=route,
             timeout=timeout,
+            cpu_storage=cpu_storage,
         )
         self.scaler = torch.amp.GradScaler(device_type) if mixed_precision == "fp16" else None
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.errors import OptimizerError
-from shardwise.materialize import entries_of
+from shardwise.materialization import entries_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,25 +1,38 @@
-"""Load a pretrained transformers model with values on the source rank and meta tensors elsewhere."""
+"""Load a pretrained transformers model: values on the source rank, or on no rank before the wrap."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardwise.errors import CheckpointError, ConfigurationError
-from shardwise.materialize import Agreement, entries_of
+from shardwise.errors import ConfigurationError
+from shardwise.materialization import (
+    Agreement,
+    Binding,
+    Bound,
+    bind,
+    check_bound,
+    entries_of,
+    open_source,
+    permitted,
+    warn_of_unexpected,
+)
+from shardwise.strategies.empty_model import build_empty
 from shardwise.strategies.load_context import fsdp_pretrained_load_context, without_fsdp_flags
 from shardwise.strategies.transformers_compat import (
     from_pretrained,
     from_pretrained_on_meta,
     plain_loads_on_meta,
 )
+from shardwise.strategies.wrap import Deferred
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +46,90 @@ class Pretrained:
 
     name: str
     initialised: frozenset[str]
+
+
+class Bindings:
+    """Which tensor of which checkpoint gives a meta tensor its values, by the tensor's identity.
+
+    Identity outlives a new name: a model may become a part of another one before it is wrapped.
+    """
+
+    def __init__(self) -> None:
+        self._bound: MutableMapping[torch.Tensor, Bound | None] = WeakTensorKeyDictionary()
+
+    def add(self, model: nn.Module, binding: Binding) -> None:
+        """Note where a model's values are; what the checkpoint lacks is noted as permitted to be absent."""
+        for entry in entries_of(model):
+            if entry.fqn in binding.bound:
+                self._bound[entry.tensor] = binding.bound[entry.fqn]
+            elif entry.fqn in binding.absent:
+                self._bound[entry.tensor] = None
+
+    def of(self, model: nn.Module) -> Deferred:
+        """Return what is noted of a model's tensors, by the names that they have now."""
+        bound: dict[str, Bound] = {}
+        absent: set[str] = set()
+        for entry in entries_of(model):
+            if entry.role == "attribute" or not entry.tensor.is_meta or entry.tensor not in self._bound:
+                continue
+            of = self._bound[entry.tensor]
+            if of is None:
+                absent.add(entry.fqn)
+            else:
+                bound[entry.fqn] = of
+        return Deferred(bound=bound, absent=frozenset(absent))
+
+
+def load_deferred(
+    model_cls: Any,
+    name: str,
+    *,
+    dtype: Any,
+    missing: str | Sequence[str],
+    config_kwargs: dict[str, Any],
+    agreement: Agreement,
+) -> tuple[nn.Module, Pretrained, Binding]:
+    """Build a model on meta on every rank and find its values in the checkpoint's headers.
+
+    Args:
+        model_cls: A transformers model or auto class.
+        name: Directory or hub id.
+        dtype: Of the stored parameters, `"auto"` for the checkpoint's own.
+        missing: `"error"`, `"init"`, or name patterns of parameters that may be missing.
+        config_kwargs: Further arguments of `from_pretrained`.
+        agreement: Of the call.
+
+    Returns:
+        The model, what is on record of it, and where its values are.
+
+    Raises:
+        ConfigurationError: An argument that cannot be combined with the strategy.
+        CheckpointError: The checkpoint is damaged, does not fit the model, or lacks parameters.
+        PeerError: Another rank failed.
+    """
+    subfolder = config_kwargs.pop("subfolder", "")
+    with agreement.phase("arguments"):
+        refuse_device_map(config_kwargs)
+    opened = open_source(
+        name, agreement=agreement, revision=config_kwargs.get("revision"), subfolder=subfolder
+    )
+    with agreement.phase("build"):
+        model = build_empty(model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs)
+        entries = entries_of(model)
+        binding = bind(entries, opened.source, rename=None)
+        permitted(binding.absent, missing, name=name)
+        check_bound(entries, binding.bound)
+        warn_of_unexpected(binding, name, agreement)
+    return model, Pretrained(name=str(name), initialised=frozenset()), binding
+
+
+def refuse_device_map(config_kwargs: Mapping[str, Any]) -> None:
+    """Raise if the user places the model, which is the strategy's part."""
+    if "device_map" in config_kwargs:
+        raise ConfigurationError(
+            f"load_pretrained: device_map={config_kwargs['device_map']!r} places the model itself; the strategy "
+            "does that. Leave device_map out."
+        )
 
 
 def load_on_source(
@@ -66,14 +163,10 @@ def load_on_source(
     """
     loads = source_rank is None or agreement.rank == source_rank
     with agreement.phase("load"):
-        if "device_map" in config_kwargs:
-            raise ConfigurationError(
-                f"load_pretrained: device_map={config_kwargs['device_map']!r} places the model itself; the strategy "
-                "does that. Leave device_map out."
-            )
+        refuse_device_map(config_kwargs)
         if loads:
             model, absent = from_pretrained(model_cls, name, dtype=dtype, **config_kwargs)
-            _check_missing(name, absent, missing)
+            permitted(absent, missing, name=name)
         else:
             model, absent = from_pretrained_on_meta(model_cls, name, dtype=dtype, **config_kwargs), []
         if source_rank is not None:
@@ -100,19 +193,6 @@ def _tie_as_source(model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
         for fqn in fqns[1:]:
             if fqn in named and fqns[0] in named:
                 named[fqn].replace(named[fqns[0]].tensor)
-
-
-def _check_missing(name: str, absent: list[str], missing: str | Sequence[str]) -> None:
-    if missing == "init":
-        return
-    patterns = [] if missing == "error" else [missing] if isinstance(missing, str) else list(missing)
-    refused = [fqn for fqn in absent if not any(fnmatchcase(fqn, pattern) for pattern in patterns)]
-    if refused:
-        raise CheckpointError(
-            f"{name}: expected a value for every parameter, got none for {', '.join(refused[:20])} "
-            f"({len(refused)} in all). If these are new, for example a head, pass missing='init' or a list of name "
-            "patterns; if not, the checkpoint is incomplete or belongs to another class."
-        )
 
 
 @contextmanager

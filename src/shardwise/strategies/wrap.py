@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
-from shardwise.errors import CheckpointError
-from shardwise.materialize import (
+from shardwise.errors import CheckpointError, LeftOnMetaError
+from shardwise.materialization import (
     Agreement,
+    Bound,
     Comparable,
+    CpuStorage,
     Entry,
-    Filled,
+    FillOptions,
     Structure,
     clean_fqn,
+    collect_report,
+    device_of,
     entries_of,
+    fill_from_files,
     fill_from_source,
-    local_bytes_of,
+    listed,
+    origins_of,
+    shown_by_default,
+    stored_dtypes,
     structure_difference,
     take_values,
 )
-from shardwise.profiling import LoadReport, MemoryProfile, RankReport, phase, profile_memory
+from shardwise.profiling import LoadReport, phase, profile_memory
 from shardwise.strategies.fsdp_config import FSDPConfig
-from shardwise.strategies.mesh import device_of, ranks_of, source_rank_of
+from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.optimizers import DetachedOptimizer, check_optimizers, drop_references
 from shardwise.strategies.wrapping import (
     Unit,
@@ -60,6 +66,7 @@ class WrapOptions:
         policy: Compute and reduce dtypes.
         efficient: Shard on meta and fill from the source rank; otherwise shard what every rank holds.
         staging_bytes: Bound of the staging buffers, in bytes.
+        cpu_storage: Whether shards in host memory may be pages of the file.
         timeout_seconds: How long to wait for other ranks.
     """
 
@@ -69,7 +76,31 @@ class WrapOptions:
     policy: MixedPrecisionPolicy
     efficient: bool
     staging_bytes: int
+    cpu_storage: CpuStorage
     timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deferred:
+    """What is on record of a model whose values are still in its checkpoints.
+
+    Args:
+        bound: Where values are, by fqn.
+        absent: Fqns of parameters that were permitted to be absent from the checkpoints.
+    """
+
+    bound: Mapping[str, Bound]
+    absent: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What filling a model did cost: on this rank, and for the job as planned."""
+
+    route: str
+    storage_bytes: int
+    network_bytes: int
+    predicted: dict[str, int]
 
 
 def wrap(
@@ -79,6 +110,7 @@ def wrap(
     *,
     name: str,
     initialised: frozenset[str],
+    deferred: Deferred,
     refuse: Callable[[], None],
     shard: Callable[[], None] | None = None,
 ) -> LoadReport:
@@ -90,6 +122,7 @@ def wrap(
         options: Of the strategy; equal on all ranks.
         name: Of the model, for the report.
         initialised: Names of parameters whose values did not come from a checkpoint.
+        deferred: Values that are still in files.
         refuse: Raises what the strategy itself has against the model; called once the model is known not to be sharded.
         shard: Shards the model and rebinds its optimizers in place of this module's own way; needs values on every
             rank, so only where `options.efficient` is off.
@@ -111,18 +144,29 @@ def wrap(
             records, units = _check(model, optimizers, options, checkpointing=shard is None)
             # No name here may keep the entries: they hold the full tensors.
             check.same = _comparable_structure(Structure.of(entries_of(model)), units, options)
-            tensors = _origins(entries_of(model), initialised)
+            origins = origins_of(entries_of(model), initialised=initialised | deferred.absent)
         with _rebinding(records if shard is None else (), model):
             if options.efficient:
-                filled = _shard_and_fill(model, units, options, agreement, ranks, device)
+                cost = _shard_and_fill(model, units, options, deferred, agreement, device)
             else:
                 _shard_values(model, agreement, shard or (lambda: _fully_shard(model, units, options)))
-                filled = None
+                nothing = {"storage_bytes": 0, "network_bytes": 0}
+                cost = Cost(route="none", storage_bytes=0, network_bytes=0, predicted=nothing)
         with agreement.phase("finish"):
             pass
     with agreement.phase("report"):
-        return _report(
-            model, options, agreement, profile, filled, name=name, tensors=tensors, optimizers=optimizers
+        return collect_report(
+            model,
+            agreement,
+            profile,
+            name=name,
+            strategy=options.strategy,
+            route=cost.route,
+            storage_bytes=cost.storage_bytes,
+            network_bytes=cost.network_bytes,
+            predicted=cost.predicted,
+            origins=origins,
+            dtypes=_dtypes(model, options, optimizers),
         )
 
 
@@ -167,6 +211,7 @@ def _option_lines(options: WrapOptions) -> tuple[str, ...]:
         f"option cpu_offload: {type(options.config.offload_policy).__name__}",
         f"option mixed precision: {options.policy}",
         f"option staging_bytes: {options.staging_bytes}",
+        f"option cpu_storage: {options.cpu_storage}",
     )
 
 
@@ -174,25 +219,96 @@ def _shard_and_fill(
     model: nn.Module,
     units: tuple[Unit, ...],
     options: WrapOptions,
+    deferred: Deferred,
     agreement: Agreement,
-    ranks: tuple[int, ...],
     device: torch.device,
-) -> Filled:
+) -> Cost:
     source_rank = source_rank_of(options.mesh)
     with agreement.phase("shard"):
+        held = _held_by_source(model, deferred, agreement, is_source=agreement.rank == source_rank)
+        if held is not None:
+            _refuse_unbound(model, held, deferred)
         with phase("to meta"):
             source = take_values(model, keep=agreement.rank == source_rank)
         with phase("fully_shard"):
             _fully_shard(model, units, options)
-    return fill_from_source(
+    cost = Cost(route="direct", storage_bytes=0, network_bytes=0, predicted={})
+    if held is None or held:
+        filled = fill_from_source(
+            model,
+            source,
+            ranks=agreement.ranks,
+            source_rank=source_rank,
+            device=device,
+            staging_bytes=options.staging_bytes,
+            agreement=agreement,
+            only=held,
+        )
+        cost = Cost(
+            route="rank0" if held is None else "direct + rank0",
+            storage_bytes=0,
+            network_bytes=filled.received_bytes,
+            predicted={"storage_bytes": 0, "network_bytes": filled.plan.network_bytes},
+        )
+    if held is None:
+        return cost
+    del source
+    read = fill_from_files(
         model,
-        source,
-        ranks=ranks,
-        source_rank=source_rank,
-        device=device,
-        staging_bytes=options.staging_bytes,
+        {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
+        deferred.absent - held,
+        FillOptions(
+            device=device,
+            staging_bytes=options.staging_bytes,
+            cpu_storage=options.cpu_storage,
+            dtype=None,
+            buffers=None,
+            seed=json.loads(agreement.publish("seed", _seed(is_source=agreement.rank == source_rank))),
+            show_progress=shown_by_default(),
+        ),
         agreement=agreement,
     )
+    moved = cost.predicted.get("network_bytes", 0)
+    return Cost(
+        route=cost.route,
+        storage_bytes=read.loaded.storage_bytes,
+        network_bytes=cost.network_bytes + read.loaded.network_bytes,
+        predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + moved},
+    )
+
+
+def _seed(*, is_source: bool) -> str | None:
+    return json.dumps(torch.initial_seed()) if is_source else None
+
+
+def _held_by_source(
+    model: nn.Module, deferred: Deferred, agreement: Agreement, *, is_source: bool
+) -> frozenset[str] | None:
+    """Return the parameters that the source rank has values of; None where nothing of the model is in files."""
+    text = None
+    if is_source:
+        parameters = [entry for entry in entries_of(model) if entry.role == "parameter"]
+        held = [entry.fqn for entry in parameters if not entry.tensor.is_meta]
+        text = json.dumps(held if deferred.bound or deferred.absent else None)
+    found = json.loads(agreement.publish("held by the source rank", text))
+    return None if found is None else frozenset(found)
+
+
+def _refuse_unbound(model: nn.Module, held: frozenset[str], deferred: Deferred) -> None:
+    unbound = [
+        entry.fqn
+        for entry in entries_of(model)
+        if entry.role == "parameter"
+        and entry.fqn not in held
+        and entry.fqn not in deferred.bound
+        and entry.fqn not in deferred.absent
+    ]
+    if unbound:
+        raise LeftOnMetaError(
+            f"expected values or a checkpoint for every parameter, got neither for {listed(unbound)}: they are on meta on the "
+            "source rank. Parameters that were made after load_pretrained (adapters, resized embeddings) need values: "
+            "use load_pretrained(defer=False), or build them off meta."
+        )
 
 
 def _shard_values(model: nn.Module, agreement: Agreement, shard: Callable[[], None]) -> None:
@@ -270,75 +386,14 @@ def _rebinding(records: tuple[DetachedOptimizer, ...], model: nn.Module) -> Iter
             record.rebind(model)
 
 
-def _origins(entries: tuple[Entry, ...], initialised: frozenset[str]) -> dict[str, int]:
-    counts = dict.fromkeys(("checkpoint", "tied", "initialised", "recomputed"), 0)
-    for entry in entries:
-        if entry.role == "attribute":
-            continue
-        counts["tied"] += len(entry.slots) - 1
-        if not initialised.isdisjoint(slot.fqn for slot in entry.slots):
-            counts["initialised"] += 1
-        else:
-            counts["checkpoint" if entry.persistent else "recomputed"] += 1
-    return {origin: count for origin, count in counts.items() if count}
-
-
-def _report(
-    model: nn.Module,
-    options: WrapOptions,
-    agreement: Agreement,
-    profile: MemoryProfile,
-    filled: Filled | None,
-    *,
-    name: str,
-    tensors: dict[str, int],
-    optimizers: Sequence[Optimizer],
-) -> LoadReport:
-    own = RankReport(
-        rank=agreement.rank,
-        node=socket.gethostname(),
-        host_anon_peak_bytes=profile.anon_peak_bytes,
-        device_peak_bytes=profile.device_peak_bytes,
-        shard_bytes=local_bytes_of(model),
-        storage_bytes=0,
-        network_bytes=filled.received_bytes if filled is not None else 0,
-        seconds=profile.seconds,
-    )
-    reports = [
-        RankReport.from_json(json.loads(text)) for text in agreement.gather("report", json.dumps(asdict(own)))
-    ]
-    phases: dict[str, float] = {}
-    for span in profile.phases:
-        if span.depth == 0:
-            phases[span.name] = phases.get(span.name, 0.0) + span.stop_seconds - span.start_seconds
-    network_bytes = sum(report.network_bytes for report in reports)
-    return LoadReport(
-        model=name,
-        strategy=options.strategy,
-        route="rank0" if options.efficient else "none",
-        world_size=dist.get_world_size(),
-        seconds=max(report.seconds for report in reports),
-        phases=phases,
-        storage_bytes=0,
-        network_bytes=network_bytes,
-        predicted={
-            "storage_bytes": 0,
-            "network_bytes": filled.plan.network_bytes if filled is not None else 0,
-        },
-        tensors=tensors,
-        dtypes=_dtypes(model, options, optimizers),
-        ranks=tuple(reports),
-    )
-
-
 def _dtypes(model: nn.Module, options: WrapOptions, optimizers: Sequence[Optimizer]) -> dict[str, str | None]:
     parameters = list(model.parameters())
-    stored = {dtype_name(parameter.dtype) for parameter in parameters}
+    stored = stored_dtypes(parameters)
     held = {dtype_name(p.dtype) for o in optimizers for g in o.param_groups for p in g["params"]}
     policy = options.policy
     return {
-        "stored": " + ".join(sorted(stored)),
-        "compute": dtype_name(policy.param_dtype) if policy.param_dtype else " + ".join(sorted(stored)),
-        "reduce": dtype_name(policy.reduce_dtype) if policy.reduce_dtype else " + ".join(sorted(stored)),
+        "stored": stored,
+        "compute": dtype_name(policy.param_dtype) if policy.param_dtype else stored,
+        "reduce": dtype_name(policy.reduce_dtype) if policy.reduce_dtype else stored,
         "optimizer": " + ".join(sorted(held)) or None,
     }

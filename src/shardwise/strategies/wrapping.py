@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
-from shardwise.materialize import clean_fqn, entries_of
+from shardwise.materialization import clean_fqn, entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.tensors import dtype_name
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.checkpoint import StateDictSource
-from shardwise.materialize.data_plane import DataPlane
+from shardwise.materialization.data_plane import DataPlane
 from shardwise.plan import BUCKETS_IN_FLIGHT, Bucket, DirectBucket, Piece, ScatterPlan
 from shardwise.tensors import Region
 

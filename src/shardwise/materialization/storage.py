@@ -10,7 +10,8 @@ Checked on torch 2.13; `tests/distributed/test_storage.py` fails when a release 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from shardwise.materialize.structure import Entry, entries_of
+from shardwise.materialization.structure import Entry, entries_of
 
 
 def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
@@ -49,7 +50,35 @@ def trained_parameters_of(model: nn.Module) -> set[int]:
     return {id(fsdp_param.sharded_param) for fsdp_param in managed} | (registered - gathered)
 
 
-def allocate_parameters(model: nn.Module, device: torch.device) -> None:
+def mappable_parameters(model: nn.Module, device: torch.device) -> frozenset[str]:
+    """Return the names of the meta parameters that will lie in plain host memory, which may be pages of a file.
+
+    Args:
+        model: Sharded or not.
+        device: Where parameters outside of FSDP2 go.
+    """
+    managed = {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params_of(model)}
+    found = []
+    for entry in entries_of(model):
+        if entry.role != "parameter" or not entry.tensor.is_meta:
+            continue
+        fsdp_param = managed.get(id(entry.tensor))
+        on, pinned = device, False
+        if fsdp_param is not None:
+            on, pinned = _device_of(fsdp_param), fsdp_param.pin_memory
+        if on.type == "cpu" and not pinned:
+            found.append(entry.fqn)
+    return frozenset(found)
+
+
+def allocate_parameters(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    pages: Mapping[str, torch.Tensor] | None = None,
+    dtype_of: Mapping[str, torch.dtype] | None = None,
+    only: Collection[str] | None = None,
+) -> None:
     """Give every meta parameter of a model storage on this rank, its values undefined, padding zero.
 
     A parameter stays the same object; a tied one stays tied.
@@ -57,35 +86,53 @@ def allocate_parameters(model: nn.Module, device: torch.device) -> None:
     Args:
         model: Sharded by `fully_shard` while on meta; parameters that FSDP2 ignores get their full size.
         device: Where parameters outside of FSDP2 go; FSDP2's own go where its offload policy says.
+        pages: Flat tensors to use in place of new memory, by name, each of a shard that needs no padding.
+        dtype_of: By name, where it is not the parameter's own.
+        only: Names of the parameters to allocate; None is all.
     """
+    pages, dtype_of = pages or {}, dtype_of or {}
     managed = {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params_of(model)}
     for entry in entries_of(model):
         if entry.role != "parameter" or not entry.tensor.is_meta:
             continue
+        if only is not None and entry.fqn not in only:
+            continue
         fsdp_param = managed.get(id(entry.tensor))
+        dtype = dtype_of.get(entry.fqn, entry.tensor.dtype)
         if fsdp_param is not None:
-            _allocate_managed(fsdp_param)
+            _allocate_managed(fsdp_param, dtype, pages.get(entry.fqn))
         else:
-            _allocate_plain(entry, device)
+            _allocate_plain(entry, device, dtype, pages.get(entry.fqn))
 
 
-def _allocate_managed(fsdp_param: Any) -> None:
+def _device_of(fsdp_param: Any) -> torch.device:
+    return torch.device("cpu") if fsdp_param.offload_to_cpu else fsdp_param.device
+
+
+def _allocate_managed(fsdp_param: Any, dtype: torch.dtype, pages: torch.Tensor | None) -> None:
     parameter = fsdp_param.sharded_param
-    device = torch.device("cpu") if fsdp_param.offload_to_cpu else fsdp_param.device
     shape, dim = tuple(fsdp_param.padded_sharded_param_size), fsdp_param.fsdp_placement.dim
-    padded = torch.empty(shape, dtype=parameter.dtype, device=device, pin_memory=fsdp_param.pin_memory)
     local_size = tuple(parameter._local_tensor.shape)
-    length = local_size[dim] if parameter._local_tensor.numel() > 0 else 0
-    if length < shape[dim]:
-        padded.narrow(dim, length, shape[dim] - length).zero_()
+    if pages is not None and pages.numel() == math.prod(shape) == math.prod(local_size):
+        padded, length = pages.view(shape), shape[dim]
+    else:
+        padded = torch.empty(
+            shape, dtype=dtype, device=_device_of(fsdp_param), pin_memory=fsdp_param.pin_memory
+        )
+        length = local_size[dim] if math.prod(local_size) > 0 else 0
+        if length < shape[dim]:
+            padded.narrow(dim, length, shape[dim] - length).zero_()
     _swap(parameter, _like(parameter, padded.narrow(dim, 0, length)))
     fsdp_param._sharded_param_data = padded.view(-1)
 
 
-def _allocate_plain(entry: Entry, device: torch.device) -> None:
+def _allocate_plain(
+    entry: Entry, device: torch.device, dtype: torch.dtype, pages: torch.Tensor | None
+) -> None:
     parameter = entry.tensor
     shape = local_of(parameter).shape
-    _swap(parameter, _like(parameter, torch.empty(shape, dtype=parameter.dtype, device=device)))
+    local = pages.view(shape) if pages is not None else torch.empty(shape, dtype=dtype, device=device)
+    _swap(parameter, _like(parameter, local))
 
 
 def _like(parameter: torch.Tensor, local: torch.Tensor) -> nn.Parameter:

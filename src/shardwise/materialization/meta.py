@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shardwise.checkpoint.state_dict import StateDictSource
-from shardwise.materialize.structure import entries_of
+from shardwise.checkpoint import StateDictSource
+from shardwise.errors import LeftOnMetaError
+from shardwise.materialization.structure import entries_of
 
 
 def take_values(model: nn.Module, *, keep: bool) -> StateDictSource:
@@ -33,3 +34,18 @@ def take_values(model: nn.Module, *, keep: bool) -> StateDictSource:
             empty.__dict__.update(entry.tensor.__dict__)
             entry.replace(empty)
     return StateDictSource(values)
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Raise if anything of a model is left without values.
+
+    Raises:
+        LeftOnMetaError: Listing names.
+    """
+    left = [entry.fqn for entry in entries_of(model) if entry.tensor.is_meta]
+    if left:
+        raise LeftOnMetaError(
+            f"expected every tensor of the model to have values, got {', '.join(left[:10])} on meta "
+            f"({len(left)} in all). The source rank has no such tensor: build the model there the way the other "
+            "ranks did."
+        )

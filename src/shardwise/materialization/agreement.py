@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
-from shardwise.materialize.call_store import CallStore
+from shardwise.materialization.call_store import CallStore
 from shardwise.profiling import phase as record_phase
 
 _OK = "ok"
@@ -70,13 +70,15 @@ class Agreement:
 
     def __init__(self, ranks: Sequence[int], *, timeout_seconds: float, call: str) -> None:
         self.ranks = tuple(ranks)
-        self.rank = dist.get_rank()
+        alone = not dist.is_initialized()
+        self.rank = 0 if alone else dist.get_rank()
         self.timeout_seconds = timeout_seconds
         self._call = call
         self._store = CallStore(call=call)
         # Like collectives, shardwise calls must come in one order on all ranks, so the n-th call of every rank over
         # the same ranks is the same call. The count is kept in the store: it begins anew with a new process group.
-        group = "all" if len(self.ranks) == dist.get_world_size() else "-".join(map(str, self.ranks))
+        world_size = 1 if alone else dist.get_world_size()
+        group = "all" if len(self.ranks) == world_size else "-".join(map(str, self.ranks))
         number = self._store.add(f"shardwise/{group}/calls/{self.rank}", 1)
         self._prefix = f"shardwise/{group}/{number}"
         self._phase = ""
@@ -149,6 +151,17 @@ class Agreement:
         self._store.set(key_of_rank[self.rank], value)
         self._wait(keys, what=f"every rank's {key}", key_of_rank=key_of_rank)
         return self._store.get(keys)
+
+    def note(self, key: str, value: str) -> None:
+        """Leave a text for other ranks to look at; a later one takes its place."""
+        self._store.set(f"{self._prefix}/{key}/{self.rank}", value)
+
+    def noted(self, key: str) -> dict[int, str]:
+        """Return what ranks have noted so far, by rank, without waiting."""
+        keys = {rank: f"{self._prefix}/{key}/{rank}" for rank in self.ranks}
+        there = [rank for rank, full_key in keys.items() if self._store.has([full_key])]
+        texts = self._store.get([keys[rank] for rank in there]) if there else []
+        return dict(zip(there, texts, strict=True))
 
     def check(self, *, now: bool = False) -> None:
         """Raise if another rank has failed in this phase; cheap enough to call while data moves.

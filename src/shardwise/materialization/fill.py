@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from shardwise.checkpoint import StateDictSource
-from shardwise.errors import LeftOnMetaError
-from shardwise.materialize.agreement import Agreement
-from shardwise.materialize.data_plane import open_data_plane
-from shardwise.materialize.scatter import Scatter
-from shardwise.materialize.storage import allocate_parameters, local_of
-from shardwise.materialize.structure import Entry, entries_of
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.data_plane import open_data_plane
+from shardwise.materialization.load import layout_of
+from shardwise.materialization.meta import refuse_meta
+from shardwise.materialization.scatter import Scatter
+from shardwise.materialization.storage import allocate_parameters, local_of
+from shardwise.materialization.structure import Entry, entries_of
 from shardwise.plan import Layout, PlannedTensor, ScatterPlan, plan_scatter
 from shardwise.tensors import TensorSpec, dtype_name
 
@@ -47,6 +47,7 @@ def fill_from_source(
     device: torch.device,
     staging_bytes: int,
     agreement: Agreement,
+    only: Collection[str] | None = None,
 ) -> Filled:
     """Allocate this rank's shards and bring the source rank's values into them.
 
@@ -58,6 +59,7 @@ def fill_from_source(
         device: Of the mesh, on this rank.
         staging_bytes: Bound of the staging buffers of any rank, in bytes.
         agreement: Of the call.
+        only: Names of the parameters to fill, where the others and the buffers get their values elsewhere.
 
     Returns:
         The plan that was carried out, and its bytes.
@@ -69,12 +71,18 @@ def fill_from_source(
     """
     is_source = agreement.rank == source_rank
     with agreement.phase("describe"):
-        parameters = [entry for entry in entries_of(model) if entry.role == "parameter"]
-        planned = [PlannedTensor(spec=_spec(entry), layout=_layout(entry, ranks)) for entry in parameters]
+        parameters = [
+            entry
+            for entry in entries_of(model)
+            if entry.role == "parameter" and (only is None or entry.fqn in only)
+        ]
+        planned = [
+            PlannedTensor(spec=_spec(entry), layout=layout_of(entry.tensor, ranks)) for entry in parameters
+        ]
         if is_source:
             for tensor in planned:
                 source.require(tensor.spec)
-        shared = _plain_tensors(model, source, agreement, is_source=is_source)
+        shared = [] if only is not None else _plain_tensors(model, source, agreement, is_source=is_source)
         planned += [PlannedTensor(spec=plain.spec, layout=Layout.replicated(ranks)) for plain in shared]
         plan = plan_scatter(
             planned,
@@ -84,8 +92,8 @@ def fill_from_source(
             # In host memory a collective can read the source's tensor and write the shard itself.
             direct_from_bytes=_DIRECT_FROM_BYTES if device.type == "cpu" else None,
         )
-    with agreement.phase("allocate"):
-        allocate_parameters(model, device)
+    with agreement.phase("allocate for the source rank's values" if only is not None else "allocate"):
+        allocate_parameters(model, device, only=only)
         targets = {entry.fqn: local_of(entry.tensor) for entry in parameters}
         targets |= _place_plain_tensors(model, shared, source, device, is_source=is_source)
     with agreement.phase("transfer"):
@@ -101,7 +109,8 @@ def fill_from_source(
                 device=plane.device if plane is not None else device,
             )
             scatter.run(plane)
-        _refuse_meta(model)
+        if only is None:
+            refuse_meta(model)
     return Filled(
         plan=plan,
         received_bytes=plan.bytes_to_rank[list(ranks).index(agreement.rank)],
@@ -110,18 +119,6 @@ def fill_from_source(
 
 def _spec(entry: Entry) -> TensorSpec:
     return TensorSpec(fqn=entry.fqn, shape=tuple(entry.tensor.shape), dtype=entry.tensor.dtype)
-
-
-def _layout(entry: Entry, ranks: Sequence[int]) -> Layout:
-    tensor = entry.tensor
-    if not isinstance(tensor, DTensor):
-        return Layout.replicated(ranks)
-    mesh = tensor.device_mesh
-    return Layout(
-        mesh_shape=tuple(mesh.shape),
-        mesh_ranks=tuple(mesh.mesh.flatten().tolist()),
-        placements=tuple(tensor.placements),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,13 +183,3 @@ def _place_plain_tensors(
                 replaced.setdefault(id(entry.tensor), found)
                 dataclasses.replace(entry, slots=(slot,)).replace(found)
     return {} if is_source else {plain.spec.fqn: placed[plain.spec.fqn] for plain in shared}
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    left = [entry.fqn for entry in entries_of(model) if entry.tensor.is_meta]
-    if left:
-        raise LeftOnMetaError(
-            f"expected every tensor of the model to have values, got {', '.join(left[:10])} on meta "
-            f"({len(left)} in all). The source rank has no such tensor: build the model there the way the other "
-            "ranks did."
-        )

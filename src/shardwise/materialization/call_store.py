@@ -19,13 +19,19 @@ _PAUSE_SECONDS = 0.01
 class CallStore:
     """The default process group's store; a lost connection is our error and says what it means.
 
+    Without a process group this process is the only rank, and the store is its own.
+
     Args:
         call: Name of the call, for messages.
     """
 
     def __init__(self, *, call: str) -> None:
         self._call = call
-        self._store: Any = dist.distributed_c10d._get_default_store()
+        self._store: Any = (
+            dist.distributed_c10d._get_default_store()
+            if dist.is_initialized()
+            else torch._C._distributed_c10d.HashStore()
+        )
 
     def set(self, key: str, value: str) -> None:
         """Set a key."""
@@ -68,7 +74,11 @@ class CallStore:
 
     def _is_host(self) -> bool:
         # A launcher's agent hosts the store where this variable is set; otherwise rank 0 does.
-        if dist.get_rank() != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if (
+            not dist.is_initialized()
+            or dist.get_rank() != 0
+            or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        ):
             return False
         store = self._store
         while hasattr(store, "underlying_store"):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from shardwise.materialize.names import clean_fqn
+from shardwise.materialization.names import clean_fqn
 from shardwise.tensors import dtype_name
 
 Role = Literal["parameter", "buffer", "attribute"]

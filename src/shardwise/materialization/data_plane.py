@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.errors import RankError, RankTimeoutError
-from shardwise.materialize.agreement import Agreement
+from shardwise.materialization.agreement import Agreement
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
@@ -53,6 +53,27 @@ class DataPlane:
         )
         return work
 
+    def all_to_all(
+        self,
+        receive: torch.Tensor,
+        send: torch.Tensor,
+        *,
+        receive_bytes: Sequence[int],
+        send_bytes: Sequence[int],
+    ) -> dist.Work:
+        """Start sending one message to each rank and receiving one from each.
+
+        Args:
+            receive: uint8, on `device`; the messages to this rank one after the other, in group order.
+            send: uint8, on `device`; the messages from this rank.
+            receive_bytes: Length of each message to this rank.
+            send_bytes: Length of each message from this rank.
+        """
+        work: dist.Work = dist.all_to_all_single(
+            receive, send, list(receive_bytes), list(send_bytes), group=self.group, async_op=True
+        )
+        return work
+
     def wait(self, work: dist.Work, *, what: str) -> None:
         """Wait until a transfer is complete, another rank fails, or nothing moves for the timeout.
 
@@ -68,7 +89,7 @@ class DataPlane:
             if time.monotonic() - started > self._agreement.timeout_seconds:
                 raise RankTimeoutError(
                     f"rank {self._agreement.rank}: {what} did not complete within "
-                    f"{self._agreement.timeout_seconds:g} s. Check the source rank's log and the network between "
+                    f"{self._agreement.timeout_seconds:g} s. Check the other ranks' logs and the network between "
                     "the ranks, or pass a longer timeout."
                 )
             time.sleep(pause)

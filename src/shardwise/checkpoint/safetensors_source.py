@@ -1,0 +1,296 @@
+"""A safetensors file, or a directory of them, as a source of tensor bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from shardwise.checkpoint.index_file import INDEX_NAME, check_file_name, read_index, resolve_inside
+from shardwise.checkpoint.quantisation import refuse_quantised
+from shardwise.checkpoint.ranged_file import RangedFile
+from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header
+from shardwise.checkpoint.stored_tensor import StoredTensor
+from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError, UnsupportedFormatError
+from shardwise.tensors import dtype_name
+
+_SINGLE_NAME = "model.safetensors"
+_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribedFile:
+    """What one rank has found in a file, so that others recognise it.
+
+    Args:
+        size: In bytes.
+        header_bytes: Length of the header, without the 8 bytes before it.
+        header_sha256: Of the header.
+        mtime_ns: Of the file, on the host that described it.
+    """
+
+    size: int
+    header_bytes: int
+    header_sha256: str
+    mtime_ns: int
+
+
+class SafetensorsSource:
+    """Tensors of safetensors files. A file is opened when something of it is wanted, and compared with its description then.
+
+    Args:
+        name: What messages call it.
+        directory: In which the files lie.
+        tensors: By checkpoint name.
+        files: Description by file name.
+        host: That described them.
+        direct_io: Read past the page cache where the file system can.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        directory: Path,
+        tensors: Mapping[str, StoredTensor],
+        files: Mapping[str, DescribedFile],
+        host: str,
+        direct_io: bool,
+    ) -> None:
+        self._name = name
+        self._directory = directory
+        self._tensors = dict(tensors)
+        self._files = dict(files)
+        self._host = host
+        self._direct_io = direct_io
+        self._open: dict[str, RangedFile] = {}
+        self._opened: set[str] = set()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path, *, name: str | None = None, direct_io: bool = False) -> SafetensorsSource:
+        """Parse the headers of a file, or of a directory's files.
+
+        Args:
+            path: A `.safetensors` file; an index; or a directory with an index, with `model.safetensors`, or with other
+                safetensors files.
+            name: What messages call it.
+            direct_io: Read past the page cache where the file system can.
+
+        Raises:
+            CheckpointError: A file is damaged, not there, outside of the directory, or of another format.
+        """
+        directory, names, index = _files_of(path)
+        if path.is_dir():
+            refuse_quantised(directory)
+        tensors: dict[str, StoredTensor] = {}
+        files: dict[str, DescribedFile] = {}
+        for file in names:
+            described, found = _describe(resolve_inside(directory, file), file)
+            files[file] = described
+            for tensor in found:
+                if tensor.name in tensors:
+                    raise DamagedFileError(
+                        f"{directory}: expected each tensor in one file, got {tensor.name} in {tensors[tensor.name].file} and "
+                        f"{file}. Remove the file that does not belong there."
+                    )
+                tensors[tensor.name] = tensor
+        for tensor_name, file in (index or {}).items():
+            got = tensors.get(tensor_name)
+            if got is None or got.file != file:
+                where = "no file" if got is None else got.file
+                raise DamagedFileError(
+                    f"{directory / INDEX_NAME}: expected {tensor_name} in {file}, got it in {where}. The index belongs to other "
+                    "files: get the checkpoint again."
+                )
+        return cls(
+            name=name or str(path),
+            directory=directory,
+            tensors=tensors,
+            files=files,
+            host=socket.gethostname(),
+            direct_io=direct_io,
+        )
+
+    @classmethod
+    def from_description(cls, text: str, path: Path, *, direct_io: bool = False) -> SafetensorsSource:
+        """Make the source that another rank has described; no file is opened.
+
+        Args:
+            text: As `describe` returned.
+            path: Directory, file or index on this rank.
+            direct_io: Read past the page cache where the file system can.
+        """
+        document = json.loads(text)
+        tensors = {
+            name: StoredTensor(
+                name=name,
+                dtype=getattr(torch, dtype),
+                shape=tuple(shape),
+                file=document["files"][file][0],
+                start=start,
+                stop=stop,
+            )
+            for name, dtype, shape, file, start, stop in document["tensors"]
+        }
+        return cls(
+            name=document["name"],
+            directory=_directory_of(path),
+            tensors=tensors,
+            files={name: DescribedFile(**described) for name, described in document["files"]},
+            host=document["host"],
+            direct_io=direct_io,
+        )
+
+    def describe(self) -> str:
+        """Return names, places and digests as text for other ranks."""
+        number = {name: index for index, name in enumerate(self._files)}
+        return json.dumps(
+            {
+                "name": self._name,
+                "host": self._host,
+                "files": [[name, asdict(described)] for name, described in self._files.items()],
+                "tensors": [
+                    [t.name, dtype_name(t.dtype), t.shape, number[t.file], t.start, t.stop]
+                    for t in self._tensors.values()
+                ],
+            },
+            separators=(",", ":"),
+        )
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self._name
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by checkpoint name."""
+        return self._tensors
+
+    @property
+    def opened_files(self) -> frozenset[str]:
+        """The files that were opened so far to read tensors."""
+        return frozenset(self._opened)
+
+    def read_into(self, file: str, offset: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes of a file from an offset on; see `Source`."""
+        self._file(file).read_into(offset, into)
+
+    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
+        """Return private pages of a file as a flat tensor; see `Source`."""
+        return self._file(file).mapped(offset, dtype=dtype, numel=numel)
+
+    def require_unchanged(self) -> None:
+        """Raise unless every open file is still what it was; see `Source`."""
+        for opened in list(self._open.values()):
+            opened.require_unchanged()
+
+    def close(self) -> None:
+        """Close files; a later read opens them again."""
+        with self._lock:
+            for opened in self._open.values():
+                opened.close()
+            self._open.clear()
+
+    def _file(self, name: str) -> RangedFile:
+        with self._lock:
+            opened = self._open.get(name)
+            if opened is None:
+                opened = RangedFile(resolve_inside(self._directory, name), direct_io=self._direct_io)
+                try:
+                    self._require_described(name, opened)
+                except BaseException:
+                    opened.close()
+                    raise
+                self._open[name] = opened
+                self._opened.add(name)
+            return opened
+
+    def _require_described(self, name: str, opened: RangedFile) -> None:
+        expected = self._files[name]
+        got = _fingerprint(opened)
+        same_host = self._host == socket.gethostname()
+        differs = [
+            f"{field} {getattr(got, field)} in place of {getattr(expected, field)}"
+            for field in ("size", "header_bytes", "header_sha256", "mtime_ns")
+            if getattr(got, field) != getattr(expected, field) and (field != "mtime_ns" or same_host)
+        ]
+        if differs:
+            raise ChangedFileError(
+                f"{opened.path}: expected the file that was described on {self._host}, got {'; '.join(differs)}. Every rank must see "
+                "the same files, and they must not change during a load."
+            )
+
+
+def _fingerprint(opened: RangedFile) -> DescribedFile:
+    size = opened.identity.size
+    start = bytearray(min(LENGTH_BYTES, size))
+    opened.read_into(0, memoryview(start))
+    length = header_length(bytes(start), file=str(opened.path), file_bytes=size)
+    header = bytearray(length)
+    opened.read_into(LENGTH_BYTES, memoryview(header))
+    return DescribedFile(
+        size=size,
+        header_bytes=length,
+        header_sha256=hashlib.sha256(header).hexdigest(),
+        mtime_ns=opened.identity.mtime_ns,
+    )
+
+
+def _describe(path: Path, name: str) -> tuple[DescribedFile, tuple[StoredTensor, ...]]:
+    opened = RangedFile(path, direct_io=False)
+    try:
+        described = _fingerprint(opened)
+        header = bytearray(described.header_bytes)
+        opened.read_into(LENGTH_BYTES, memoryview(header))
+        return described, parse_header(bytes(header), file=name, file_bytes=described.size)
+    finally:
+        opened.close()
+
+
+def _directory_of(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    # An index counts where it stands; a file that was named counts wherever it links to.
+    return path.parent if path.name.endswith(".index.json") else path.resolve().parent
+
+
+def _files_of(path: Path) -> tuple[Path, list[str], dict[str, str] | None]:
+    """Return directory, file names and index of a checkpoint."""
+    if path.is_file():
+        if path.name.endswith(".index.json"):
+            index = read_index(path)
+            return _directory_of(path), sorted(set(index.values())), index
+        if path.suffix != ".safetensors":
+            raise UnsupportedFormatError(
+                f"{path}: expected a .safetensors file, got {path.suffix or 'no ending'}. Convert it with "
+                "safetensors.torch.save_file."
+            )
+        return _directory_of(path), [path.resolve().name], None
+    if (path / INDEX_NAME).is_file():
+        index = read_index(path / INDEX_NAME)
+        return path, sorted(set(index.values())), index
+    found = sorted(item.name for item in path.iterdir() if item.suffix == ".safetensors")
+    if _SINGLE_NAME in found:
+        found = [_SINGLE_NAME]
+    if not found:
+        pickles = sorted(item.name for item in path.iterdir() if item.suffix in _PICKLE_ENDINGS)
+        if pickles:
+            raise UnsupportedFormatError(
+                f"{path / pickles[0]}: expected safetensors files, got only pickle files, which can run code. Convert them "
+                "with save_pretrained on a machine you trust; or use load_pretrained(defer=False); or pass the path of "
+                "pytorch_model.bin itself to shardwise.materialize, which reads it with torch.load(weights_only=True) on one rank."
+            )
+        raise CheckpointError(
+            f"{path}: expected safetensors files, got none. Is this the checkpoint's directory?"
+        )
+    for name in found:
+        check_file_name(name, what=str(path))
+    return path, found, None

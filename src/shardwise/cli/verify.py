@@ -1,0 +1,48 @@
+"""`shardwise verify`: bring a model up sharded and compare every shard with its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardwise.cli.options import DebugOption, JsonOption, RanksOption
+from shardwise.cli.terminal import STATUS_FAILED, errors_reported, terminal_progress
+
+
+def verify_command(
+    model: Annotated[
+        str, typer.Argument(help="A causal language model: directory or hub id.", show_default=False)
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", help="Another checkpoint to compare with, directory, file or hub id; default: MODEL."
+        ),
+    ] = None,
+    ranks: RanksOption = 2,
+    json_file: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Load MODEL on several ranks, each its own bytes, and compare every tensor by value with a checkpoint."""
+    with errors_reported(debug=debug):
+        from shardwise.compare.launch import run_ranks
+        from shardwise.compare.verify_worker import verify_model
+
+        arguments = {"model": model, "against": against or model}
+        with terminal_progress() as progress, tempfile.TemporaryDirectory(prefix="shardwise-logs-") as logs:
+            reports = run_ranks(
+                verify_model, arguments, ranks=ranks, log_directory=Path(logs), progress=progress
+            )
+        # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
+        report = reports.get(0)
+        if report is not None:
+            print(report.pop("summary"))
+            if json_file is not None:
+                json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        equal = all(each["is_equal"] for each in reports.values())
+    if not equal:
+        raise typer.Exit(STATUS_FAILED)

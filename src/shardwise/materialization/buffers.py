@@ -1,0 +1,144 @@
+"""Values for buffers that no checkpoint holds: given, or made again by their module."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import nn
+
+from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchError
+from shardwise.materialization.agreement import Comparable
+from shardwise.materialization.binding import listed
+from shardwise.materialization.rerun import made_again, own_rerun
+from shardwise.materialization.structure import Entry, entries_of
+
+Buffers = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor | None] | None
+_SEED = 0
+
+
+def fill_buffers(model: nn.Module, buffers: Buffers, *, bound: Collection[str], device: torch.device) -> None:
+    """Give every buffer on meta its values unless a checkpoint has them, and put all buffers on one device.
+
+    Args:
+        model: Sharded or not.
+        buffers: Values by name, or a function from name and meta tensor to values, or to None where it has none.
+        bound: Names of buffers that a checkpoint holds.
+        device: Where buffers go.
+
+    Raises:
+        LeftOnMetaError: Listing buffers that nothing gives values.
+        ConfigurationError: A value for something that is no buffer of the model.
+        ShapeMismatchError: A value of another shape.
+    """
+    entries = [entry for entry in entries_of(model) if entry.role == "buffer"]
+    if isinstance(buffers, Mapping):
+        _refuse_unknown(buffers, entries)
+    values: dict[int, torch.Tensor] = {}
+    without: list[Entry] = []
+    for entry in entries:
+        given = _given(entry, buffers)
+        if given is not None:
+            values[id(entry.tensor)] = given
+        elif entry.tensor.is_meta and entry.fqn not in bound:
+            without.append(entry)
+    made, left = _make_again(model, without)
+    values |= made
+    if left:
+        raise LeftOnMetaError(
+            f"expected values for every buffer, got none for {listed(left)}: they are on meta, no checkpoint holds them, "
+            "and their module does not make them again. Pass buffers= (values by name, or a function), give the module a "
+            "reset_buffers method, or build the model off meta."
+        )
+    _put(model, values, device)
+
+
+def equal_buffers(model: nn.Module, *, but: Collection[str]) -> Comparable:
+    """Return what makes ranks compare their buffers' values, except those named."""
+    digests = {}
+    for entry in entries_of(model):
+        if entry.role == "buffer" and entry.fqn not in but and not entry.tensor.is_meta:
+            content = entry.tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            kind = f"{entry.tensor.dtype} {tuple(entry.tensor.shape)} "
+            digests[entry.fqn] = hashlib.sha256(kind.encode() + content).hexdigest()[:16]
+    text = json.dumps(digests)
+    return Comparable(
+        what="the values of a buffer",
+        digest=hashlib.sha256(text.encode()).hexdigest(),
+        details=lambda: text,
+        explain=_differing,
+        remedy=(
+            "Buffers are not sharded, so every rank must hold the same. Give them with buffers=, or build the model in the "
+            "same way on every rank."
+        ),
+    )
+
+
+def _differing(expected_json: str, got_json: str) -> str:
+    expected, got = json.loads(expected_json), json.loads(got_json)
+    return "they differ in " + listed([name for name in expected if expected[name] != got.get(name)])
+
+
+def _given(entry: Entry, buffers: Buffers) -> torch.Tensor | None:
+    if buffers is None:
+        return None
+    if isinstance(buffers, Mapping):
+        names = [slot.fqn for slot in entry.slots if slot.fqn in buffers]
+        value = buffers[names[0]] if names else None
+    else:
+        value = buffers(entry.fqn, entry.tensor)
+    if value is None:
+        return None
+    if value.shape != entry.tensor.shape:
+        raise ShapeMismatchError(
+            f"buffers: {entry.fqn}: expected {tuple(entry.tensor.shape)} from the model, got {tuple(value.shape)}. Pass the "
+            "buffer as the model registers it."
+        )
+    return value.detach().to(entry.tensor.dtype)
+
+
+def _refuse_unknown(buffers: Mapping[str, torch.Tensor], entries: list[Entry]) -> None:
+    known = {slot.fqn for entry in entries for slot in entry.slots}
+    unknown = [name for name in buffers if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"buffers: expected names of the model's buffers as keys, got {listed(unknown)}. Parameters come from the "
+            "checkpoint; rename= says under which name."
+        )
+
+
+def _make_again(model: nn.Module, entries: list[Entry]) -> tuple[dict[int, torch.Tensor], list[str]]:
+    values: dict[int, torch.Tensor] = {}
+    left: list[str] = []
+    by_module: dict[int, list[Entry]] = {}
+    for entry in entries:
+        by_module.setdefault(id(entry.slots[0].module), []).append(entry)
+    fqn_of = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    for of_module in by_module.values():
+        module = of_module[0].slots[0].module
+        rerun = own_rerun(model, fqn_of[id(module)], buffers_only=True)
+        if rerun is None:
+            left += [entry.fqn for entry in of_module]
+            continue
+        names = {entry.slots[0].name: entry.tensor for entry in of_module}
+        made, unwritten = made_again(module, names, rerun, seed=_SEED)
+        for entry in of_module:
+            name = entry.slots[0].name
+            if name in unwritten:
+                left.append(entry.fqn)
+            else:
+                values[id(entry.tensor)] = made[name].to(entry.tensor.dtype)
+    return values, left
+
+
+def _put(model: nn.Module, values: dict[int, torch.Tensor], device: torch.device) -> None:
+    """Replace buffers in all their places, plain attributes that are the same tensor included."""
+    for entry in entries_of(model):
+        if entry.role == "buffer" and not entry.tensor.is_meta:
+            values.setdefault(id(entry.tensor), entry.tensor)
+    on_device = {key: value.to(device) for key, value in values.items()}
+    for entry in entries_of(model):
+        if entry.role != "parameter" and id(entry.tensor) in on_device:
+            entry.replace(on_device[id(entry.tensor)])

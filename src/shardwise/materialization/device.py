@@ -1,0 +1,26 @@
+"""Which device the parameters of a model belong on, on this rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """Return this rank's device on a mesh, as `fully_shard` sees it."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+
+
+def device_of_model(model: nn.Module) -> torch.device:
+    """Return the device of the mesh that a model lies on, else of its values, else torch's default device."""
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return device_of(parameter.device_mesh)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.get_default_device()

@@ -1,0 +1,311 @@
+"""Bring bound tensors from a checkpoint into place: plan, allocate, map, read, exchange."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from shardwise.checkpoint import Source
+from shardwise.errors import ConfigurationError
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.binding import Bound
+from shardwise.materialization.data_plane import open_data_plane
+from shardwise.materialization.exchange import Exchange
+from shardwise.materialization.read import Reading, Shards
+from shardwise.materialization.staging import StagingRing
+from shardwise.materialization.storage import allocate_parameters, local_of, mappable_parameters
+from shardwise.materialization.structure import Entry, entries_of
+from shardwise.plan import Layout, LoadPlan, Mapped, Round, WantedTensor, exchanged, plan_load, plan_rounds
+from shardwise.profiling import phase
+
+CpuStorage = Literal["auto", "map", "copy"]
+CPU_STORAGE = ("auto", "map", "copy")
+
+_LARGEST_READ_BYTES = 4 * 2**20
+_BUFFERS = 8
+_EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a load did on this rank.
+
+    Args:
+        storage_bytes: Requested from storage, mapped ones included.
+        network_bytes: Received from other ranks.
+        reads: Number of read calls.
+    """
+
+    storage_bytes: int
+    network_bytes: int
+    reads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePlan:
+    """What this rank does with one source."""
+
+    source: Source
+    wanted: tuple[WantedTensor, ...]
+    direct: LoadPlan
+    rounds: tuple[Round, ...]
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes that this rank requests."""
+        read = sum(turn.read.stop - turn.read.start for turn in self.rounds if turn.read is not None)
+        return self.direct.storage_bytes + read
+
+    @property
+    def network_bytes(self) -> int:
+        """Bytes of messages that this rank receives from others."""
+        return sum(
+            length
+            for turn in self.rounds
+            for sender, length in enumerate(turn.receive_bytes)
+            if sender != turn.position
+        )
+
+    @property
+    def reads(self) -> int:
+        """Number of read calls, if none is cut short."""
+        return len(self.direct.reads) + sum(turn.read is not None for turn in self.rounds)
+
+
+def layout_of(tensor: torch.Tensor, ranks: Sequence[int]) -> Layout:
+    """Return how a parameter lies over the ranks: a DTensor as its placements say, anything else whole on each."""
+    if not isinstance(tensor, DTensor):
+        return Layout.replicated(ranks)
+    mesh = tensor.device_mesh
+    return Layout(
+        mesh_shape=tuple(mesh.shape),
+        mesh_ranks=tuple(mesh.mesh.flatten().tolist()),
+        placements=tuple(tensor.placements),
+    )
+
+
+def plan_sources(
+    model: nn.Module,
+    bound: Mapping[str, Bound],
+    *,
+    ranks: Sequence[int],
+    rank: int,
+    device: torch.device,
+    staging_bytes: int,
+    cpu_storage: CpuStorage,
+    dtype_of: Callable[[Entry, Bound], torch.dtype],
+    first_rank_reads: bool = False,
+) -> list[SourcePlan]:
+    """Plan what this rank reads from each source.
+
+    Args:
+        model: Sharded, on meta or with storage.
+        bound: Where values are, by fqn.
+        ranks: Global ranks of the call.
+        rank: This one.
+        device: Of parameters outside of FSDP2.
+        staging_bytes: Bound of the staging buffers.
+        cpu_storage: Whether shards in host memory may be pages of the file.
+        dtype_of: In which a shard is kept.
+        first_rank_reads: Whether the first rank alone can read the sources, as it is with a state dict.
+
+    Returns:
+        One plan per source, in the order in which the model names them.
+
+    Raises:
+        ConfigurationError: `cpu_storage="map"` where nothing can be mapped.
+    """
+    may_map = mappable_parameters(model, device) if cpu_storage != "copy" else frozenset()
+    by_source: dict[int, tuple[Source, list[WantedTensor]]] = {}
+    taken: set[tuple[int, str]] = set()
+    for entry in entries_of(model):
+        if entry.role == "attribute" or entry.fqn not in bound:
+            continue
+        of = bound[entry.fqn]
+        _, wanted = by_source.setdefault(id(of.source), (of.source, []))
+        key = (id(of.source), of.stored.name)
+        wanted.append(
+            WantedTensor(
+                fqn=entry.fqn,
+                stored=of.stored,
+                dtype=dtype_of(entry, of),
+                layout=layout_of(entry.tensor, ranks),
+                # Two parameters over the same pages would be one.
+                may_map=entry.fqn in may_map and key not in taken,
+            )
+        )
+        taken.add(key)
+    plans = [
+        _plan_source(
+            source,
+            tuple(wanted),
+            ranks=ranks,
+            rank=rank,
+            staging_bytes=staging_bytes,
+            first_rank_reads=first_rank_reads and len(ranks) > 1,
+        )
+        for source, wanted in by_source.values()
+    ]
+    if cpu_storage == "map" and not any(tensor.always_mapped for plan in plans for tensor in plan.wanted):
+        raise ConfigurationError(
+            f"cpu_storage='map': expected shards in host memory that are runs of bytes in the file, in its dtype, got "
+            f"none (device {device}). Use cpu_storage='auto', which copies what cannot be mapped."
+        )
+    return plans
+
+
+def _plan_source(
+    source: Source,
+    wanted: tuple[WantedTensor, ...],
+    *,
+    ranks: Sequence[int],
+    rank: int,
+    staging_bytes: int,
+    first_rank_reads: bool,
+) -> SourcePlan:
+    together = frozenset(range(len(wanted))) if first_rank_reads else exchanged(wanted, ranks=ranks)
+    alone = [tensor for index, tensor in enumerate(wanted) if index not in together]
+    rounds = plan_rounds(
+        wanted,
+        together,
+        ranks=ranks,
+        rank=rank,
+        buffer_bytes=staging_bytes // _EXCHANGE_BUFFERS,
+        readers=1 if first_rank_reads else None,
+    )
+    return SourcePlan(
+        source=source,
+        wanted=wanted,
+        direct=plan_load(alone, rank=rank, max_read_bytes=read_bytes_of(staging_bytes)),
+        rounds=tuple(rounds) if together else (),
+    )
+
+
+def read_bytes_of(staging_bytes: int) -> int:
+    """Return the size of one read, and of one staging buffer."""
+    return max(16, min(_LARGEST_READ_BYTES, staging_bytes // _BUFFERS))
+
+
+def staging_ring(staging_bytes: int, device: torch.device) -> StagingRing:
+    """Return the staging buffers of a call, within its bound."""
+    return StagingRing(count=_BUFFERS, nbytes=read_bytes_of(staging_bytes), device=device)
+
+
+def allocate(
+    model: nn.Module, plans: Sequence[SourcePlan], *, device: torch.device
+) -> tuple[list[SourcePlan], dict[str, torch.Tensor]]:
+    """Give every meta parameter storage: pages of the file where the plan says so, else memory.
+
+    Args:
+        model: As planned.
+        plans: Of this rank.
+        device: Of parameters outside of FSDP2.
+
+    Returns:
+        The plans, in which what could not be mapped after all is read, and this rank's shards by fqn.
+    """
+    pages: dict[str, torch.Tensor] = {}
+    final: list[SourcePlan] = []
+    for plan in plans:
+        dtypes = {tensor.fqn: tensor.dtype for tensor in plan.wanted}
+        unmapped: set[str] = set()
+        for item in plan.direct.mapped:
+            found = _map(plan.source, item, dtypes[item.fqn])
+            if found is None:
+                unmapped.add(item.fqn)
+            else:
+                pages[item.fqn] = found
+        final.append(_read_instead(plan, unmapped) if unmapped else plan)
+    dtype_of = {tensor.fqn: tensor.dtype for plan in plans for tensor in plan.wanted}
+    allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
+    _allocate_buffers(model, dtype_of, device)
+    return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in dtype_of}
+
+
+def _map(source: Source, item: Mapped, dtype: torch.dtype) -> torch.Tensor | None:
+    return source.mapped(item.file, item.start, dtype=dtype, numel=item.nbytes // dtype.itemsize)
+
+
+def _read_instead(plan: SourcePlan, unmapped: set[str]) -> SourcePlan:
+    wanted = [dataclasses.replace(t, may_map=False) for t in plan.wanted if t.fqn in unmapped]
+    extra = plan_load(wanted, rank=plan.direct.rank, max_read_bytes=_LARGEST_READ_BYTES)
+    direct = LoadPlan(
+        rank=plan.direct.rank,
+        mapped=tuple(item for item in plan.direct.mapped if item.fqn not in unmapped),
+        reads=(*plan.direct.reads, *extra.reads),
+    )
+    return dataclasses.replace(plan, direct=direct)
+
+
+def _allocate_buffers(model: nn.Module, bound: Mapping[str, torch.dtype], device: torch.device) -> None:
+    for entry in entries_of(model):
+        if entry.role == "buffer" and entry.fqn in bound and entry.tensor.is_meta:
+            entry.replace(torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, device=device))
+
+
+def execute(
+    plans: Sequence[SourcePlan],
+    targets: Mapping[str, torch.Tensor],
+    *,
+    ranks: Sequence[int],
+    device: torch.device,
+    staging_bytes: int,
+    agreement: Agreement,
+    done: Callable[[int], None],
+) -> Loaded:
+    """Carry out what was planned.
+
+    Args:
+        plans: Of this rank.
+        targets: This rank's shards by fqn.
+        ranks: Global ranks of the call.
+        device: Of the mesh, on this rank.
+        staging_bytes: Bound of the staging buffers.
+        agreement: Of the call.
+        done: Told the bytes of each completed read.
+
+    Returns:
+        What it did cost.
+
+    Raises:
+        CheckpointError: A file cannot be read, or has changed.
+        PeerError: Another rank failed.
+    """
+    for plan in plans:
+        done(sum(item.nbytes for item in plan.direct.mapped))
+    with phase("read"):
+        ring = staging_ring(staging_bytes, device)
+        for plan in plans:
+            dtypes = {tensor.fqn: tensor.stored.dtype for tensor in plan.wanted}
+            shards = Shards(targets, dtypes)
+            Reading(
+                plan.direct,
+                source=plan.source,
+                dtypes=dtypes,
+                ring=ring,
+                agreement=agreement,
+                done=done,
+                place=shards.place,
+                in_place=shards.in_place,
+            ).run()
+        del ring
+    if any(plan.rounds for plan in plans):
+        with phase("exchange"), ExitStack() as stack:
+            plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+            for plan in plans:
+                if plan.rounds:
+                    Exchange(plan.rounds, source=plan.source, targets=targets, plane=plane, done=done).run()
+    for plan in plans:
+        plan.source.require_unchanged()
+    return Loaded(
+        storage_bytes=sum(plan.storage_bytes for plan in plans),
+        network_bytes=sum(plan.network_bytes for plan in plans),
+        reads=sum(plan.reads for plan in plans),
+    )

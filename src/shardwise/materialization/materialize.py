@@ -1,0 +1,326 @@
+"""Fill a model that somebody has sharded, or nobody, from a checkpoint: each rank reads its own bytes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from shardwise.checkpoint import Source, StateDictSource
+from shardwise.errors import ConfigurationError
+from shardwise.materialization.agreement import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization.binding import Binding, Bound, Rename, bind, check_bound, listed, permitted
+from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
+from shardwise.materialization.device import device_of_model
+from shardwise.materialization.initialise import initialise
+from shardwise.materialization.load import CPU_STORAGE, CpuStorage, Loaded, allocate, execute, plan_sources
+from shardwise.materialization.meta import refuse_meta
+from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
+from shardwise.materialization.progress import JobProgress, shown_by_default
+from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
+from shardwise.materialization.structure import Entry, Structure, entries_of, structure_difference
+from shardwise.profiling import LoadReport, profile_memory
+
+ROUTES = ("auto", "direct")
+_MEBIBYTE = 2**20
+_STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
+_STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
+_log = logging.getLogger("shardwise")
+
+
+def default_staging_bytes(device_type: str) -> int:
+    """Return the bound of a rank's staging buffers: 64 MiB on CPU ranks, 256 MiB on accelerators."""
+    return _STAGING_BYTES.get(device_type, _STAGING_BYTES_ON_ACCELERATORS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillOptions:
+    """How values come into a model.
+
+    Args:
+        device: Of the mesh, or of a model without one.
+        staging_bytes: Bound of the staging buffers, in bytes.
+        cpu_storage: Whether shards in host memory may be pages of the file.
+        dtype: In which floating point shards are kept; None keeps the model's, "auto" takes the checkpoint's.
+        buffers: Values of buffers that no checkpoint holds.
+        seed: Of what is initialised; equal on all ranks.
+        show_progress: On this rank; the first rank's counts.
+    """
+
+    device: torch.device
+    staging_bytes: int
+    cpu_storage: CpuStorage
+    dtype: torch.dtype | str | None
+    buffers: Buffers
+    seed: int
+    show_progress: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilledFromFiles:
+    """What a fill did.
+
+    Args:
+        loaded: On this rank.
+        predicted: For the job.
+    """
+
+    loaded: Loaded
+    predicted: dict[str, int]
+
+
+def materialize(
+    model: nn.Module,
+    checkpoint: Checkpoint | None,
+    *,
+    route: str = "auto",
+    missing: str | Sequence[str] = "error",
+    dtype: torch.dtype | str | None = None,
+    staging_bytes: int | None = None,
+    cpu_storage: CpuStorage = "auto",
+    rename: Rename = None,
+    buffers: Buffers = None,
+    group: dist.ProcessGroup | None = None,
+    timeout: float | timedelta | None = None,
+    progress: bool | None = None,
+    device: torch.device | str | None = None,
+) -> LoadReport:
+    """Fill a model's parameters and buffers from a checkpoint, each rank reading its own bytes only.
+
+    All ranks of the group call this together; without a process group it fills a model in one process. The model may be
+    sharded by `fully_shard`, tensor parallelism, both, or not at all. Parameters on meta get storage and stay the same
+    objects, so that optimizers made on them stay valid; parameters with storage are filled in place.
+
+    Args:
+        model: Any module. Names behind `torch.compile`, activation checkpointing and PEFT are recognised.
+        checkpoint: Directory, safetensors file, hub id, state dict (the first rank's values count), a `Source`, or None
+            to initialise every parameter.
+        route: `"auto"` or `"direct"`.
+        missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
+            names, lets their modules initialise them, to values that do not depend on the number of ranks.
+        dtype: In which floating point parameters on meta are kept: None for their own dtype, `"auto"` for the
+            checkpoint's, or a torch dtype. Values are cast while they are read.
+        staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
+            is 64 MiB on CPU ranks and 256 MiB on accelerators.
+        cpu_storage: `"map"` and `"auto"` let shards in host memory be private pages of the file where it holds them as
+            they are wanted; nothing is read before it is touched then, and truncating the file while the model lives
+            ends the process with SIGBUS. `"copy"` reads everything now.
+        rename: From names in the model to names in the checkpoint, as a mapping or a function.
+        buffers: Values of buffers that no checkpoint holds, by name or as a function of name and tensor; otherwise
+            those on meta are made again by their modules. A buffer that has storage keeps its values: after `to_empty`,
+            which leaves garbage in it, pass them here.
+        group: Ranks that take part; None is the default group.
+        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
+        device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
+
+    Returns:
+        The report: seconds, bytes and memory peaks of all ranks, and the origin of every tensor.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, lacks tensors or does not fit the model; nothing was allocated.
+        ConfigurationError: An argument is unknown or not possible here.
+        LeftOnMetaError: A buffer has no values.
+        RankError: Ranks differ, one failed, or one did not arrive.
+    """
+    ranks = (
+        tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
+        if dist.is_initialized()
+        else (0,)
+    )
+    agreement = Agreement(ranks, timeout_seconds=timeout_seconds_of(timeout), call="materialize")
+    target = torch.device(device) if device is not None else device_of_model(model)
+    with profile_memory(device=target) as profile:
+        with agreement.phase("check") as check:
+            _check_arguments(route, cpu_storage, dtype)
+            _reshard(model)
+            check.same = _comparable(model, cpu_storage, dtype)
+        source = open_source(checkpoint, agreement=agreement).source if checkpoint is not None else None
+        first_rank_reads = isinstance(source, (StateDictSource, RemoteSource))
+        with agreement.phase("match names"):
+            entries = entries_of(model)
+            binding = _bind(entries, source, rename)
+            name = source.name if source is not None else type(model).__name__
+            allowed = "init" if source is None else missing
+            absent = permitted(binding.absent, allowed, name=name)
+            check_bound(entries, binding.bound)
+            warn_of_unexpected(binding, name, agreement)
+            seed = json.loads(agreement.publish("seed", _seed(agreement)))
+        options = FillOptions(
+            device=target,
+            staging_bytes=staging_bytes or default_staging_bytes(target.type),
+            cpu_storage=cpu_storage,
+            dtype=dtype,
+            buffers=buffers,
+            seed=seed,
+            show_progress=shown_by_default() if progress is None else progress,
+        )
+        filled = fill_from_files(
+            model, binding.bound, absent, options, agreement=agreement, first_rank_reads=first_rank_reads
+        )
+        if source is not None and not isinstance(checkpoint, Source):
+            source.close()
+    with agreement.phase("report"):
+        stored = stored_dtypes(list(model.parameters()))
+        return collect_report(
+            model,
+            agreement,
+            profile,
+            name=name,
+            strategy="materialize",
+            route="none" if source is None else "rank0" if first_rank_reads else "direct",
+            storage_bytes=0 if first_rank_reads else filled.loaded.storage_bytes,
+            network_bytes=filled.loaded.network_bytes,
+            predicted={**filled.predicted, **({"storage_bytes": 0} if first_rank_reads else {})},
+            origins=origins_of(entries_of(model), initialised=absent),
+            dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
+        )
+
+
+def fill_from_files(
+    model: nn.Module,
+    bound: Mapping[str, Bound],
+    absent: frozenset[str],
+    options: FillOptions,
+    *,
+    agreement: Agreement,
+    first_rank_reads: bool = False,
+) -> FilledFromFiles:
+    """Allocate what is on meta, read what is bound, initialise what is absent, restore buffers.
+
+    Args:
+        model: Sharded or not; equal in structure on all ranks.
+        bound: Where values are, by fqn.
+        absent: Fqns to initialise.
+        options: Equal on all ranks but for the device's index and `show_progress`.
+        agreement: Of the call.
+        first_rank_reads: Whether the first rank alone holds the values.
+
+    Returns:
+        What it did cost.
+
+    Raises:
+        CheckpointError: A file cannot be read, or has changed.
+        LeftOnMetaError: Something has no values.
+        RankError: Ranks differ, or one failed.
+    """
+    ranks, rank = agreement.ranks, agreement.rank
+    with agreement.phase("plan"):
+        plans = plan_sources(
+            model,
+            bound,
+            ranks=ranks,
+            rank=rank,
+            device=options.device,
+            staging_bytes=options.staging_bytes,
+            cpu_storage=options.cpu_storage,
+            dtype_of=lambda entry, of: _kept_dtype(entry, of, options.dtype),
+            first_rank_reads=first_rank_reads,
+        )
+        storage_bytes = sum(plan.storage_bytes for plan in plans)
+        network_bytes = sum(plan.network_bytes for plan in plans)
+        own = json.dumps([storage_bytes, network_bytes, options.show_progress])
+        planned = [json.loads(text) for text in agreement.gather("planned", own)]
+    with agreement.phase("buffers") as buffers:
+        # While parameters are on meta a module's own re-run cannot change them.
+        fill_buffers(model, options.buffers, bound=bound.keys(), device=options.device)
+        buffers.same = equal_buffers(model, but=bound.keys())
+    with agreement.phase("allocate"):
+        plans, targets = allocate(model, plans, device=options.device)
+    with agreement.phase("read"):
+        progress = JobProgress(
+            agreement,
+            own_bytes=storage_bytes,
+            job_bytes=sum(of_rank[0] for of_rank in planned),
+            show=planned[0][2],
+        )
+        with progress:
+            loaded = execute(
+                plans,
+                targets,
+                ranks=ranks,
+                device=options.device,
+                staging_bytes=options.staging_bytes,
+                agreement=agreement,
+                done=progress.add,
+            )
+        del targets
+    if absent:
+        with agreement.phase("initialise"):
+            initialise(model, absent, ranks=ranks, rank=rank, seed=options.seed)
+    with agreement.phase("complete"):
+        refuse_meta(model)
+    predicted = {
+        "storage_bytes": sum(of_rank[0] for of_rank in planned),
+        "network_bytes": sum(of_rank[1] for of_rank in planned),
+    }
+    return FilledFromFiles(loaded=loaded, predicted=predicted)
+
+
+def _kept_dtype(entry: Entry, of: Bound, dtype: torch.dtype | str | None) -> torch.dtype:
+    if entry.role != "parameter" or not entry.tensor.is_meta or not entry.tensor.is_floating_point():
+        return entry.tensor.dtype
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return of.stored.dtype if dtype == "auto" else entry.tensor.dtype
+
+
+def _check_arguments(route: str, cpu_storage: str, dtype: Any) -> None:
+    if route not in ROUTES:
+        raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+    if cpu_storage not in CPU_STORAGE:
+        raise ConfigurationError(
+            f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
+        )
+    if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise ConfigurationError(
+            f"dtype: expected None, 'auto' or a floating point torch dtype, got {dtype!r}"
+        )
+
+
+def _reshard(model: nn.Module) -> None:
+    # A module that keeps its parameters gathered after forward would show them here in place of its shards.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _comparable(model: nn.Module, cpu_storage: str, dtype: Any) -> Comparable:
+    lines = (
+        *Structure.of(entries_of(model)).lines,
+        f"option cpu_storage: {cpu_storage}",
+        f"option dtype: {dtype}",
+    )
+    described = Structure(lines=lines)
+    return Comparable(
+        what="the model or an option",
+        digest=described.digest,
+        details=described.to_json,
+        explain=lambda expected, got: structure_difference(expected, got, limit=5),
+        remedy="Build the model from the same config and pass the same arguments on every rank.",
+    )
+
+
+def _bind(entries: tuple[Entry, ...], source: Source | None, rename: Rename) -> Binding:
+    if source is None:
+        names = tuple(entry.fqn for entry in entries if entry.persistent)
+        return Binding(bound={}, absent=names, unexpected=())
+    return bind(entries, source, rename=rename)
+
+
+def warn_of_unexpected(binding: Binding, name: str, agreement: Agreement) -> None:
+    """Log, once in the job, what a checkpoint holds that the model does not take."""
+    if binding.unexpected and agreement.rank == agreement.ranks[0]:
+        _log.warning("%s holds tensors that the model does not take: %s", name, listed(binding.unexpected))
+
+
+def _seed(agreement: Agreement) -> str | None:
+    return json.dumps(torch.initial_seed()) if agreement.rank == agreement.ranks[0] else None

@@ -1,0 +1,26 @@
+"""Names of tensors, free of the prefixes that wrappers add."""
+
+from __future__ import annotations
+
+_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+_PEFT_PREFIX = "base_model.model."
+_PEFT_WRAPPERS = ("base_layer", "original_module")
+
+
+def clean_fqn(fqn: str) -> str:
+    """Return a name without the parts that activation checkpointing and `torch.compile` add."""
+    return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
+
+
+def checkpoint_name_of(fqn: str) -> str:
+    """Return the name under which a checkpoint of the base model holds a parameter, given its name in a wrapped model.
+
+    PEFT puts the base model under `base_model.model` and a layer that it adapts under `base_layer`, or under
+    `original_module` where a trainable copy stands beside it.
+    Source: `peft.tuners.tuners_utils.BaseTuner`, `peft.utils.other.ModulesToSaveWrapper`.
+    """
+    name = clean_fqn(fqn)
+    if not name.startswith(_PEFT_PREFIX):
+        return name
+    parts = name.removeprefix(_PEFT_PREFIX).split(".")
+    return ".".join(part for part in parts if part not in _PEFT_WRAPPERS)

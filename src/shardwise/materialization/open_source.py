@@ -1,0 +1,177 @@
+"""Open a checkpoint on all ranks: one rank parses its headers, the others get what it found."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import socket
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shardwise.checkpoint import (
+    Location,
+    SafetensorsSource,
+    Source,
+    StateDictSource,
+    StoredTensor,
+    cached_snapshot,
+    download_snapshot,
+    load_pickle,
+    locate,
+    snapshot_revision,
+)
+from shardwise.errors import CheckpointError, ConfigurationError
+from shardwise.materialization.agreement import Agreement
+from shardwise.profiling import phase
+from shardwise.tensors import dtype_name
+
+Checkpoint = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Source
+PICKLE_ENDINGS = (".bin", ".bin.index.json")
+
+
+class RemoteSource:
+    """What ranks without values know of a state dict that the first rank holds: everything but the values.
+
+    Args:
+        tensors: As the first rank described them.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.name = "state dict of the first rank"
+        self.tensors = tensors
+
+    def read_into(self, file: str, offset: int, into: memoryview) -> None:
+        """Raise: the values are elsewhere."""
+        raise CheckpointError(f"{file}: expected the first rank to read it, got a read on another rank.")
+
+    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
+        """Nothing: the values are elsewhere."""
+        return None
+
+    def require_unchanged(self) -> None:
+        """Nothing to compare with."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A source and, of one on disk, the directory that it lies in."""
+
+    source: Source
+    path: Path
+
+
+def open_source(
+    checkpoint: Checkpoint,
+    *,
+    agreement: Agreement,
+    revision: str | None = None,
+    subfolder: str = "",
+    direct_io: bool = False,
+) -> Opened:
+    """Open a checkpoint. All ranks of the call do this together.
+
+    Args:
+        checkpoint: Directory, file, hub id, state dict, or a source. Of a state dict, and of a pickle file, only the
+            values on the first rank count.
+        agreement: Of the call.
+        revision: Of a hub id.
+        subfolder: Of a directory or hub id.
+        direct_io: Whether files are read past the page cache, where the file system can.
+
+    Returns:
+        The source, a `StateDictSource` where the first rank alone holds the values; and its directory.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        PeerError: Another rank failed.
+    """
+    is_first = agreement.rank == agreement.ranks[0]
+    if isinstance(checkpoint, Mapping):
+        return Opened(source=_of_first_rank(checkpoint if is_first else None, agreement), path=Path())
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        if not isinstance(getattr(checkpoint, "tensors", None), Mapping):
+            raise ConfigurationError(
+                f"checkpoint: expected a directory, a file, a hub id, a state dict or a source, got "
+                f"{type(checkpoint).__name__}"
+            )
+        return Opened(source=checkpoint, path=Path())
+    with agreement.phase("locate"):
+        location = locate(checkpoint, revision=revision)
+    path = location.path if location.path is not None else _local_snapshot(location, agreement)
+    path = path / subfolder
+    directory = path if path.is_dir() else path.parent
+    if path.name.endswith(PICKLE_ENDINGS):
+        with agreement.phase("read pickle"):
+            tensors = load_pickle(path) if is_first else None
+        return Opened(source=_of_first_rank(tensors, agreement), path=directory)
+    with agreement.phase("read headers"):
+        source = None
+        if is_first:
+            with phase("parse headers"):
+                source = SafetensorsSource.open(path, name=location.name, direct_io=direct_io)
+        text = agreement.publish("headers", _packed(source.describe()) if source is not None else None)
+        if source is None:
+            source = SafetensorsSource.from_description(_unpacked(text), path, direct_io=direct_io)
+    return Opened(source=source, path=directory)
+
+
+def _of_first_rank(tensors: Mapping[str, torch.Tensor] | None, agreement: Agreement) -> Source:
+    with agreement.phase("describe state dict"):
+        if tensors is not None:
+            source = StateDictSource(tensors)
+            described = [[t.name, dtype_name(t.dtype), t.shape] for t in source.tensors.values()]
+            agreement.publish("state dict", _packed(json.dumps(described)))
+            return source
+        stored = {}
+        for name, dtype, shape in json.loads(_unpacked(agreement.publish("state dict", None))):
+            kind: torch.dtype = getattr(torch, dtype)
+            nbytes = math.prod(shape) * kind.itemsize
+            stored[name] = StoredTensor(
+                name=name, shape=tuple(shape), dtype=kind, file=name, start=0, stop=nbytes
+            )
+        return RemoteSource(stored)
+
+
+def _local_snapshot(location: Location, agreement: Agreement) -> Path:
+    """Return where a hub's files are on this rank; one rank per file system downloads them while the others wait."""
+    is_first = agreement.rank == agreement.ranks[0]
+    with agreement.phase("download"):
+        path = None
+        if is_first:
+            path = cached_snapshot(location) or download_snapshot(location)
+        revision = agreement.publish("revision", snapshot_revision(path) if path is not None else None)
+    pinned = location.at(revision)
+    with agreement.phase("find download"):
+        path = path or cached_snapshot(pinned)
+    found = [
+        json.loads(text)
+        for text in agreement.gather("found", json.dumps([socket.gethostname(), path is not None]))
+    ]
+    without = [host for host, has in found if not has]
+    with agreement.phase("download on other nodes"):
+        if path is None:
+            own = agreement.ranks.index(agreement.rank)
+            host = found[own][0]
+            if host in without and own == next(
+                i for i, (name, has) in enumerate(found) if name == host and not has
+            ):
+                path = download_snapshot(pinned)
+    with agreement.phase("find download again"):
+        return path or cached_snapshot(pinned) or download_snapshot(pinned)
+
+
+def _packed(text: str) -> str:
+    return base64.b85encode(zlib.compress(text.encode(), level=1)).decode()
+
+
+def _unpacked(text: str) -> str:
+    return zlib.decompress(base64.b85decode(text)).decode()

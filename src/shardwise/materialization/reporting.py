@@ -1,0 +1,114 @@
+"""What a call did cost, gathered from all ranks into one report."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.storage import local_bytes_of
+from shardwise.materialization.structure import Entry
+from shardwise.profiling import LoadReport, MemoryProfile, RankReport
+from shardwise.tensors import dtype_name
+
+
+def collect_report(
+    model: nn.Module,
+    agreement: Agreement,
+    profile: MemoryProfile,
+    *,
+    name: str,
+    strategy: str,
+    route: str,
+    storage_bytes: int,
+    network_bytes: int,
+    predicted: Mapping[str, int],
+    origins: Mapping[str, str],
+    dtypes: Mapping[str, str | None],
+) -> LoadReport:
+    """Gather every rank's cost.
+
+    Args:
+        model: As it is at the end.
+        agreement: Of the call; a phase of it is open.
+        profile: Of this rank; ended.
+        name: Of the model or checkpoint.
+        strategy: What sharded the model.
+        route: How the values came.
+        storage_bytes: That this rank requested.
+        network_bytes: That this rank received.
+        predicted: What the plan said for the job.
+        origins: Origin by name of tensor; a tied tensor's further names included.
+        dtypes: Stored, compute, reduce and optimizer dtypes.
+
+    Returns:
+        The report, with the phases of this rank.
+    """
+    own = RankReport(
+        rank=agreement.rank,
+        node=socket.gethostname(),
+        host_anon_peak_bytes=profile.anon_peak_bytes,
+        device_peak_bytes=profile.device_peak_bytes,
+        shard_bytes=local_bytes_of(model),
+        storage_bytes=storage_bytes,
+        network_bytes=network_bytes,
+        seconds=profile.seconds,
+    )
+    gathered = agreement.gather("report", json.dumps(asdict(own)))
+    reports = tuple(RankReport.from_json(json.loads(text)) for text in gathered)
+    phases: dict[str, float] = {}
+    for span in profile.phases:
+        if span.depth == 0:
+            phases[span.name] = phases.get(span.name, 0.0) + span.stop_seconds - span.start_seconds
+    counts: dict[str, int] = {}
+    for origin in origins.values():
+        counts[origin] = counts.get(origin, 0) + 1
+    return LoadReport(
+        model=name,
+        strategy=strategy,
+        route=route,
+        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        seconds=max(report.seconds for report in reports),
+        phases=phases,
+        storage_bytes=sum(report.storage_bytes for report in reports),
+        network_bytes=sum(report.network_bytes for report in reports),
+        predicted=dict(predicted),
+        tensors=counts,
+        origins=dict(origins),
+        dtypes=dict(dtypes),
+        ranks=reports,
+    )
+
+
+def origins_of(entries: tuple[Entry, ...], *, initialised: frozenset[str]) -> dict[str, str]:
+    """Return where every parameter and buffer has its values from.
+
+    Args:
+        entries: Of the model.
+        initialised: Names of tensors that no checkpoint held.
+
+    Returns:
+        Origin by name.
+    """
+    origins: dict[str, str] = {}
+    for entry in entries:
+        if entry.role == "attribute":
+            continue
+        names = [slot.fqn for slot in entry.slots]
+        if not initialised.isdisjoint(names):
+            origin = "initialised"
+        else:
+            origin = "checkpoint" if entry.persistent else "recomputed"
+        origins |= dict.fromkeys(names[1:], "tied") | {names[0]: origin}
+    return origins
+
+
+def stored_dtypes(parameters: Iterable[torch.Tensor]) -> str:
+    """Return the names of the dtypes in which parameters are kept."""
+    return " + ".join(sorted({dtype_name(parameter.dtype) for parameter in parameters})) or "none"

@@ -1,0 +1,54 @@
+"""Host buffers that every byte passes through which is not read straight into place."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+
+class StagingRing:
+    """A few host buffers of one size, handed out in turn.
+
+    On an accelerator they are pinned, so that a copy to the device can overlap the next read; a buffer is handed out
+    again only when the copies out of it are done. Nothing is allocated before the first use.
+
+    Args:
+        count: Number of buffers.
+        nbytes: Size of each, in bytes.
+        device: That the bytes go to.
+    """
+
+    def __init__(self, *, count: int, nbytes: int, device: torch.device) -> None:
+        self.count = count
+        self.nbytes = nbytes
+        self._device = device
+        self._free: deque[torch.Tensor] = deque()
+        self._made = 0
+        self._busy: deque[tuple[torch.Tensor, torch.Event]] = deque()
+
+    @property
+    def available(self) -> bool:
+        """Whether `take` hands out a buffer without waiting for reads that are in progress."""
+        return bool(self._free) or bool(self._busy) or self._made < self.count
+
+    def take(self) -> torch.Tensor:
+        """Return a free buffer: uint8, `nbytes` long. It must be given back."""
+        if not self._free and self._made < self.count:
+            self._made += 1
+            # One exact allocation each: torch's pinned allocator rounds up to powers of two, which these are.
+            return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+        if not self._free:
+            buffer, copied = self._busy.popleft()
+            copied.synchronize()
+            return buffer
+        return self._free.popleft()
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back once the copies out of it that were started so far are done."""
+        if self._device.type == "cpu":
+            self._free.append(buffer)
+        else:
+            copied = torch.Event(self._device)
+            copied.record()
+            self._busy.append((buffer, copied))

@@ -1,0 +1,211 @@
+"""Compare a model with a checkpoint, value by value, each rank its own shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from shardwise.errors import ConfigurationError
+from shardwise.materialization.agreement import Agreement, timeout_seconds_of
+from shardwise.materialization.binding import Rename, bind, check_bound, listed
+from shardwise.materialization.load import layout_of, read_bytes_of, staging_ring
+from shardwise.materialization.materialize import default_staging_bytes
+from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
+from shardwise.materialization.read import Reading
+from shardwise.materialization.storage import local_of
+from shardwise.materialization.structure import entries_of
+from shardwise.plan import Fragment, WantedTensor, plan_load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """A shard that is not what the checkpoint holds.
+
+    Args:
+        fqn: Of the tensor.
+        checkpoint_name: On disk.
+        file: Within the checkpoint.
+        rank: That holds the shard.
+        elements: How many differ.
+        first_index: Of the first of them, in the shard.
+    """
+
+    fqn: str
+    checkpoint_name: str
+    file: str
+    rank: int
+    elements: int
+    first_index: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a comparison found on all ranks.
+
+    Args:
+        checkpoint: That the model was compared with.
+        tensors: How many were compared.
+        storage_bytes: Requested by all ranks together.
+        absent: Names that the checkpoint lacks; they were not compared.
+        mismatches: In the order of ranks, then of the model.
+    """
+
+    checkpoint: str
+    tensors: int
+    storage_bytes: int
+    absent: tuple[str, ...]
+    mismatches: tuple[Mismatch, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every tensor that was compared has the checkpoint's values."""
+        return not self.mismatches
+
+    def summary(self) -> str:
+        """Return the result as one line of text, and one line for each shard that differs."""
+        state = "equal" if self.is_equal else f"{len(self.mismatches)} shards differ"
+        lines = [f"{self.checkpoint}: {self.tensors} tensors compared, {state}"]
+        if self.absent:
+            lines.append(f"not in the checkpoint: {listed(self.absent)}")
+        lines += [
+            f"{m.fqn} (rank {m.rank}): {m.elements} elements differ from {m.checkpoint_name} in {m.file}, the first at "
+            f"{m.first_index} of the shard"
+            for m in self.mismatches
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data for `json.dump`."""
+        return {**asdict(self), "is_equal": self.is_equal}
+
+
+def verify_shards(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    rename: Rename = None,
+    staging_bytes: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    timeout: float | timedelta | None = None,
+) -> VerifyReport:
+    """Compare every parameter and persistent buffer with a checkpoint, byte for byte, without gathering anything.
+
+    All ranks of the group call this together. A stored value is cast to the dtype of the shard before it is compared.
+
+    Args:
+        model: With values; sharded or not.
+        checkpoint: Directory, safetensors file, hub id or `Source`.
+        rename: From names in the model to names in the checkpoint.
+        staging_bytes: Bound of the host buffers, in bytes; None is 64 MiB on CPU ranks and 256 MiB on accelerators.
+        group: Ranks that take part; None is the default group.
+        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+
+    Returns:
+        What differs, the same on all ranks.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or a shape is not the model's.
+        RankError: A rank failed, or did not arrive.
+    """
+    ranks = (
+        tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
+        if dist.is_initialized()
+        else (0,)
+    )
+    agreement = Agreement(ranks, timeout_seconds=timeout_seconds_of(timeout), call="verify_shards")
+    opened = open_source(checkpoint, agreement=agreement)
+    source = opened.source
+    with agreement.phase("match names"):
+        if isinstance(source, RemoteSource) or isinstance(checkpoint, Mapping):
+            raise ConfigurationError(
+                "verify_shards: expected files that every rank can read, got values in memory. Save them as safetensors."
+            )
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        entries = entries_of(model)
+        binding = bind(entries, source, rename=rename)
+        check_bound(entries, binding.bound)
+        by_fqn = {e.fqn: e for e in entries if e.role != "attribute" and e.fqn in binding.bound}
+        wanted = [
+            WantedTensor(
+                fqn=fqn,
+                stored=binding.bound[fqn].stored,
+                dtype=entry.tensor.dtype,
+                layout=layout_of(entry.tensor, ranks),
+                may_map=False,
+            )
+            for fqn, entry in by_fqn.items()
+        ]
+    with agreement.phase("compare"):
+        devices = {local_of(entry.tensor).device.type for entry in by_fqn.values()}
+        staging = staging_bytes or default_staging_bytes("cpu" if devices <= {"cpu"} else "accelerator")
+        plan = plan_load(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
+        targets = {fqn: local_of(entry.tensor) for fqn, entry in by_fqn.items()}
+        differing: dict[str, tuple[int, tuple[int, ...]]] = {}
+
+        def compare(fragment: Fragment, elements: torch.Tensor) -> None:
+            shard = targets[fragment.fqn][fragment.local.slices()]
+            count, first = _differing(shard, elements)
+            if count:
+                first = tuple(a + b for a, b in zip(first, fragment.local.start, strict=True))
+                before, earliest = differing.get(fragment.fqn, (0, first))
+                differing[fragment.fqn] = (before + count, min(earliest, first))
+
+        Reading(
+            plan,
+            source=source,
+            dtypes={tensor.fqn: tensor.stored.dtype for tensor in wanted},
+            ring=staging_ring(staging, torch.device("cpu")),
+            agreement=agreement,
+            done=lambda _: None,
+            place=compare,
+            in_place=None,
+        ).run()
+        source.require_unchanged()
+        if not isinstance(checkpoint, type(source)):
+            source.close()
+        own = [
+            [fqn, binding.bound[fqn].stored.name, binding.bound[fqn].stored.file, count, first]
+            for fqn, (count, first) in differing.items()
+        ]
+        texts = agreement.gather("differences", json.dumps([plan.storage_bytes, own]))
+    gathered = [json.loads(text) for text in texts]
+    return VerifyReport(
+        checkpoint=source.name,
+        tensors=len(wanted),
+        storage_bytes=sum(of_rank[0] for of_rank in gathered),
+        absent=binding.absent,
+        mismatches=tuple(
+            Mismatch(
+                fqn=fqn, checkpoint_name=name, file=file, rank=rank, elements=count, first_index=tuple(first)
+            )
+            for rank, (_, found) in zip(ranks, gathered, strict=True)
+            for fqn, name, file, count, first in found
+        ),
+    )
+
+
+def _differing(shard: torch.Tensor, stored: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    """Return how many elements differ in their bytes, and the index of the first."""
+    with torch.no_grad():
+        expected = stored.to(device=shard.device, dtype=shard.dtype).contiguous()
+        size = shard.element_size()
+        got_bytes = shard.contiguous().view(-1).view(torch.uint8).view(-1, size)
+        differs = (got_bytes != expected.view(-1).view(torch.uint8).view(-1, size)).any(1)
+    count = int(differs.sum())
+    if not count:
+        return 0, ()
+    position, index = int(differs.to(torch.uint8).argmax()), []
+    for length in reversed(shard.shape):
+        position, at = divmod(position, length)
+        index.append(at)
+    return count, tuple(reversed(index))

@@ -1,0 +1,154 @@
+"""Build the model that `from_pretrained` would return, without its values and without opening its weights.
+
+transformers 5 builds everything on meta, buffers included, and makes buffers again later; 4.57 computes buffers while it
+builds and cannot make them again, so there they are kept real, through accelerate's own context.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.checkpoint import Source
+from shardwise.errors import ConfigurationError
+from shardwise.strategies.transformers_compat import require_accelerate, warn_of_untested_version
+
+# Arguments of from_pretrained that say how values are found or changed, which is this package's part here.
+_NEEDS_VALUES = (
+    "adapter_kwargs",
+    "distributed_config",
+    "from_flax",
+    "from_tf",
+    "fusion_config",
+    "gguf_file",
+    "ignore_mismatched_sizes",
+    "kernel_config",
+    "key_mapping",
+    "quantization_config",
+    "state_dict",
+    "tp_plan",
+    "tp_size",
+    "use_kernels",
+    "variant",
+)
+# Arguments that only change how from_pretrained reads.
+_WITHOUT_MEANING = (
+    "disable_mmap",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "offload_state_dict",
+    "use_safetensors",
+    "weights_only",
+)
+_HUB = ("cache_dir", "code_revision", "force_download", "local_files_only", "proxies", "revision", "token")
+_OF_MODEL = ("attn_implementation", "experts_implementation")
+
+
+def build_empty(
+    model_cls: Any, name: str, directory: Path, source: Source, *, dtype: Any, **kwargs: Any
+) -> nn.Module:
+    """Build a model with its parameters on meta.
+
+    Args:
+        model_cls: A transformers model or auto class.
+        name: As the user gave it, for messages and as the config's name.
+        directory: Where its config lies.
+        source: Its weights; asked for dtypes only.
+        dtype: Of the parameters; `"auto"` is the config's, else that of the first floating point weight.
+        **kwargs: Further arguments of `from_pretrained`.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ConfigurationError: An argument, or a class, that needs values while the model is built.
+    """
+    warn_of_untested_version()
+    refused = [key for key in _NEEDS_VALUES if kwargs.get(key) is not None]
+    if refused or (directory / "adapter_config.json").is_file():
+        what = ", ".join(f"{key}=" for key in refused) or "an adapter's directory"
+        raise ConfigurationError(
+            f"load_pretrained(defer=True) does not take {what}: it changes how values are found or made. Use defer=False, "
+            "where transformers loads on global rank 0."
+        )
+    if not hasattr(model_cls, "from_config") and not hasattr(model_cls, "_from_config"):
+        raise ConfigurationError(
+            f"load_pretrained(defer=True): expected a transformers model or auto class, got {model_cls!r}. Use defer=False, "
+            "or build the model yourself and call shardwise.materialize."
+        )
+    kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_MEANING}
+    of_model = {key: kwargs.pop(key) for key in _OF_MODEL if key in kwargs}
+    if "trust_remote_code" in kwargs:
+        of_model["trust_remote_code"] = kwargs["trust_remote_code"]
+    config, unused = _config_of(model_cls, directory, kwargs)
+    config._name_or_path = name
+    with _parameters_on_meta():
+        make = model_cls.from_config if hasattr(model_cls, "from_config") else model_cls._from_config
+        if not hasattr(model_cls, "from_config"):
+            of_model.pop("trust_remote_code", None)
+        model: nn.Module = make(config, dtype=_dtype_of(config, source, dtype), **of_model, **unused)
+    model.eval()
+    _add_generation_config(model, directory)
+    return model
+
+
+def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoConfig
+
+    for key in _HUB:  # the snapshot is on disk already
+        kwargs.pop(key, None)
+    config = kwargs.pop("config", None)
+    trust = {key: kwargs.pop(key) for key in ("trust_remote_code",) if key in kwargs}
+    if config is not None:
+        return config, kwargs
+    config_class = getattr(model_cls, "config_class", None)
+    if config_class is not None:
+        return config_class.from_pretrained(directory, return_unused_kwargs=True, **kwargs)  # type: ignore[no-any-return]
+    return AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **trust, **kwargs)  # type: ignore[no-any-return]
+
+
+def _dtype_of(config: Any, source: Source, dtype: Any) -> torch.dtype:
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        raise ConfigurationError(f"dtype: expected 'auto' or a torch dtype, got {dtype!r}")
+    of_config = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    if isinstance(of_config, str):
+        of_config = getattr(torch, of_config)
+    floating = (
+        t.dtype for t in source.tensors.values() if t.dtype.is_floating_point and t.dtype.itemsize > 1
+    )
+    return of_config if isinstance(of_config, torch.dtype) else next(floating, torch.float32)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        with torch.device("meta"):
+            yield
+        return
+    require_accelerate("load_pretrained(defer=True) on transformers 4.57")
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        yield
+
+
+def _add_generation_config(model: nn.Module, directory: Path) -> None:
+    path = directory / "generation_config.json"
+    if hasattr(model, "generation_config") and path.is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
