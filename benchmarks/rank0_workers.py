@@ -31,7 +31,9 @@ def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
     dist.barrier()
     with profile_memory() as profile:
         with profile.phase("load"):
-            model = strategy.load_pretrained(AutoModelForCausalLM, arguments["model"], dtype=dtype)
+            model = strategy.load_pretrained(
+                AutoModelForCausalLM, arguments["model"], dtype=dtype, defer=False
+            )
             dist.barrier()
         with profile.phase("transfer"):
             WAYS[arguments["way"]](strategy, model)

@@ -31,6 +31,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "verify": {"--against", "--ranks", "--json", "--debug"},
 }
 
 
@@ -81,7 +82,7 @@ def test_the_options_of_each_command_are_these() -> None:
     assert {name: options - {"--help"} for name, options in found.items()} == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["compare"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["verify"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0

@@ -95,6 +95,8 @@ def build_empty(
         if not hasattr(model_cls, "from_config"):
             of_model.pop("trust_remote_code", None)
         model: nn.Module = make(config, dtype=_dtype_of(config, source, dtype), **of_model, **unused)
+    if not _builds_on_meta():
+        model.tie_weights()  # the context registers each name of a tied weight as a parameter of its own
     model.eval()
     _add_generation_config(model, directory)
     return model
@@ -131,11 +133,15 @@ def _dtype_of(config: Any, source: Source, dtype: Any) -> torch.dtype:
     return of_config if isinstance(of_config, torch.dtype) else next(floating, torch.float32)
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _builds_on_meta() -> bool:
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) >= 5:
+    return int(transformers.__version__.split(".")[0]) >= 5
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    if _builds_on_meta():
         with torch.device("meta"):
             yield
         return
