@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
@@ -83,11 +86,15 @@ def layout_of(tensor: torch.Tensor, ranks: Sequence[int]) -> Layout:
     """Return how a parameter lies over the ranks: a DTensor as its placements say, anything else whole on each."""
     if not isinstance(tensor, DTensor):
         return Layout.replicated(ranks)
-    mesh = tensor.device_mesh
+    return _layout_on(tensor.device_mesh, tuple(tensor.placements))
+
+
+@lru_cache(maxsize=64)  # a model has few layouts and many parameters
+def _layout_on(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Layout:
     return Layout(
         mesh_shape=tuple(mesh.shape),
         mesh_ranks=tuple(mesh.mesh.flatten().tolist()),
-        placements=tuple(tensor.placements),
+        placements=placements,
     )
 
 

@@ -27,7 +27,7 @@ from shardwise.materialization.open_source import Checkpoint, RemoteSource, open
 from shardwise.materialization.progress import JobProgress, shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.structure import Entry, Structure, entries_of, structure_difference
-from shardwise.profiling import LoadReport, profile_memory
+from shardwise.profiling import LoadReport, phase, profile_memory
 
 ROUTES = ("auto", "direct")
 _MEBIBYTE = 2**20
@@ -213,7 +213,7 @@ def fill_from_files(
         RankError: Ranks differ, or one failed.
     """
     ranks, rank = agreement.ranks, agreement.rank
-    with agreement.phase("plan"):
+    with agreement.phase("plan") as plan:
         plans = plan_sources(
             model,
             bound,
@@ -225,14 +225,13 @@ def fill_from_files(
             dtype_of=lambda entry, of: _kept_dtype(entry, of, options.dtype),
             first_rank_reads=first_rank_reads,
         )
-        storage_bytes = sum(plan.storage_bytes for plan in plans)
-        network_bytes = sum(plan.network_bytes for plan in plans)
+        storage_bytes = sum(each.storage_bytes for each in plans)
+        network_bytes = sum(each.network_bytes for each in plans)
         own = json.dumps([storage_bytes, network_bytes, options.show_progress])
         planned = [json.loads(text) for text in agreement.gather("planned", own)]
-    with agreement.phase("buffers") as buffers:
-        # While parameters are on meta a module's own re-run cannot change them.
-        fill_buffers(model, options.buffers, bound=bound.keys(), device=options.device)
-        buffers.same = equal_buffers(model, but=bound.keys())
+        with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
+            fill_buffers(model, options.buffers, bound=bound.keys(), device=options.device)
+        plan.same = equal_buffers(model, but=bound.keys())
     with agreement.phase("allocate"):
         plans, targets = allocate(model, plans, device=options.device)
     with agreement.phase("read"):
@@ -253,11 +252,10 @@ def fill_from_files(
                 done=progress.add,
             )
         del targets
+        refuse_meta(model)
     if absent:
         with agreement.phase("initialise"):
             initialise(model, absent, ranks=ranks, rank=rank, seed=options.seed)
-    with agreement.phase("complete"):
-        refuse_meta(model)
     predicted = {
         "storage_bytes": sum(of_rank[0] for of_rank in planned),
         "network_bytes": sum(of_rank[1] for of_rank in planned),

@@ -9,6 +9,8 @@ _PEFT_WRAPPERS = ("base_layer", "original_module")
 
 def clean_fqn(fqn: str) -> str:
     """Return a name without the parts that activation checkpointing and `torch.compile` add."""
+    if not any(wrapper in fqn for wrapper in _WRAPPERS):
+        return fqn
     return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from shardwise.materialization.names import clean_fqn
 from shardwise.tensors import dtype_name
 
 Role = Literal["parameter", "buffer", "attribute"]
+_ROLES: tuple[Role, ...] = ("parameter", "buffer", "attribute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,10 +78,11 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     """
     found: dict[int, tuple[torch.Tensor, Role, list[Slot], bool]] = {}
     aliases: dict[int, list[Slot]] = {}
-    for role in ("parameter", "buffer", "attribute"):
-        for module_name, module in model.named_modules():
-            prefix = clean_fqn(f"{module_name}.") if module_name else ""
+    modules = list(model.named_modules())
+    for role in _ROLES:
+        for module_name, module in modules:
             for name, tensor in _tensors_of(module, role):
+                prefix = clean_fqn(f"{module_name}.") if module_name else ""
                 slot = Slot(module=module, name=name, fqn=prefix + name)
                 key = id(tensor)
                 if key in found and found[key][1] != role:
@@ -101,15 +103,16 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def _tensors_of(module: nn.Module, role: Role) -> Iterator[tuple[str, torch.Tensor]]:
-    registered: dict[Role, dict[str, Any]] = {
-        "parameter": module._parameters,
-        "buffer": module._buffers,
-        "attribute": module.__dict__,
-    }
-    for name, value in registered[role].items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
+def _tensors_of(module: nn.Module, role: Role) -> list[tuple[str, torch.Tensor]]:
+    registered: Mapping[str, Any]
+    if role == "parameter":
+        registered = module._parameters
+    elif role == "buffer":
+        registered = module._buffers
+    else:
+        registered = module.__dict__
+    # Wraps look at every module many times: most have nothing here.
+    return [(name, value) for name, value in registered.items() if isinstance(value, torch.Tensor)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -152,6 +152,8 @@ def _is_small(tensor: WantedTensor) -> bool:
 
 
 def _is_wasteful(tensor: WantedTensor, ranks: Sequence[int]) -> bool:
+    if tensor.layout.shards_rows_only:  # runs of rows are runs of bytes
+        return False
     strides = row_major_strides(tensor.stored.shape)
     needed = spanned = 0
     for rank in ranks:

@@ -89,6 +89,15 @@ class Layout:
     def _position_of_rank(self) -> dict[int, int]:
         return {rank: position for position, rank in enumerate(self.mesh_ranks)}
 
+    @cached_property
+    def shards_rows_only(self) -> bool:
+        """Whether no dim but the first is sharded."""
+        return all(
+            placement.dim == 0
+            for placement in self.placements
+            if isinstance(placement, (Shard, _StridedShard))
+        )
+
     def coordinate(self, rank: int) -> tuple[int, ...] | None:
         """Return the mesh coordinate of a global rank, or None if it is not part of the mesh."""
         position = self._position_of_rank.get(rank)

@@ -96,7 +96,7 @@ def build_empty(
             of_model.pop("trust_remote_code", None)
         model: nn.Module = make(config, dtype=_dtype_of(config, source, dtype), **of_model, **unused)
     if not _builds_on_meta():
-        model.tie_weights()  # the context registers each name of a tied weight as a parameter of its own
+        model.tie_weights()  # type: ignore[operator]  # the context registers each name of a tied weight as a parameter of its own
     model.eval()
     _add_generation_config(model, directory)
     return model

@@ -108,12 +108,11 @@ def load_deferred(
         PeerError: Another rank failed.
     """
     subfolder = config_kwargs.pop("subfolder", "")
-    with agreement.phase("arguments"):
-        refuse_device_map(config_kwargs)
     opened = open_source(
         name, agreement=agreement, revision=config_kwargs.get("revision"), subfolder=subfolder
     )
     with agreement.phase("build"):
+        refuse_device_map(config_kwargs)
         model = build_empty(model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs)
         entries = entries_of(model)
         binding = bind(entries, opened.source, rename=None)

@@ -1,0 +1,93 @@
+"""Many small tensors against the same bytes in large ones: seconds of `materialize`, and the reads that it makes.
+
+    python benchmarks/bench_small.py [--tensors 20000] [--large 64] [--ranks 2] [--repeats 3]
+
+Both checkpoints are generated, 1 GB each in bf16, and filled in turn in fresh processes, copied and mapped. The reads are
+the calls of the busiest rank; the model is built and sharded before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+
+import small_workers
+from shardwise.compare.environment import describe_environment
+from shardwise.compare.launch import run_ranks
+
+_COLUMNS = 256
+_ELEMENTS = 500_000_000
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tensors", type=int, default=20_000)
+    parser.add_argument("--large", type=int, default=64)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console()
+    runs: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-small-") as folder:
+        kinds = {}
+        for name, count in (("small", options.tensors), ("large", options.large)):
+            rows = _ELEMENTS // _COLUMNS // count
+            directory = Path(folder) / name
+            directory.mkdir()
+            values = {f"w{i}": torch.empty(rows, _COLUMNS, dtype=torch.bfloat16) for i in range(count)}
+            save_file(values, directory / "model.safetensors")
+            kinds[name] = {"model": str(directory), "count": count, "rows": rows, "columns": _COLUMNS}
+            del values
+        for repeat in range(options.repeats):
+            for name, arguments in kinds.items():
+                for cpu_storage in ("copy", "auto"):
+                    key = f"{arguments['count']} tensors, {'copied' if cpu_storage == 'copy' else 'mapped'}"
+                    console.print(f"run {repeat + 1} of {options.repeats}: {key}")
+                    by_rank = run_ranks(
+                        small_workers.measure,
+                        {**arguments, "cpu_storage": cpu_storage},
+                        ranks=options.ranks,
+                        log_directory=Path(folder) / f"{name}-{cpu_storage}-{repeat}",
+                        progress=lambda _text: None,
+                    )
+                    runs.setdefault(key, []).append(
+                        {
+                            "seconds": max(result["seconds"] for result in by_rank.values()),
+                            "reads": max(result["reads"] for result in by_rank.values()),
+                            "phases": by_rank[0]["phases"],
+                        }
+                    )
+    table = Table("checkpoint of 1 GB", "seconds", "reads")
+    for key, results in runs.items():
+        seconds = statistics.median(run["seconds"] for run in results)
+        table.add_row(key, f"{seconds:.2f}", f"{max(run['reads'] for run in results)}")
+    console.print(table)
+    for key, results in runs.items():
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in results[0]["phases"].items())
+        console.print(f"{key}: {parts}", soft_wrap=True)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "benchmark": "small",
+            "environment": describe_environment(),
+            "options": {key: str(value) for key, value in vars(options).items()},
+            "runs": runs,
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
