@@ -229,6 +229,13 @@ def test_small_tensors_that_are_mapped_need_no_exchange() -> None:
     assert exchanged(wanted, ranks=range(2)) == frozenset()
 
 
+def test_small_tensors_that_only_some_ranks_can_map_are_exchanged() -> None:
+    wanted = wanted_tensors(
+        1000, (127, 8), Shard(0), ranks=2, may_map=True
+    )  # the last shard is short: padded
+    assert len(exchanged(wanted, ranks=range(2))) == 1000
+
+
 def test_a_few_small_tensors_between_large_ones_are_read_by_their_owners() -> None:
     wanted = wanted_tensors(SMALL_TENSORS - 1, (128, 8), Shard(0), ranks=2)
     assert exchanged(wanted, ranks=range(2)) == frozenset()

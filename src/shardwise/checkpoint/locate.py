@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not re-exported by name
 
 from shardwise.errors import CheckpointError
 
 MODELSCOPE_PREFIX = "ms://"
 _MODELSCOPE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# What a hub would accept as a name, but nobody means as one.
-_FILE_ENDINGS = (".safetensors", ".bin", ".json", ".pt", ".pth", ".ckpt", ".gguf")
+# A hub accepts these in a name, but nobody means one by them.
+_FILE_ENDINGS = (".safetensors", ".bin", ".json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,9 @@ def locate(checkpoint: str | os.PathLike[str], *, revision: str | None = None) -
         why_not_local = getattr(error, "strerror", None) or str(error)
     else:
         if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-            raise CheckpointError(f"{name}: expected a directory or a regular file, got another kind of file.")
+            raise CheckpointError(
+                f"{name}: expected a directory or a regular file, got another kind of file."
+            )
         return Location(name=name, kind="local", path=Path(name), repo_id="", revision=None)
     why_not_hub = _why_not_hub(checkpoint, name)
     if why_not_hub is not None:

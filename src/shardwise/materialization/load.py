@@ -85,8 +85,13 @@ class SourcePlan:
 def layout_of(tensor: torch.Tensor, ranks: Sequence[int]) -> Layout:
     """Return how a parameter lies over the ranks: a DTensor as its placements say, anything else whole on each."""
     if not isinstance(tensor, DTensor):
-        return Layout.replicated(ranks)
+        return _replicated(tuple(ranks))
     return _layout_on(tensor.device_mesh, tuple(tensor.placements))
+
+
+@lru_cache(maxsize=64)
+def _replicated(ranks: tuple[int, ...]) -> Layout:
+    return Layout.replicated(ranks)
 
 
 @lru_cache(maxsize=64)  # a model has few layouts and many parameters
@@ -160,7 +165,8 @@ def plan_sources(
         )
         for source, wanted in by_source.values()
     ]
-    if cpu_storage == "map" and not any(tensor.always_mapped for plan in plans for tensor in plan.wanted):
+    mapped = (t.mapped_on(t.layout.mesh_ranks[0]) for plan in plans for t in plan.wanted)
+    if cpu_storage == "map" and not any(mapped):
         raise ConfigurationError(
             f"cpu_storage='map': expected shards in host memory that are runs of bytes in the file, in its dtype, got "
             f"none (device {device}). Use cpu_storage='auto', which copies what cannot be mapped."

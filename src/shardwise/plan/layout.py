@@ -90,6 +90,14 @@ class Layout:
         return {rank: position for position, rank in enumerate(self.mesh_ranks)}
 
     @cached_property
+    def _known_parts(self) -> dict[tuple[tuple[int, ...], int], tuple[Part, ...]]:
+        return {}  # the layers of a model repeat their shapes
+
+    @cached_property
+    def _known_shapes(self) -> dict[tuple[tuple[int, ...], int], tuple[int, ...] | None]:
+        return {}
+
+    @cached_property
     def shards_rows_only(self) -> bool:
         """Whether no dim but the first is sharded."""
         return all(
@@ -141,6 +149,12 @@ class Layout:
         Returns:
             Boxes that are not empty; none where the rank owns nothing or is not part of the mesh.
         """
+        known = self._known_parts.get((shape, rank))
+        if known is None:
+            known = self._known_parts[shape, rank] = self._parts(shape, rank)
+        return known
+
+    def _parts(self, shape: tuple[int, ...], rank: int) -> tuple[Part, ...]:
         intervals = self._intervals(shape, rank)
         if intervals is None:
             return ()
@@ -159,10 +173,14 @@ class Layout:
 
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...] | None:
         """Return the shape of a global rank's shard, or None if it is not part of the mesh."""
-        intervals = self._intervals(shape, rank)
-        if intervals is None:
-            return None
-        return tuple(sum(stop - start for start, stop in of_dim) for of_dim in intervals)
+        if (shape, rank) not in self._known_shapes:
+            intervals = self._intervals(shape, rank)
+            self._known_shapes[shape, rank] = (
+                None
+                if intervals is None
+                else tuple(sum(stop - start for start, stop in of_dim) for of_dim in intervals)
+            )
+        return self._known_shapes[shape, rank]
 
     def _intervals(self, shape: tuple[int, ...], rank: int) -> list[list[Interval]] | None:
         coordinate = self.coordinate(rank)

@@ -62,8 +62,9 @@ class WantedTensor:
 
     @property
     def always_mapped(self) -> bool:
-        """Whether the first rank maps its shard; ranks with shards of the same size then do so too."""
-        return self.mapped_on(self.layout.mesh_ranks[0]) is not None
+        """Whether every rank maps its shard: the first one does, and the last one's is not shorter."""
+        first, last = self.layout.mesh_ranks[0], self.layout.mesh_ranks[-1]
+        return self.mapped_on(first) is not None and self.mapped_on(last) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
