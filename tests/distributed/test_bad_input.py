@@ -343,7 +343,9 @@ def test_meshes_of_other_axes(
 
 
 def construct_on_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...] | None) -> None:
-    make_strategy(name, device_mesh=dist.init_device_mesh("cpu", shape, mesh_dim_names=names))
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=names)
+    dist.barrier()  # a rank that has ended would break the groups that others still connect
+    make_strategy(name, device_mesh=mesh)
 
 
 @by_strategy

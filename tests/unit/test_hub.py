@@ -320,6 +320,7 @@ def test_what_the_hub_says_in_one_sentence(
     for text in expected:
         assert text in message
     assert "of no use" not in message
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
 
 

@@ -245,7 +245,7 @@ def test_a_read_of_contiguous_elements_takes_nothing() -> None:
     full = torch.ones(1000, 1000)
     with LargestResult() as largest:
         StateDictSource({"w": full}).read_into("w", 4, target)
-    assert largest.nbytes <= len(content)
+    assert largest.nbytes == 0
     assert torch.frombuffer(content, dtype=torch.float32).eq(1).all()
 
 

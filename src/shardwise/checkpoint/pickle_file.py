@@ -77,9 +77,8 @@ def _unpickled(path: Path) -> Any:
     try:
         mapped = _is_mappable(path)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of pickle protocols and TorchScript; what matters is raised below
+            # Of pickle protocols and TorchScript; what matters is raised below.
+            warnings.simplefilter("ignore")
             return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UnsupportedFormatError(

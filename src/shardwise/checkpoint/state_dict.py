@@ -99,8 +99,8 @@ class StateDictSource:
     def read_into(self, file: str, offset: int, into: memoryview) -> None:
         """Fill a buffer with the bytes of a tensor from an offset on; see `Source`.
 
-        Bytes of a contiguous tensor in host memory are copied once. Of any other, only the elements asked for are brought
-        together first, so that a read takes at most its own size in addition.
+        Bytes of a contiguous tensor in host memory are copied straight from it. Of any other, only the elements asked for are
+        brought together first, so that a read takes at most its own size in addition.
         """
         tensor = self._tensors[file].detach()
         itemsize = tensor.element_size()
@@ -113,9 +113,6 @@ class StateDictSource:
         if not len(into):
             return
         target = torch.frombuffer(into, dtype=torch.uint8)
-        if tensor.is_contiguous() and tensor.device.type == "cpu":
-            target.copy_(_flat_bytes(tensor)[offset : offset + len(into)])
-            return
         start, stop = offset // itemsize, -(-(offset + len(into)) // itemsize)
         done = 0
         skipped = offset - start * itemsize  # a range may begin, and end, inside of an element
@@ -173,7 +170,7 @@ def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _boxes(tensor: torch.Tensor, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """Cut a run of elements into boxes, in order; at most two per dim and one more.
+    """Cut a run of elements into boxes, in order; at most two per dim and one more. Those of a contiguous tensor are contiguous.
 
     Args:
         tensor: Of any strides.

@@ -106,7 +106,11 @@ def open_source(
         return Opened(source=checkpoint, path=Path())
     with agreement.phase("locate"):
         location = locate(checkpoint, revision=revision)
-    path = location.path if location.path is not None else _local_snapshot(location, agreement)
+    path = (
+        location.path
+        if location.path is not None
+        else _local_snapshot(location, agreement, subfolder=subfolder)
+    )
     path = path / subfolder
     directory = path if path.is_dir() else path.parent
     if path.name.endswith(PICKLE_ENDINGS):
@@ -141,17 +145,19 @@ def _of_first_rank(tensors: Mapping[str, torch.Tensor] | None, agreement: Agreem
         return RemoteSource(stored)
 
 
-def _local_snapshot(location: Location, agreement: Agreement) -> Path:
+def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str) -> Path:
     """Return where a hub's files are on this rank; one rank per file system downloads them while the others wait."""
     is_first = agreement.rank == agreement.ranks[0]
     with agreement.phase("download"):
         path = None
         if is_first:
-            path = cached_snapshot(location) or download_snapshot(location)
+            path = cached_snapshot(location, subfolder=subfolder) or download_snapshot(
+                location, subfolder=subfolder
+            )
         revision = agreement.publish("revision", snapshot_revision(path) if path is not None else None)
     pinned = location.at(revision)
     with agreement.phase("find download"):
-        path = path or cached_snapshot(pinned)
+        path = path or cached_snapshot(pinned, subfolder=subfolder)
     found = [
         json.loads(text)
         for text in agreement.gather("found", json.dumps([socket.gethostname(), path is not None]))
@@ -164,9 +170,13 @@ def _local_snapshot(location: Location, agreement: Agreement) -> Path:
             if host in without and own == next(
                 i for i, (name, has) in enumerate(found) if name == host and not has
             ):
-                path = download_snapshot(pinned)
+                path = download_snapshot(pinned, subfolder=subfolder)
     with agreement.phase("find download again"):
-        return path or cached_snapshot(pinned) or download_snapshot(pinned)
+        return (
+            path
+            or cached_snapshot(pinned, subfolder=subfolder)
+            or download_snapshot(pinned, subfolder=subfolder)
+        )
 
 
 def _packed(text: str) -> str:
