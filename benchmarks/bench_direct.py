@@ -12,20 +12,17 @@ fetched from disk for them. `--cold` empties the page cache before each run, whi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import direct_workers
-from shardwise.compare.environment import describe_environment
-from shardwise.compare.generated import generate_checkpoint
+from harness import add_model_options, checkpoint_of, write_figures
 from shardwise.compare.launch import run_ranks
 
 _MEBIBYTE = 2**20
@@ -36,29 +33,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parameters", type=int, default=1_000_000_000)
+    add_model_options(parser)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each run")
-    parser.add_argument("--model", help="a checkpoint directory, in place of a generated one")
     parser.add_argument("--way", action="append", choices=tuple(direct_workers.WAYS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory(prefix="bench-direct-") as folder:
-        model = options.model
-        if model is None:
-            model = str(Path(folder) / "model")
-            console.print(f"writing a checkpoint of {options.parameters:,} parameters")
-            generate_checkpoint(
-                Path(model),
-                config_kind="dense",
-                parameters=options.parameters,
-                dtype=torch.bfloat16,
-                seed=0,
-                files=4,
-            )
+        model = checkpoint_of(options, folder, console)
         checkpoint_bytes = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
         ways = options.way or list(direct_workers.WAYS)
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
@@ -78,17 +63,14 @@ def main() -> None:
     _print(runs, console)
     checksums = {run["checksum"] for way, results in runs.items() if way != "floor" for run in results}
     console.print(f"all ways ended with equal values: {len(checksums) <= 1}")
-    document = {
-        "benchmark": "direct",
-        "environment": describe_environment(),
-        "options": {key: str(value) for key, value in vars(options).items()},
-        "checkpoint_bytes": checkpoint_bytes,
-        "runs": runs,
-        "equal": len(checksums) <= 1,
-    }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_figures(
+        options.json,
+        "direct",
+        options,
+        checkpoint_bytes=checkpoint_bytes,
+        runs=runs,
+        equal=len(checksums) <= 1,
+    )
 
 
 def _empty_page_cache() -> None:

@@ -10,19 +10,16 @@ and of the worst other rank over load and transfer. Figures go to `--json` as we
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import rank0_workers
-from shardwise.compare.environment import describe_environment
-from shardwise.compare.generated import generate_checkpoint
+from harness import add_model_options, checkpoint_of, write_figures
 from shardwise.compare.launch import run_ranks
 
 
@@ -31,27 +28,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parameters", type=int, default=1_000_000_000)
+    add_model_options(parser)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--model", help="a checkpoint directory, in place of a generated one")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory(prefix="bench-rank0-") as folder:
-        model = options.model
-        if model is None:
-            model = str(Path(folder) / "model")
-            console.print(f"writing a checkpoint of {options.parameters:,} parameters")
-            generate_checkpoint(
-                Path(model),
-                config_kind="dense",
-                parameters=options.parameters,
-                dtype=torch.bfloat16,
-                seed=0,
-                files=4,
-            )
+        model = checkpoint_of(options, folder, console)
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in rank0_workers.WAYS}
         for repeat in range(options.repeats):
             for way, results in runs.items():
@@ -65,18 +50,10 @@ def main() -> None:
                 )
                 results.append(_summary(by_rank))
     checksums = {run["checksum"] for results in runs.values() for run in results}
-    document = {
-        "benchmark": "rank0",
-        "environment": describe_environment(),
-        "options": {k: str(v) for k, v in vars(options).items()},
-        "runs": runs,
-        "equal": len(checksums) == 1,
-    }
+    equal = len(checksums) == 1
     _print(runs, console)
-    console.print(f"all ways ended with equal shards: {document['equal']}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console.print(f"all ways ended with equal shards: {equal}")
+    write_figures(options.json, "rank0", options, runs=runs, equal=equal)
 
 
 def _summary(by_rank: dict[int, Any]) -> dict[str, Any]:

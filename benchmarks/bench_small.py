@@ -9,7 +9,6 @@ the calls of the busiest rank; the model is built and sharded before the clock s
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 import small_workers
-from shardwise.compare.environment import describe_environment
+from harness import write_figures
 from shardwise.compare.launch import run_ranks
 
 _COLUMNS = 256
@@ -78,15 +77,7 @@ def main() -> None:
     for key, results in runs.items():
         parts = ", ".join(f"{name} {value:.2f}" for name, value in results[0]["phases"].items())
         console.print(f"{key}: {parts}", soft_wrap=True)
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "benchmark": "small",
-            "environment": describe_environment(),
-            "options": {key: str(value) for key, value in vars(options).items()},
-            "runs": runs,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_figures(options.json, "small", options, runs=runs)
 
 
 if __name__ == "__main__":

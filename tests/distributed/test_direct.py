@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -472,9 +474,56 @@ def open_files(directory: str) -> list[str]:
         cpu_storage="auto",
         dtype_of=lambda entry, of: entry.tensor.dtype,
     )
-    allocate(own, plans, device=torch.device("cpu"))
+    allocate(own, plans, device=torch.device("cpu"), staging_bytes=2**20)
     opened: list[str] = sorted(source.opened_files)  # type: ignore[attr-defined]
     return opened
+
+
+@by_strategy
+@pytest.mark.parametrize("cpu_storage", ["map", "copy"])
+def test_files_are_closed_after_a_wrap(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str, cpu_storage: str
+) -> None:
+    pool.run(wrap_and_count_files, strategy, checkpoint("qwen3_tied"), cpu_storage, ranks=2)
+
+
+def wrap_and_count_files(name: str, directory: str, cpu_storage: str) -> None:
+    gc.collect()  # pages that an earlier job of this process had mapped
+    before = open_in(directory)
+    strategy = make_strategy(name, cpu_storage=cpu_storage)
+    model = strategy.wrap_model(load(strategy, directory, defer=True))
+    # Python's mmap keeps a descriptor of its own for as long as the pages live; the checkpoint is one file.
+    assert open_in(directory) - before <= (1 if cpu_storage == "map" else 0)
+    check_equal(model, from_checkpoint(directory))
+
+
+def open_in(directory: str) -> int:
+    folder = Path("/proc/self/fd")
+    targets = [os.path.realpath(each) for each in folder.iterdir()] if folder.is_dir() else []
+    return sum(target.startswith(os.path.realpath(directory)) for target in targets)
+
+
+@pytest.mark.parametrize("staging_bytes", [1024, 2**20])
+def test_a_file_that_cannot_be_mapped_is_read_through_any_staging(
+    pool: RankPool, net_checkpoint: Path, staging_bytes: int
+) -> None:
+    pool.run(fill_unmapped, str(net_checkpoint), staging_bytes, ranks=2)
+
+
+def fill_unmapped(path: str, staging_bytes: int) -> None:
+    from shardwise.checkpoint import SafetensorsSource
+    from shardwise.materialization.read import Shards
+
+    original, in_place = SafetensorsSource.mapped, Shards.in_place
+    SafetensorsSource.mapped = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    Shards.in_place = lambda *_: None  # type: ignore[method-assign, assignment]
+    try:
+        model = meta_net()
+        shard_by_hand(model)
+        sw.materialize(model, path, staging_bytes=staging_bytes)
+    finally:
+        SafetensorsSource.mapped, Shards.in_place = original, in_place  # type: ignore[method-assign]
+    check_equal(model, reference_net(path))
 
 
 # --- verify_shards ---

@@ -24,7 +24,7 @@ from shardwise.plan import (
     ScatterPlan,
     plan_scatter,
 )
-from shardwise.plan.scatter_plan import ALIGNMENT_BYTES
+from shardwise.plan.boxes import ALIGNMENT_BYTES
 from shardwise.tensors import Region, TensorSpec
 
 dtypes = st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64, torch.complex128])

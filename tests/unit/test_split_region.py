@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardwise.plan.scatter_plan import split_region
+from shardwise.plan.boxes import split_region
 from shardwise.tensors import Region
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from shardwise.materialization import Entry, Structure, entries_of, structure_difference
+from shardwise.materialization import Entry, Structure, entries_of
+from shardwise.materialization.structure import structure_difference
 from tests.unit.models import Rotary, Tied
 
 

@@ -114,7 +114,7 @@ class RangedFile:
                 )
 
     def close(self) -> None:
-        """Close the file; mapped tensors stay usable."""
+        """Close the file; mapped tensors stay usable, and Python keeps one descriptor for them."""
         for name in ("_fd", "_direct_fd"):
             fd = getattr(self, name)
             if fd is not None and fd >= 0:

@@ -215,7 +215,7 @@ class SafetensorsSource:
 
     def _require_described(self, name: str, opened: RangedFile) -> None:
         expected = self._files[name]
-        got = _fingerprint(opened)
+        got, _ = _fingerprint(opened)
         same_host = self._host == socket.gethostname()
         differs = [
             f"{field} {getattr(got, field)} in place of {getattr(expected, field)}"
@@ -229,28 +229,28 @@ class SafetensorsSource:
             )
 
 
-def _fingerprint(opened: RangedFile) -> DescribedFile:
+def _fingerprint(opened: RangedFile) -> tuple[DescribedFile, bytes]:
+    """Return the description of a file, and its header."""
     size = opened.identity.size
     start = bytearray(min(LENGTH_BYTES, size))
     opened.read_into(0, memoryview(start))
     length = header_length(bytes(start), file=str(opened.path), file_bytes=size)
     header = bytearray(length)
     opened.read_into(LENGTH_BYTES, memoryview(header))
-    return DescribedFile(
+    described = DescribedFile(
         size=size,
         header_bytes=length,
         header_sha256=hashlib.sha256(header).hexdigest(),
         mtime_ns=opened.identity.mtime_ns,
     )
+    return described, bytes(header)
 
 
 def _describe(path: Path, name: str) -> tuple[DescribedFile, tuple[StoredTensor, ...]]:
     opened = RangedFile(path, direct_io=False)
     try:
-        described = _fingerprint(opened)
-        header = bytearray(described.header_bytes)
-        opened.read_into(LENGTH_BYTES, memoryview(header))
-        return described, parse_header(bytes(header), file=name, file_bytes=described.size)
+        described, header = _fingerprint(opened)
+        return described, parse_header(header, file=name, file_bytes=described.size)
     finally:
         opened.close()
 

@@ -2,10 +2,12 @@
 
 from shardwise.materialization.agreement import Agreement, Comparable, timeout_seconds_of
 from shardwise.materialization.binding import Binding, Bound, bind, check_bound, listed, permitted
+from shardwise.materialization.comparing import comparable_digests, comparable_structure, digest_of
 from shardwise.materialization.device import device_of
 from shardwise.materialization.fill import Filled, fill_from_source
-from shardwise.materialization.load import CPU_STORAGE, CpuStorage
+from shardwise.materialization.load import CpuStorage, check_cpu_storage
 from shardwise.materialization.materialize import (
+    FilledFromFiles,
     FillOptions,
     default_staging_bytes,
     fill_from_files,
@@ -18,11 +20,10 @@ from shardwise.materialization.open_source import open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.storage import local_bytes_of, trained_parameters_of
-from shardwise.materialization.structure import Entry, Structure, entries_of, structure_difference
+from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.verify import Mismatch, VerifyReport, verify_shards
 
 __all__ = [
-    "CPU_STORAGE",
     "Agreement",
     "Binding",
     "Bound",
@@ -31,15 +32,20 @@ __all__ = [
     "Entry",
     "FillOptions",
     "Filled",
+    "FilledFromFiles",
     "Mismatch",
     "Structure",
     "VerifyReport",
     "bind",
     "check_bound",
+    "check_cpu_storage",
     "clean_fqn",
     "collect_report",
+    "comparable_digests",
+    "comparable_structure",
     "default_staging_bytes",
     "device_of",
+    "digest_of",
     "entries_of",
     "fill_from_files",
     "fill_from_source",
@@ -51,7 +57,6 @@ __all__ = [
     "permitted",
     "shown_by_default",
     "stored_dtypes",
-    "structure_difference",
     "take_values",
     "timeout_seconds_of",
     "trained_parameters_of",

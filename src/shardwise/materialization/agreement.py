@@ -277,3 +277,10 @@ def timeout_seconds_of(timeout: float | timedelta | None) -> float:
     if timeout is None:
         return dist.distributed_c10d.default_pg_timeout.total_seconds()
     return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+
+
+def ranks_of_group(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """Return the global ranks of a group, None being the default one; rank 0 alone where there is no process group."""
+    if not dist.is_initialized():
+        return (0,)
+    return tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))

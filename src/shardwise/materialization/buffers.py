@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -12,7 +10,8 @@ from torch import nn
 from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchError
 from shardwise.materialization.agreement import Comparable
 from shardwise.materialization.binding import listed
-from shardwise.materialization.rerun import made_again, own_rerun
+from shardwise.materialization.comparing import comparable_digests, digest_of
+from shardwise.materialization.rerun import made_by_modules
 from shardwise.materialization.structure import Entry, entries_of
 
 Buffers = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor | None] | None
@@ -44,8 +43,12 @@ def fill_buffers(model: nn.Module, buffers: Buffers, *, bound: Collection[str], 
             values[id(entry.tensor)] = given
         elif entry.tensor.is_meta and entry.fqn not in bound:
             without.append(entry)
-    made, left = _make_again(model, without)
-    values |= made
+    left: list[str] = []
+    for entry, made in made_by_modules(model, without, buffers_only=True, seed_of=lambda _: _SEED):
+        if made is None:
+            left.append(entry.fqn)
+        else:
+            values[id(entry.tensor)] = made.to(entry.tensor.dtype)
     if left:
         raise LeftOnMetaError(
             f"expected values for every buffer, got none for {listed(left)}: they are on meta, no checkpoint holds them, "
@@ -57,28 +60,20 @@ def fill_buffers(model: nn.Module, buffers: Buffers, *, bound: Collection[str], 
 
 def equal_buffers(model: nn.Module, *, but: Collection[str]) -> Comparable:
     """Return what makes ranks compare their buffers' values, except those named."""
-    digests = {}
-    for entry in entries_of(model):
-        if entry.role == "buffer" and entry.fqn not in but and not entry.tensor.is_meta:
-            content = entry.tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            kind = f"{entry.tensor.dtype} {tuple(entry.tensor.shape)} "
-            digests[entry.fqn] = hashlib.sha256(kind.encode() + content).hexdigest()[:16]
-    text = json.dumps(digests)
-    return Comparable(
-        what="the values of a buffer",
-        digest=hashlib.sha256(text.encode()).hexdigest(),
-        details=lambda: text,
-        explain=_differing,
+    digests = {
+        entry.fqn: digest_of(entry.tensor, kind=f"{entry.tensor.dtype} {tuple(entry.tensor.shape)} ")
+        for entry in entries_of(model)
+        if entry.role == "buffer" and entry.fqn not in but and not entry.tensor.is_meta
+    }
+    return comparable_digests(
+        "the values of a buffer",
+        digests,
+        explain=lambda names: "they differ in " + listed(names),
         remedy=(
             "Buffers are not sharded, so every rank must hold the same. Give them with buffers=, or build the model in the "
             "same way on every rank."
         ),
     )
-
-
-def _differing(expected_json: str, got_json: str) -> str:
-    expected, got = json.loads(expected_json), json.loads(got_json)
-    return "they differ in " + listed([name for name in expected if expected[name] != got.get(name)])
 
 
 def _given(entry: Entry, buffers: Buffers) -> torch.Tensor | None:
@@ -107,30 +102,6 @@ def _refuse_unknown(buffers: Mapping[str, torch.Tensor], entries: list[Entry]) -
             f"buffers: expected names of the model's buffers as keys, got {listed(unknown)}. Parameters come from the "
             "checkpoint; rename= says under which name."
         )
-
-
-def _make_again(model: nn.Module, entries: list[Entry]) -> tuple[dict[int, torch.Tensor], list[str]]:
-    values: dict[int, torch.Tensor] = {}
-    left: list[str] = []
-    by_module: dict[int, list[Entry]] = {}
-    for entry in entries:
-        by_module.setdefault(id(entry.slots[0].module), []).append(entry)
-    fqn_of = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    for of_module in by_module.values():
-        module = of_module[0].slots[0].module
-        rerun = own_rerun(model, fqn_of[id(module)], buffers_only=True)
-        if rerun is None:
-            left += [entry.fqn for entry in of_module]
-            continue
-        names = {entry.slots[0].name: entry.tensor for entry in of_module}
-        made, unwritten = made_again(module, names, rerun, seed=_SEED)
-        for entry in of_module:
-            name = entry.slots[0].name
-            if name in unwritten:
-                left.append(entry.fqn)
-            else:
-                values[id(entry.tensor)] = made[name].to(entry.tensor.dtype)
-    return values, left
 
 
 def _put(model: nn.Module, values: dict[int, torch.Tensor], device: torch.device) -> None:

@@ -10,7 +10,7 @@ from shardwise.checkpoint import Source
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.read import as_memory, strided_view
 from shardwise.plan import Round
-from shardwise.plan.load_plan import row_major_strides, span
+from shardwise.plan.boxes import row_major_strides, span
 
 
 class Exchange:

@@ -16,9 +16,9 @@ from torch import nn
 from shardwise.errors import CheckpointError
 from shardwise.materialization.binding import listed
 from shardwise.materialization.load import layout_of
-from shardwise.materialization.rerun import made_again, own_rerun
+from shardwise.materialization.rerun import made_by_modules
 from shardwise.materialization.storage import local_of
-from shardwise.materialization.structure import Entry, entries_of
+from shardwise.materialization.structure import entries_of
 
 
 def initialise(
@@ -36,27 +36,15 @@ def initialise(
     Raises:
         CheckpointError: Listing parameters that their module does not initialise.
     """
-    by_module: dict[int, list[Entry]] = {}
-    for entry in entries_of(model):
-        if entry.role == "parameter" and entry.fqn in absent:
-            by_module.setdefault(id(entry.slots[0].module), []).append(entry)
-    fqn_of = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    wanted = (entry for entry in entries_of(model) if entry.role == "parameter" and entry.fqn in absent)
     left: list[str] = []
-    for of_module in by_module.values():
-        module = of_module[0].slots[0].module
-        fqn = fqn_of[id(module)]
-        rerun = own_rerun(model, fqn, buffers_only=False)
-        if rerun is None:
-            left += [entry.fqn for entry in of_module]
-            continue
-        names = {entry.slots[0].name: entry.tensor for entry in of_module}
-        made, unwritten = made_again(module, names, rerun, seed=_seed_of(seed, fqn))
-        for entry in of_module:
-            name = entry.slots[0].name
-            if name in unwritten:
-                left.append(entry.fqn)
-            else:
-                _keep_own_part(entry.tensor, made[name], ranks, rank)
+    for entry, whole in made_by_modules(
+        model, wanted, buffers_only=False, seed_of=lambda fqn: _seed_of(seed, fqn)
+    ):
+        if whole is None:
+            left.append(entry.fqn)
+        else:
+            _keep_own_part(entry.tensor, whole, ranks, rank)
     if left:
         raise CheckpointError(
             f"expected a value for every parameter, got none for {listed(left)}: no checkpoint holds them, and their module "

@@ -36,6 +36,18 @@ _BUFFERS = 8
 _EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
 
 
+def check_cpu_storage(cpu_storage: str) -> None:
+    """Raise unless a text says how shards of CPU ranks are kept.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    if cpu_storage not in CPU_STORAGE:
+        raise ConfigurationError(
+            f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """What a load did on this rank.
@@ -43,12 +55,10 @@ class Loaded:
     Args:
         storage_bytes: Requested from storage, mapped ones included.
         network_bytes: Received from other ranks.
-        reads: Number of read calls.
     """
 
     storage_bytes: int
     network_bytes: int
-    reads: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +85,6 @@ class SourcePlan:
             for sender, length in enumerate(turn.receive_bytes)
             if sender != turn.position
         )
-
-    @property
-    def reads(self) -> int:
-        """Number of read calls, if none is cut short."""
-        return len(self.direct.reads) + sum(turn.read is not None for turn in self.rounds)
 
 
 def layout_of(tensor: torch.Tensor, ranks: Sequence[int]) -> Layout:
@@ -212,7 +217,7 @@ def staging_ring(staging_bytes: int, device: torch.device) -> StagingRing:
 
 
 def allocate(
-    model: nn.Module, plans: Sequence[SourcePlan], *, device: torch.device
+    model: nn.Module, plans: Sequence[SourcePlan], *, device: torch.device, staging_bytes: int
 ) -> tuple[list[SourcePlan], dict[str, torch.Tensor]]:
     """Give every meta parameter storage: pages of the file where the plan says so, else memory.
 
@@ -220,6 +225,7 @@ def allocate(
         model: As planned.
         plans: Of this rank.
         device: Of parameters outside of FSDP2.
+        staging_bytes: Bound of the staging buffers.
 
     Returns:
         The plans, in which what could not be mapped after all is read, and this rank's shards by fqn.
@@ -235,7 +241,7 @@ def allocate(
                 unmapped.add(item.fqn)
             else:
                 pages[item.fqn] = found
-        final.append(_read_instead(plan, unmapped) if unmapped else plan)
+        final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
     dtype_of = {tensor.fqn: tensor.dtype for plan in plans for tensor in plan.wanted}
     allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
     _allocate_buffers(model, dtype_of, device)
@@ -246,9 +252,9 @@ def _map(source: Source, item: Mapped, dtype: torch.dtype) -> torch.Tensor | Non
     return source.mapped(item.file, item.start, dtype=dtype, numel=item.nbytes // dtype.itemsize)
 
 
-def _read_instead(plan: SourcePlan, unmapped: set[str]) -> SourcePlan:
+def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:
     wanted = [dataclasses.replace(t, may_map=False) for t in plan.wanted if t.fqn in unmapped]
-    extra = plan_load(wanted, rank=plan.direct.rank, max_read_bytes=_LARGEST_READ_BYTES)
+    extra = plan_load(wanted, rank=plan.direct.rank, max_read_bytes=read_bytes_of(staging_bytes))
     direct = LoadPlan(
         rank=plan.direct.rank,
         mapped=tuple(item for item in plan.direct.mapped if item.fqn not in unmapped),
@@ -320,5 +326,4 @@ def execute(
     return Loaded(
         storage_bytes=sum(plan.storage_bytes for plan in plans),
         network_bytes=sum(plan.network_bytes for plan in plans),
-        reads=sum(plan.reads for plan in plans),
     )

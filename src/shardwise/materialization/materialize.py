@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,21 +13,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from shardwise.checkpoint import Source, StateDictSource
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
 from shardwise.materialization.binding import Binding, Bound, Rename, bind, check_bound, listed, permitted
 from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
+from shardwise.materialization.comparing import comparable_structure
 from shardwise.materialization.device import device_of_model
 from shardwise.materialization.initialise import initialise
-from shardwise.materialization.load import CPU_STORAGE, CpuStorage, Loaded, allocate, execute, plan_sources
+from shardwise.materialization.load import (
+    CpuStorage,
+    Loaded,
+    allocate,
+    check_cpu_storage,
+    execute,
+    plan_sources,
+)
 from shardwise.materialization.meta import refuse_meta
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.progress import JobProgress, shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
-from shardwise.materialization.structure import Entry, Structure, entries_of, structure_difference
+from shardwise.materialization.storage import reshard
+from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.profiling import LoadReport, phase, profile_memory
 
 ROUTES = ("auto", "direct")
@@ -51,7 +60,6 @@ class FillOptions:
         cpu_storage: Whether shards in host memory may be pages of the file.
         dtype: In which floating point shards are kept; None keeps the model's, "auto" takes the checkpoint's.
         buffers: Values of buffers that no checkpoint holds.
-        seed: Of what is initialised; equal on all ranks.
         show_progress: On this rank; the first rank's counts.
     """
 
@@ -60,7 +68,6 @@ class FillOptions:
     cpu_storage: CpuStorage
     dtype: torch.dtype | str | None
     buffers: Buffers
-    seed: int
     show_progress: bool
 
 
@@ -131,19 +138,22 @@ def materialize(
         LeftOnMetaError: A buffer has no values.
         RankError: Ranks differ, one failed, or one did not arrive.
     """
-    ranks = (
-        tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
-        if dist.is_initialized()
-        else (0,)
+    agreement = Agreement(
+        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout), call="materialize"
     )
-    agreement = Agreement(ranks, timeout_seconds=timeout_seconds_of(timeout), call="materialize")
     target = torch.device(device) if device is not None else device_of_model(model)
-    with profile_memory(device=target) as profile:
+    with profile_memory(device=target) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
             _check_arguments(route, cpu_storage, dtype)
-            _reshard(model)
-            check.same = _comparable(model, cpu_storage, dtype)
+            reshard(model)
+            check.same = comparable_structure(
+                Structure.of(entries_of(model)),
+                (f"option cpu_storage: {cpu_storage}", f"option dtype: {dtype}"),
+                remedy="Build the model from the same config and pass the same arguments on every rank.",
+            )
         source = open_source(checkpoint, agreement=agreement).source if checkpoint is not None else None
+        if source is not None and not isinstance(checkpoint, Source):
+            stack.callback(source.close)
         first_rank_reads = isinstance(source, (StateDictSource, RemoteSource))
         with agreement.phase("match names"):
             entries = entries_of(model)
@@ -153,21 +163,17 @@ def materialize(
             absent = permitted(binding.absent, allowed, name=name)
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
-            seed = json.loads(agreement.publish("seed", _seed(agreement)))
         options = FillOptions(
             device=target,
             staging_bytes=staging_bytes or default_staging_bytes(target.type),
             cpu_storage=cpu_storage,
             dtype=dtype,
             buffers=buffers,
-            seed=seed,
             show_progress=shown_by_default() if progress is None else progress,
         )
         filled = fill_from_files(
             model, binding.bound, absent, options, agreement=agreement, first_rank_reads=first_rank_reads
         )
-        if source is not None and not isinstance(checkpoint, Source):
-            source.close()
     with agreement.phase("report"):
         stored = stored_dtypes(list(model.parameters()))
         return collect_report(
@@ -233,7 +239,7 @@ def fill_from_files(
             fill_buffers(model, options.buffers, bound=bound.keys(), device=options.device)
         plan.same = equal_buffers(model, but=bound.keys())
     with agreement.phase("allocate"):
-        plans, targets = allocate(model, plans, device=options.device)
+        plans, targets = allocate(model, plans, device=options.device, staging_bytes=options.staging_bytes)
     with agreement.phase("read"):
         progress = JobProgress(
             agreement,
@@ -255,7 +261,9 @@ def fill_from_files(
         refuse_meta(model)
     if absent:
         with agreement.phase("initialise"):
-            initialise(model, absent, ranks=ranks, rank=rank, seed=options.seed)
+            own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
+            seed = json.loads(agreement.publish("seed", own_seed))
+            initialise(model, absent, ranks=ranks, rank=rank, seed=seed)
     predicted = {
         "storage_bytes": sum(of_rank[0] for of_rank in planned),
         "network_bytes": sum(of_rank[1] for of_rank in planned),
@@ -274,37 +282,11 @@ def _kept_dtype(entry: Entry, of: Bound, dtype: torch.dtype | str | None) -> tor
 def _check_arguments(route: str, cpu_storage: str, dtype: Any) -> None:
     if route not in ROUTES:
         raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-    if cpu_storage not in CPU_STORAGE:
-        raise ConfigurationError(
-            f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
-        )
+    check_cpu_storage(cpu_storage)
     if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ConfigurationError(
             f"dtype: expected None, 'auto' or a floating point torch dtype, got {dtype!r}"
         )
-
-
-def _reshard(model: nn.Module) -> None:
-    # A module that keeps its parameters gathered after forward would show them here in place of its shards.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _comparable(model: nn.Module, cpu_storage: str, dtype: Any) -> Comparable:
-    lines = (
-        *Structure.of(entries_of(model)).lines,
-        f"option cpu_storage: {cpu_storage}",
-        f"option dtype: {dtype}",
-    )
-    described = Structure(lines=lines)
-    return Comparable(
-        what="the model or an option",
-        digest=described.digest,
-        details=described.to_json,
-        explain=lambda expected, got: structure_difference(expected, got, limit=5),
-        remedy="Build the model from the same config and pass the same arguments on every rank.",
-    )
 
 
 def _bind(entries: tuple[Entry, ...], source: Source | None, rename: Rename) -> Binding:
@@ -318,7 +300,3 @@ def warn_of_unexpected(binding: Binding, name: str, agreement: Agreement) -> Non
     """Log, once in the job, what a checkpoint holds that the model does not take."""
     if binding.unexpected and agreement.rank == agreement.ranks[0]:
         _log.warning("%s holds tensors that the model does not take: %s", name, listed(binding.unexpected))
-
-
-def _seed(agreement: Agreement) -> str | None:
-    return json.dumps(torch.initial_seed()) if agreement.rank == agreement.ranks[0] else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from shardwise.materialization.structure import Entry
 
 _POISON = (0xFF, 0x55)  # as floats: not a number, and a number that nothing computes
 
@@ -41,9 +43,39 @@ def own_rerun(model: nn.Module, fqn: str, *, buffers_only: bool) -> Callable[[],
     return None
 
 
+def made_by_modules(
+    model: nn.Module, entries: Iterable[Entry], *, buffers_only: bool, seed_of: Callable[[str], int]
+) -> Iterator[tuple[Entry, torch.Tensor | None]]:
+    """Let modules make tensors again, one module at a time.
+
+    Args:
+        model: That the modules are parts of.
+        entries: What is wanted.
+        buffers_only: As `own_rerun` takes it.
+        seed_of: From a module's fqn to the seed of its random numbers; equal on all ranks.
+
+    Yields:
+        Each entry and its full value on the host, or None where its module does not make it.
+    """
+    by_module: dict[int, list[Entry]] = {}
+    for entry in entries:
+        by_module.setdefault(id(entry.slots[0].module), []).append(entry)
+    fqn_of = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    for of_module in by_module.values():
+        module = of_module[0].slots[0].module
+        fqn = fqn_of[id(module)]
+        rerun = own_rerun(model, fqn, buffers_only=buffers_only)
+        made: dict[str, torch.Tensor] = {}
+        if rerun is not None:
+            names = {entry.slots[0].name: entry.tensor for entry in of_module}
+            made = made_again(module, names, rerun, seed=seed_of(fqn))
+        for entry in of_module:
+            yield entry, made.get(entry.slots[0].name)
+
+
 def made_again(
     module: nn.Module, names: Mapping[str, torch.Tensor], rerun: Callable[[], None], *, seed: int
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+) -> dict[str, torch.Tensor]:
     """Let a module make some of its own tensors again, whole and on the host.
 
     It runs twice over memory that held different bytes before: what comes out different was not written.
@@ -55,7 +87,7 @@ def made_again(
         seed: Of the random numbers; equal on all ranks.
 
     Returns:
-        The values by name, and the names that the module did not write.
+        The values by name; what the module did not write is not among them.
     """
     runs = []
     for poison in _POISON:
@@ -65,8 +97,7 @@ def made_again(
                 rerun()
             # A module may put a new tensor in the place of its old one.
             runs.append({name: _registered(module, name, tensors[name]).detach() for name in names})
-    unwritten = [name for name in names if not _same_bytes(runs[0][name], runs[1][name])]
-    return runs[1], unwritten
+    return {name: value for name, value in runs[1].items() if _same_bytes(runs[0][name], value)}
 
 
 @contextmanager

@@ -39,6 +39,13 @@ def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
                     yield fsdp_param
 
 
+def reshard(model: nn.Module) -> None:
+    """Put shards in the place of parameters that a module keeps gathered after its forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def trained_parameters_of(model: nn.Module) -> set[int]:
     """Return the identities of the parameters that an optimizer of a sharded model must hold.
 
@@ -113,7 +120,7 @@ def _allocate_managed(fsdp_param: Any, dtype: torch.dtype, pages: torch.Tensor |
     parameter = fsdp_param.sharded_param
     shape, dim = tuple(fsdp_param.padded_sharded_param_size), fsdp_param.fsdp_placement.dim
     local_size = tuple(parameter._local_tensor.shape)
-    if pages is not None and pages.numel() == math.prod(shape) == math.prod(local_size):
+    if pages is not None:  # the plan maps no shard that needs padding
         padded, length = pages.view(shape), shape[dim]
     else:
         padded = torch.empty(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,16 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
+from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
 from shardwise.materialization.load import layout_of, read_bytes_of, staging_ring
 from shardwise.materialization.materialize import default_staging_bytes
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.read import Reading
-from shardwise.materialization.storage import local_of
+from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import entries_of
 from shardwise.plan import Fragment, WantedTensor, plan_load
 
@@ -115,11 +116,7 @@ def verify_shards(
         CheckpointError: The checkpoint is damaged, or a shape is not the model's.
         RankError: A rank failed, or did not arrive.
     """
-    ranks = (
-        tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
-        if dist.is_initialized()
-        else (0,)
-    )
+    ranks = ranks_of_group(group)
     agreement = Agreement(ranks, timeout_seconds=timeout_seconds_of(timeout), call="verify_shards")
     opened = open_source(checkpoint, agreement=agreement)
     source = opened.source
@@ -128,9 +125,7 @@ def verify_shards(
             raise ConfigurationError(
                 "verify_shards: expected files that every rank can read, got values in memory. Save them as safetensors."
             )
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
         entries = entries_of(model)
         binding = bind(entries, source, rename=rename)
         check_bound(entries, binding.bound)
@@ -145,7 +140,9 @@ def verify_shards(
             )
             for fqn, entry in by_fqn.items()
         ]
-    with agreement.phase("compare"):
+    with ExitStack() as stack, agreement.phase("compare"):
+        if not isinstance(checkpoint, Source):
+            stack.callback(source.close)
         devices = {local_of(entry.tensor).device.type for entry in by_fqn.values()}
         staging = staging_bytes or default_staging_bytes("cpu" if devices <= {"cpu"} else "accelerator")
         plan = plan_load(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
@@ -171,8 +168,6 @@ def verify_shards(
             in_place=None,
         ).run()
         source.require_unchanged()
-        if not isinstance(checkpoint, type(source)):
-            source.close()
         own = [
             [fqn, binding.bound[fqn].stored.name, binding.bound[fqn].stored.file, count, first]
             for fqn, (count, first) in differing.items()

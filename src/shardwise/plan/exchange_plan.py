@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from shardwise.plan.boxes import aligned, cut, offset_of, row_major_strides, span
 from shardwise.plan.layout import Part
-from shardwise.plan.load_plan import WantedTensor, cut, row_major_strides, span
+from shardwise.plan.load_plan import WantedTensor
 from shardwise.tensors import Region
 
-ALIGNMENT_BYTES = 16
 MAX_WASTE = 1.02
 """Bytes read over bytes needed, from which on a tensor is exchanged: the bound that a whole job keeps."""
 SMALL_BYTES = 256 * 2**10
@@ -63,7 +63,7 @@ class Outgoing:
         shape: Of the piece, in elements.
         strides: In the slice, in elements.
         slice_offset: Of its first element, in bytes.
-        message_offset: Where it goes in the message, in bytes; a multiple of `ALIGNMENT_BYTES`.
+        message_offset: Where it goes in the message, in bytes; aligned.
     """
 
     dtype: torch.dtype
@@ -126,12 +126,13 @@ def exchanged(wanted: Sequence[WantedTensor], *, ranks: Sequence[int]) -> frozen
     chosen = {index for index, tensor in enumerate(wanted) if _is_wasteful(tensor, ranks)}
     small: list[int] = []
     for index in sorted(range(len(wanted)), key=lambda i: (wanted[i].stored.file, wanted[i].stored.start)):
-        if index in chosen or not _is_small(wanted[index]):
-            if _more_than_alignment(wanted, small, index):
-                chosen |= _run(small)
-                small = []
+        if wanted[index].stored.nbytes == 0:  # lies nowhere, so it ends no run
             continue
-        small.append(index)
+        if index in chosen or not _is_small(wanted[index]):
+            chosen |= _run(small)
+            small = []
+        else:
+            small.append(index)
     return frozenset(chosen | _run(small))
 
 
@@ -139,13 +140,8 @@ def _run(small: list[int]) -> set[int]:
     return set(small) if len(small) >= SMALL_TENSORS else set()
 
 
-def _more_than_alignment(wanted: Sequence[WantedTensor], small: list[int], index: int) -> bool:
-    """Whether a tensor ends a run of small ones: an empty one lies nowhere and does not."""
-    return bool(small) and wanted[index].stored.nbytes > 0
-
-
 def _is_small(tensor: WantedTensor) -> bool:
-    if tensor.stored.nbytes == 0 or tensor.always_mapped:
+    if tensor.always_mapped:
         return False
     shape = tensor.layout.local_shape(tensor.stored.shape, tensor.layout.mesh_ranks[0])
     return shape is not None and Region.whole(shape).numel * tensor.stored.dtype.itemsize < SMALL_BYTES
@@ -196,7 +192,7 @@ def _units(index: int, tensor: WantedTensor, slice_bytes: int) -> Iterator[Unit]
     stored = tensor.stored
     strides, itemsize = row_major_strides(stored.shape), stored.dtype.itemsize
     for region in cut(Region.whole(stored.shape), strides, slice_bytes // itemsize):
-        first = sum(a * b for a, b in zip(region.start, strides, strict=True))
+        first = offset_of(region.start, strides)
         yield Unit(
             tensor=index,
             region=region,
@@ -271,8 +267,7 @@ def _overlaps(
             common = unit.region.intersect(part.region)
             if common is not None:
                 yield unit, part, common, offset
-                size = common.numel * wanted[unit.tensor].stored.dtype.itemsize
-                offset = -(-(offset + size) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                offset = aligned(offset + common.numel * wanted[unit.tensor].stored.dtype.itemsize)
 
 
 def _outgoing(
@@ -282,7 +277,7 @@ def _outgoing(
     for unit, _, common, offset in _overlaps(read, wanted, parts, owner):
         stored = wanted[unit.tensor].stored
         strides = row_major_strides(stored.shape)
-        inside = sum((a - b) * s for a, b, s in zip(common.start, unit.region.start, strides, strict=True))
+        inside = offset_of(common.relative_to(unit.region).start, strides)
         pieces.append(
             Outgoing(
                 dtype=stored.dtype,
@@ -295,7 +290,7 @@ def _outgoing(
             )
         )
         length = offset + common.numel * stored.dtype.itemsize
-    return tuple(pieces), _aligned(length)
+    return tuple(pieces), aligned(length)
 
 
 def _incoming(
@@ -313,8 +308,4 @@ def _incoming(
             )
         )
         length = offset + common.numel * dtype.itemsize
-    return tuple(pieces), _aligned(length)
-
-
-def _aligned(length: int) -> int:
-    return -(-length // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return tuple(pieces), aligned(length)

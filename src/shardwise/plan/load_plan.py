@@ -14,6 +14,7 @@ import torch
 
 from shardwise.checkpoint import StoredTensor
 from shardwise.errors import ConfigurationError
+from shardwise.plan.boxes import cut, offset_of, row_major_strides, span
 from shardwise.plan.layout import Layout, Part
 from shardwise.tensors import Region
 
@@ -55,7 +56,7 @@ class WantedTensor:
         if region.shape != self.layout.local_shape(stored.shape, self.layout.mesh_ranks[0]):
             return None
         strides = row_major_strides(stored.shape)
-        first = stored.start + itemsize * sum(a * b for a, b in zip(region.start, strides, strict=True))
+        first = stored.start + itemsize * offset_of(region.start, strides)
         if span(region.shape, strides) != region.numel or first % itemsize:
             return None
         return Mapped(fqn=self.fqn, file=stored.file, start=first, nbytes=region.numel * itemsize)
@@ -144,11 +145,6 @@ class LoadPlan:
         """Bytes requested from storage, mapped ones included."""
         return sum(read.nbytes for read in self.reads) + sum(mapped.nbytes for mapped in self.mapped)
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that this rank opens, sorted."""
-        return tuple(sorted({read.file for read in self.reads} | {mapped.file for mapped in self.mapped}))
-
 
 def plan_load(
     wanted: Sequence[WantedTensor], *, rank: int, max_read_bytes: int, max_gap_bytes: int = MAX_GAP_BYTES
@@ -219,52 +215,16 @@ def coalesce(
         yield Read(file=file, start=start, stop=stop, fragments=tuple(pending))
 
 
-def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor, in elements."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
 def fragments_of(fqn: str, stored: StoredTensor, part: Part, max_read_bytes: int) -> Iterator[Fragment]:
     """Cut a part of a tensor into fragments of at most `max_read_bytes` from first to last byte."""
     strides = row_major_strides(stored.shape)
     itemsize = stored.dtype.itemsize
     for region in cut(part.region, strides, max_read_bytes // itemsize):
-        first = stored.start + itemsize * sum(a * b for a, b in zip(region.start, strides, strict=True))
+        first = stored.start + itemsize * offset_of(region.start, strides)
         yield Fragment(
             fqn=fqn,
             start=first,
             stop=first + itemsize * span(region.shape, strides),
             strides=strides,
             local=part.local_of(region),
-        )
-
-
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Return the number of elements from the first to the last of a box that is not empty, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
-def cut(region: Region, strides: tuple[int, ...], max_span: int) -> Iterator[Region]:
-    """Cut a region into boxes whose first and last element are at most `max_span` elements apart in the full tensor."""
-    if region.numel == 0:
-        return
-    if span(region.shape, strides) <= max_span:
-        yield region
-        return
-    dim = next(d for d, size in enumerate(region.shape) if size > 1)
-    inner = span(region.shape[dim + 1 :], strides[dim + 1 :])
-    rows = max(1, (max_span - inner) // strides[dim] + 1)
-    for low in range(region.start[dim], region.stop[dim], rows):
-        high = min(low + rows, region.stop[dim])
-        yield from cut(
-            Region(
-                start=(*region.start[:dim], low, *region.start[dim + 1 :]),
-                stop=(*region.stop[:dim], high, *region.stop[dim + 1 :]),
-            ),
-            strides,
-            max_span,
         )

@@ -9,17 +9,15 @@ ranks because it is computed from names, shapes, dtypes and layouts alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from shardwise.errors import ConfigurationError
+from shardwise.plan.boxes import ALIGNMENT_BYTES, aligned, split_region
 from shardwise.plan.layout import Layout
 from shardwise.tensors import Region, TensorSpec
 
 BUCKETS_IN_FLIGHT = 2
-# Every element size divides it, so that any piece of a slot can be viewed in its own dtype.
-ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +215,7 @@ def _fill_slots(
             yield tuple(slot)
             slot, used = [], 0
         slot.append(Piece(tensor=piece.tensor, region=piece.region, offset_bytes=used))
-        used = _aligned(used + size)
+        used = aligned(used + size)
     if slot:
         yield tuple(slot)
 
@@ -229,25 +227,4 @@ def _largest_slot_bytes(buckets: Sequence[Bucket], tensors: Sequence[PlannedTens
         for slot in bucket.slots
         if slot
     )
-    return _aligned(max(ends, default=0))
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def split_region(region: Region, *, max_numel: int) -> Iterator[Region]:
-    """Cut a region into parts of at most `max_numel` elements, by rows where a row fits, else within rows."""
-    if region.numel <= max_numel:
-        yield region
-        return
-    dim = next(d for d, size in enumerate(region.shape) if size > 1)
-    inner = math.prod(region.shape[dim + 1 :])
-    step = max(1, max_numel // inner)
-    for low in range(region.start[dim], region.stop[dim], step):
-        high = min(low + step, region.stop[dim])
-        part = Region(
-            start=(*region.start[:dim], low, *region.start[dim + 1 :]),
-            stop=(*region.stop[:dim], high, *region.stop[dim + 1 :]),
-        )
-        yield from split_region(part, max_numel=max_numel)
+    return aligned(max(ends, default=0))

@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from shardwise.errors import ConfigurationError, OptimizerError
 from shardwise.materialization import (
-    CPU_STORAGE,
     Agreement,
     CpuStorage,
+    check_cpu_storage,
     default_staging_bytes,
     timeout_seconds_of,
     trained_parameters_of,
@@ -63,10 +63,7 @@ class Strategy(ABC):
         self.fsdp_config = config
         self.memory_efficient_init = memory_efficient_init
         self.route = route
-        if cpu_storage not in CPU_STORAGE:
-            raise ConfigurationError(
-                f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
-            )
+        check_cpu_storage(cpu_storage)
         self.cpu_storage = cpu_storage
         self.timeout_seconds = timeout_seconds_of(timeout)
         self.last_report: LoadReport | None = None

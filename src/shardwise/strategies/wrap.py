@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,11 +21,15 @@ from shardwise.materialization import (
     Comparable,
     CpuStorage,
     Entry,
+    FilledFromFiles,
     FillOptions,
     Structure,
     clean_fqn,
     collect_report,
+    comparable_digests,
+    comparable_structure,
     device_of,
+    digest_of,
     entries_of,
     fill_from_files,
     fill_from_source,
@@ -34,7 +37,6 @@ from shardwise.materialization import (
     origins_of,
     shown_by_default,
     stored_dtypes,
-    structure_difference,
     take_values,
 )
 from shardwise.profiling import LoadReport, phase, profile_memory
@@ -185,13 +187,9 @@ def _check(
 def _comparable_structure(structure: Structure, units: tuple[Unit, ...], options: WrapOptions) -> Comparable:
     # Units decide which collectives a forward runs: ranks that differ in them would hang in the first one.
     unit_lines = (f"unit {' + '.join(map(clean_fqn, unit.fqns))}" for unit in units)
-    lines = (*structure.lines, *unit_lines, *_option_lines(options))
-    described = Structure(lines=lines)
-    return Comparable(
-        what="the model or an option",
-        digest=described.digest,
-        details=described.to_json,
-        explain=lambda expected, got: structure_difference(expected, got, limit=5),
+    return comparable_structure(
+        structure,
+        (*unit_lines, *_option_lines(options)),
         remedy=(
             "Build the model from the same config, with the same dtype, and make the strategy with the same "
             "arguments on every rank."
@@ -253,21 +251,10 @@ def _shard_and_fill(
     if held is None:
         return cost
     del source
-    read = fill_from_files(
-        model,
-        {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
-        deferred.absent - held,
-        FillOptions(
-            device=device,
-            staging_bytes=options.staging_bytes,
-            cpu_storage=options.cpu_storage,
-            dtype=None,
-            buffers=None,
-            seed=json.loads(agreement.publish("seed", _seed(is_source=agreement.rank == source_rank))),
-            show_progress=shown_by_default(),
-        ),
-        agreement=agreement,
-    )
+    with ExitStack() as stack:
+        for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
+            stack.callback(source_of_files.close)
+        read = _read_deferred(model, options, deferred, held, agreement, device)
     moved = cost.predicted.get("network_bytes", 0)
     return Cost(
         route=cost.route,
@@ -277,8 +264,28 @@ def _shard_and_fill(
     )
 
 
-def _seed(*, is_source: bool) -> str | None:
-    return json.dumps(torch.initial_seed()) if is_source else None
+def _read_deferred(
+    model: nn.Module,
+    options: WrapOptions,
+    deferred: Deferred,
+    held: frozenset[str],
+    agreement: Agreement,
+    device: torch.device,
+) -> FilledFromFiles:
+    return fill_from_files(
+        model,
+        {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
+        deferred.absent - held,
+        FillOptions(
+            device=device,
+            staging_bytes=options.staging_bytes,
+            cpu_storage=options.cpu_storage,
+            dtype=None,
+            buffers=None,
+            show_progress=shown_by_default(),
+        ),
+        agreement=agreement,
+    )
 
 
 def _held_by_source(
@@ -353,14 +360,10 @@ def _comparable_values(entries: tuple[Entry, ...]) -> Comparable:
                 "0 alone needs values."
             )
         flat = entry.tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED_ELEMENTS)
-        sample = flat[::step].contiguous().cpu().view(torch.uint8)
-        samples[entry.fqn] = hashlib.sha256(sample.numpy().tobytes()).hexdigest()[:16]
-    text = json.dumps(samples)
-    return Comparable(
-        what="the values of the model",
-        digest=hashlib.sha256(text.encode()).hexdigest(),
-        details=lambda: text,
+        samples[entry.fqn] = digest_of(flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)])
+    return comparable_digests(
+        "the values of the model",
+        samples,
         explain=_differing_names,
         remedy=(
             "Without memory_efficient_init every rank's own values count, so they must be equal: seed all ranks alike "
@@ -369,9 +372,7 @@ def _comparable_values(entries: tuple[Entry, ...]) -> Comparable:
     )
 
 
-def _differing_names(expected_json: str, got_json: str) -> str:
-    expected, got = json.loads(expected_json), json.loads(got_json)
-    names = [name for name in expected if expected[name] != got.get(name)]
+def _differing_names(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return "values differ in " + ", ".join(names[:5]) + more
 
