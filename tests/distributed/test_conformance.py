@@ -20,7 +20,6 @@ from tests.distributed.models import (
     check_equal,
     from_checkpoint,
     named_tensors,
-    transformers_fuses_experts,
 )
 from tests.distributed.steps import (
     STRATEGIES,
@@ -53,8 +52,6 @@ pytestmark = pytest.mark.distributed
 def test_every_tensor_equals_the_single_process_load(
     pool: RankPool, checkpoint: Checkpoint, strategy: str, way: str, kind: str
 ) -> None:
-    if way == "direct" and kind == "qwen3_moe" and transformers_fuses_experts():
-        pytest.skip("the checkpoint's layout is not the model's; refused, see test_direct.py")
     pool.run(compare_with_reference, checkpoint(kind), strategy, way, ranks=4)
 
 

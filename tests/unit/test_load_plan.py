@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,8 +15,11 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from shardwise.checkpoint import StoredTensor
+from shardwise.conversion import Piece
+from shardwise.conversion.tracing import TracedTensor
 from shardwise.errors import ConfigurationError
-from shardwise.plan import Layout, WantedTensor, exchanged, plan_load, plan_rounds
+from shardwise.materialization.placing import place_in
+from shardwise.plan import Layout, StoredPiece, WantedTensor, as_stored, exchanged, plan_load, plan_rounds
 from shardwise.plan.exchange_plan import SMALL_TENSORS
 from shardwise.plan.load_plan import MAX_GAP_BYTES
 
@@ -28,62 +34,110 @@ def placements_of(draw: st.DrawFn, shape: tuple[int, ...], axes: int) -> tuple[P
     return tuple(draw(st.one_of(kinds)) for _ in range(axes))
 
 
+OPERATIONS: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+    "as stored": lambda tensors: tensors[0],
+    "stack": torch.stack,
+    "stack inside": lambda tensors: torch.stack(tensors, dim=-1),
+    "cat": torch.cat,
+    "cat inside": lambda tensors: torch.cat(tensors, dim=-1),
+    "stack and cat": lambda tensors: torch.cat([torch.stack(tensors), torch.stack(tensors[::-1])], dim=1),
+    "transpose": lambda tensors: tensors[0].transpose(0, -1).contiguous(),
+    "last chunk": lambda tensors: tensors[0].chunk(2, dim=-1)[-1].contiguous(),
+    "flatten": lambda tensors: tensors[0].flatten(),
+    "interleave": lambda tensors: torch.stack(tensors, dim=1).flatten(0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    content: bytes
+    wanted: list[WantedTensor]
+    full: dict[str, torch.Tensor]
+    ranks: tuple[int, ...]
+
+
 @st.composite
-def checkpoints(draw: st.DrawFn) -> tuple[bytes, list[WantedTensor], tuple[int, ...]]:
-    """Draw a file's bytes, tensors that follow each other in it, and the ranks that want them."""
+def checkpoints(draw: st.DrawFn, operations: Sequence[str] = tuple(OPERATIONS)) -> Case:
+    """Draw a file's bytes, tensors made of those that follow each other in it, and the ranks that want them."""
     mesh_shape = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))
     ranks = tuple(range(math.prod(mesh_shape)))
     position = draw(st.integers(0, 9))  # nothing says that a header ends on an element's boundary
-    wanted = []
+    sources: list[list[StoredTensor]] = []
+    chosen = []
     for index in range(draw(st.integers(1, 5))):
-        shape = tuple(draw(st.lists(st.integers(0, 9), min_size=0, max_size=3)))
+        operation = draw(st.sampled_from(operations))
+        dims = 0 if operation == "as stored" else 1
+        shape = tuple(draw(st.lists(st.integers(0, 9), min_size=dims, max_size=3)))
         dtype = draw(st.sampled_from(DTYPES))
-        nbytes = math.prod(shape) * dtype.itemsize
-        stored = StoredTensor(
-            name=f"t{index}", shape=shape, dtype=dtype, file="f", start=position, stop=position + nbytes
+        count = 1 if operation == "as stored" else draw(st.integers(1, 3))
+        of_tensor = []
+        for number in range(count):
+            nbytes = math.prod(shape) * dtype.itemsize
+            of_tensor.append(
+                StoredTensor(
+                    name=f"t{index}.{number}",
+                    shape=shape,
+                    dtype=dtype,
+                    file="f",
+                    start=position,
+                    stop=position + nbytes,
+                )
+            )
+            position += nbytes
+        sources.append(of_tensor)
+        chosen.append(operation)
+    random = torch.randint(0, 255, (position,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    content = bytes(random.tolist())
+    wanted, full = [], {}
+    for index, (operation, of_tensor) in enumerate(zip(chosen, sources, strict=True)):
+        made = OPERATIONS[operation]([stored_values(content, stored) for stored in of_tensor])
+        traced = OPERATIONS[operation](
+            [TracedTensor.of_source(stored.name, stored.shape, stored.dtype) for stored in of_tensor]
         )
-        position += nbytes
-        layout = Layout(
-            mesh_shape=mesh_shape, mesh_ranks=ranks, placements=placements_of(draw, shape, len(mesh_shape))
-        )
+        by_name = {stored.name: stored for stored in of_tensor}
+        assert isinstance(traced, TracedTensor)
+        full[f"m.t{index}"] = made
         wanted.append(
             WantedTensor(
-                fqn=f"m.t{index}", stored=stored, dtype=dtype, layout=layout, may_map=draw(st.booleans())
+                fqn=f"m.t{index}",
+                shape=tuple(made.shape),
+                dtype=made.dtype,
+                layout=Layout(
+                    mesh_shape=mesh_shape,
+                    mesh_ranks=ranks,
+                    placements=placements_of(draw, tuple(made.shape), len(mesh_shape)),
+                ),
+                pieces=tuple(StoredPiece(stored=by_name[p.source], piece=p.piece) for p in traced.parts),
+                may_map=draw(st.booleans()),
             )
         )
-    content = torch.randint(
-        0, 255, (position,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    return bytes(content.tolist()), wanted, ranks
+    return Case(content, wanted, full, ranks)
 
 
-def full(content: bytes, tensor: WantedTensor) -> torch.Tensor:
-    stored = tensor.stored
+def stored_values(content: bytes, stored: StoredTensor) -> torch.Tensor:
     if stored.nbytes == 0:
         return torch.empty(stored.shape, dtype=stored.dtype)
     data = torch.frombuffer(bytearray(content[stored.start : stored.stop]), dtype=stored.dtype)
     return data.view(stored.shape)
 
 
-def expected_shard(content: bytes, tensor: WantedTensor, rank: int) -> torch.Tensor:
-    whole = full(content, tensor)
+def expected_shard(case: Case, tensor: WantedTensor, rank: int) -> torch.Tensor:
     shard = empty_shard(tensor, rank)
-    for part in tensor.layout.parts(tensor.stored.shape, rank):
-        shard[part.local.slices()] = whole[part.region.slices()]
+    for part in tensor.layout.parts(tensor.shape, rank):
+        shard[part.local.slices()] = case.full[tensor.fqn][part.region.slices()]
     return shard
 
 
 def empty_shard(tensor: WantedTensor, rank: int) -> torch.Tensor:
-    shape = tensor.layout.local_shape(tensor.stored.shape, rank)
+    shape = tensor.layout.local_shape(tensor.shape, rank)
     assert shape is not None
-    return torch.zeros(shape, dtype=tensor.stored.dtype)
+    return torch.zeros(shape, dtype=tensor.dtype)
 
 
-def strided(
-    data: bytes, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> torch.Tensor:
-    flat = torch.frombuffer(bytearray(data[: len(data) // dtype.itemsize * dtype.itemsize]), dtype=dtype)
-    return flat.as_strided(shape, strides)
+def elements(data: bytes, dtype: torch.dtype, piece: Piece) -> torch.Tensor:
+    """A piece's elements, the first one at the start of some bytes."""
+    flat = torch.frombuffer(bytearray(data[: piece.source_span * dtype.itemsize]), dtype=dtype)
+    return flat.as_strided(piece.sizes, piece.source_strides)
 
 
 def same_bytes(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -92,10 +146,8 @@ def same_bytes(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @given(case=checkpoints(), max_read_bytes=st.sampled_from([16, 24, 100, 10_000]), gap=st.integers(0, 40))
 @settings(max_examples=200)
-def test_reads_and_mapped_extents_fill_every_shard(
-    case: tuple[bytes, list[WantedTensor], tuple[int, ...]], max_read_bytes: int, gap: int
-) -> None:
-    content, wanted, ranks = case
+def test_reads_and_mapped_extents_fill_every_shard(case: Case, max_read_bytes: int, gap: int) -> None:
+    content, wanted, ranks = case.content, case.wanted, case.ranks
     by_fqn = {tensor.fqn: tensor for tensor in wanted}
     for rank in ranks:
         plan = plan_load(wanted, rank=rank, max_read_bytes=max_read_bytes, max_gap_bytes=gap)
@@ -103,79 +155,87 @@ def test_reads_and_mapped_extents_fill_every_shard(
         for mapped in plan.mapped:
             tensor = by_fqn[mapped.fqn]
             assert tensor.may_map
-            assert mapped.start % tensor.stored.dtype.itemsize == 0
+            assert mapped.start % tensor.dtype.itemsize == 0
             data = bytearray(content[mapped.start : mapped.start + mapped.nbytes])
             shards[mapped.fqn] = torch.frombuffer(data, dtype=tensor.dtype).view(shards[mapped.fqn].shape)
         for read in plan.reads:
             assert read.nbytes <= max_read_bytes
             for fragment in read.fragments:
-                stored = by_fqn[fragment.fqn].stored
-                piece = content[fragment.start : fragment.stop]
-                shards[fragment.fqn][fragment.local.slices()] = strided(
-                    piece, stored.dtype, fragment.local.shape, fragment.strides
-                )
+                data = content[fragment.start : fragment.stop]
+                found = elements(data, fragment.stored.dtype, fragment.piece)
+                place_in(shards[fragment.fqn], fragment.piece).copy_(found)
         for tensor in wanted:
-            assert same_bytes(shards[tensor.fqn], expected_shard(content, tensor, rank))
+            assert same_bytes(shards[tensor.fqn], expected_shard(case, tensor, rank))
 
 
-COLUMNS_OVER_THREE_RANKS = (
-    bytes(range(64)),
-    [
-        WantedTensor(
-            fqn="m.t0",
-            stored=StoredTensor(name="t0", shape=(8, 8), dtype=torch.uint8, file="f", start=0, stop=64),
-            dtype=torch.uint8,
-            layout=Layout(mesh_shape=(3,), mesh_ranks=(0, 1, 2), placements=(Shard(1),)),
-            may_map=False,
-        )
-    ],
-    (0, 1, 2),
-)
+def case_of_columns_over_three_ranks() -> Case:
+    stored = StoredTensor(name="t0", shape=(8, 8), dtype=torch.uint8, file="f", start=0, stop=64)
+    content = bytes(range(64))
+    tensor = WantedTensor(
+        fqn="m.t0",
+        shape=(8, 8),
+        dtype=torch.uint8,
+        layout=Layout(mesh_shape=(3,), mesh_ranks=(0, 1, 2), placements=(Shard(1),)),
+        pieces=as_stored(stored),
+        may_map=False,
+    )
+    return Case(content, [tensor], {"m.t0": stored_values(content, stored)}, (0, 1, 2))
 
 
-@given(case=checkpoints(), buffer_bytes=st.sampled_from([48, 100, 10_000]))
-@example(case=COLUMNS_OVER_THREE_RANKS, buffer_bytes=48)
+@given(case=checkpoints(), buffer_bytes=st.sampled_from([48, 100, 10_000]), alone=st.booleans())
+@example(case=case_of_columns_over_three_ranks(), buffer_bytes=48, alone=False)
 @settings(max_examples=200)
-def test_exchanged_pieces_fill_every_shard(
-    case: tuple[bytes, list[WantedTensor], tuple[int, ...]], buffer_bytes: int
-) -> None:
-    content, wanted, ranks = case
+def test_exchanged_pieces_fill_every_shard(case: Case, buffer_bytes: int, alone: bool) -> None:
+    content, wanted, ranks = case.content, case.wanted, case.ranks
     chosen = frozenset(range(len(wanted)))
     shards = {rank: {tensor.fqn: empty_shard(tensor, rank) for tensor in wanted} for rank in ranks}
+    last = len(ranks) - 1
     rounds = {
-        rank: list(plan_rounds(wanted, chosen, ranks=ranks, rank=rank, buffer_bytes=buffer_bytes))
+        rank: list(
+            plan_rounds(
+                wanted,
+                chosen,
+                ranks=ranks,
+                rank=rank,
+                buffer_bytes=buffer_bytes,
+                reader_of=(lambda _: last) if alone else None,
+            )
+        )
         for rank in ranks
     }
     assert len({len(of_rank) for of_rank in rounds.values()}) == 1
-    requested = 0
+    requested: list[tuple[int, int]] = []
     for number in range(len(rounds[0])):
         messages: dict[tuple[int, int], bytearray] = {}
         for sender in ranks:
             turn = rounds[sender][number]
+            assert turn.read is None or sender == last or not alone
             data = content[turn.read.start : turn.read.stop] if turn.read is not None else b""
-            requested += len(data)
-            for receiver, (pieces, length) in enumerate(zip(turn.outgoing, turn.send_bytes, strict=True)):
+            requested += [(turn.read.start, turn.read.stop)] if turn.read is not None else []
+            for transfer in turn.kept:
+                found = elements(data[transfer.slice_offset :], transfer.dtype, transfer.piece)
+                place_in(shards[sender][transfer.fqn], transfer.piece).copy_(found)
+            for receiver, (sent, length) in enumerate(zip(turn.outgoing, turn.send_bytes, strict=True)):
                 message = messages[sender, receiver] = bytearray(length)
-                for piece in pieces:
-                    box = strided(data[piece.slice_offset :], piece.dtype, piece.shape, piece.strides)
-                    as_bytes = box.contiguous().numpy().tobytes()
-                    message[piece.message_offset : piece.message_offset + len(as_bytes)] = as_bytes
+                for transfer in sent:
+                    found = elements(data[transfer.slice_offset :], transfer.dtype, transfer.piece)
+                    as_bytes = found.contiguous().numpy().tobytes()
+                    message[transfer.message_offset : transfer.message_offset + len(as_bytes)] = as_bytes
         for receiver in ranks:
             turn = rounds[receiver][number]
+            assert turn.fqns == {t.fqn for message in (turn.kept, *turn.incoming) for t in message}
             for sender, (arriving, length) in enumerate(zip(turn.incoming, turn.receive_bytes, strict=True)):
                 message = messages[sender, receiver]
                 assert len(message) == length
-                for piece in arriving:
-                    shape = piece.local.shape
-                    nbytes = math.prod(shape) * piece.dtype.itemsize
-                    data = message[piece.message_offset : piece.message_offset + nbytes]
-                    shards[receiver][piece.fqn][piece.local.slices()] = torch.frombuffer(
-                        data, dtype=piece.dtype
-                    ).view(shape)
-    assert requested == sum(tensor.stored.nbytes for tensor in wanted)
+                for transfer in arriving:
+                    packed = message[transfer.message_offset : transfer.message_offset + transfer.nbytes]
+                    values = torch.frombuffer(packed, dtype=transfer.dtype).view(transfer.piece.sizes)
+                    place_in(shards[receiver][transfer.fqn], transfer.piece).copy_(values)
+    requested.sort()
+    assert all(before[1] <= after[0] for before, after in pairwise(requested)), "a byte is read twice"
     for rank in ranks:
         for tensor in wanted:
-            assert same_bytes(shards[rank][tensor.fqn], expected_shard(content, tensor, rank))
+            assert same_bytes(shards[rank][tensor.fqn], expected_shard(case, tensor, rank))
 
 
 def wanted_tensors(
@@ -186,16 +246,19 @@ def wanted_tensors(
     return [
         WantedTensor(
             fqn=f"t{i}",
-            stored=StoredTensor(
-                name=f"t{i}",
-                shape=shape,
-                dtype=torch.bfloat16,
-                file="f",
-                start=i * nbytes,
-                stop=(i + 1) * nbytes,
-            ),
+            shape=shape,
             dtype=torch.bfloat16,
             layout=layout,
+            pieces=as_stored(
+                StoredTensor(
+                    name=f"t{i}",
+                    shape=shape,
+                    dtype=torch.bfloat16,
+                    file="f",
+                    start=i * nbytes,
+                    stop=(i + 1) * nbytes,
+                )
+            ),
             may_map=may_map,
         )
         for i in range(count)
@@ -206,14 +269,16 @@ def test_whole_job_requests_each_byte_of_row_shards_once() -> None:
     wanted = wanted_tensors(3, (1021, 512), Shard(0), ranks=4)
     assert exchanged(wanted, ranks=range(4)) == frozenset()
     plans = [plan_load(wanted, rank=rank, max_read_bytes=2**16) for rank in range(4)]
-    assert sum(plan.storage_bytes for plan in plans) == sum(tensor.stored.nbytes for tensor in wanted)
+    assert sum(plan.storage_bytes for plan in plans) == sum(
+        tensor.pieces[0].stored.nbytes for tensor in wanted
+    )
 
 
 def test_column_shards_are_exchanged_and_not_read_by_every_rank() -> None:
     wanted = wanted_tensors(1, (64, 64), Shard(1), ranks=4)
     assert exchanged(wanted, ranks=range(4)) == {0}
     alone = plan_load(wanted, rank=0, max_read_bytes=2**20)
-    assert alone.storage_bytes > 0.95 * wanted[0].stored.nbytes  # what each rank would have read
+    assert alone.storage_bytes > 0.95 * wanted[0].pieces[0].stored.nbytes  # what each rank would have read
 
 
 def test_many_small_tensors_become_few_reads() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch import nn
 
 from shardwise.checkpoint import Source, StoredTensor
+from shardwise.conversion import WholeGroup, declaration_of, derive
 from shardwise.errors import CheckpointError, ConfigurationError, ShapeMismatchError
-from shardwise.materialization.names import checkpoint_name_of
+from shardwise.materialization.names import checkpoint_name_of, model_inside
 from shardwise.materialization.structure import Entry
+from shardwise.plan import StoredPiece, as_stored
 from shardwise.tensors import dtype_name
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
@@ -23,12 +27,34 @@ class Bound:
     """A tensor of a model and where its values are.
 
     Args:
-        source: That holds it.
-        stored: Within the source.
+        source: That holds them.
+        name: That the checkpoint's library has for it.
+        shape: That the source has for it, in elements.
+        pieces: Of stored tensors that fill it; none where it is empty, or made by `whole`.
+        whole: The conversion that makes it of whole tensors, if it must see those.
     """
 
     source: Source
-    stored: StoredTensor
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+    whole: WholeGroup | None
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors that it is made of."""
+        if self.whole is not None:
+            return tuple(self.source.tensors[name] for name in self.whole.group.source_names)
+        return tuple(each.stored for each in self.pieces)
+
+    @property
+    def place(self) -> str:
+        """Where its values are, for messages."""
+        stored = self.stored
+        if not stored:
+            return self.source.name
+        more = f" and {len(stored) - 1} more" if len(stored) > 1 else ""
+        return f"{stored[0].name} in {stored[0].file}{more}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,55 +64,123 @@ class Binding:
     Args:
         bound: By fqn, the first of a tied tensor's names.
         absent: Fqns of parameters and persistent buffers that the checkpoint lacks.
-        unexpected: Checkpoint names that nothing in the model takes.
+        optional: Those of them that the model's class declares a checkpoint may lack.
+        unexpected: Names that nothing in the model takes, without those that its class declares so.
     """
 
     bound: Mapping[str, Bound]
     absent: tuple[str, ...]
+    optional: frozenset[str]
     unexpected: tuple[str, ...]
 
 
-def bind(entries: Sequence[Entry], source: Source, *, rename: Rename) -> Binding:
-    """Find each parameter and persistent buffer in a checkpoint, by name.
+def bind(
+    model: nn.Module,
+    entries: Sequence[Entry],
+    source: Source,
+    *,
+    rename: Rename,
+    conversions: Sequence[Any] | None,
+) -> Binding:
+    """Find each parameter and persistent buffer in a checkpoint.
+
+    The names and layouts are those that the library of the model declares; with `rename`, each tensor is stored as it is
+    under the name that it says.
 
     Args:
+        model: That the checkpoint is of, wrapped or not.
         entries: Of the model.
         source: The checkpoint.
         rename: From a name in the model, without wrapper prefixes, to a name in the checkpoint; names that a mapping
             lacks stay as they are.
+        conversions: In place of those that the library declares.
 
     Returns:
         The binding.
 
     Raises:
-        CheckpointError: The checkpoint holds several names of one tied tensor.
-        ConfigurationError: A renamed tensor is not in the model.
+        CheckpointError: The checkpoint holds several names of one tied tensor, or does not fit a conversion.
+        ConfigurationError: A renamed tensor is not in the model, or renaming and conversions are both given.
     """
-    if isinstance(rename, Mapping):
-        _refuse_unknown(rename, entries)
+    persistent = [entry for entry in entries if entry.persistent]
+    if rename is not None:
+        if conversions is not None:
+            raise ConfigurationError("rename and conversions: expected one of them, got both")
+        if isinstance(rename, Mapping):
+            _refuse_unknown(rename, entries)
+        names = {slot.fqn: _renamed(slot.fqn, rename) for entry in persistent for slot in entry.slots}
+        plain = {name: _as_stored(source, name) for name in names.values() if name in source.tensors}
+        return _binding(
+            persistent,
+            names,
+            plain,
+            source,
+            optional=lambda _: False,
+            unexpected=tuple(name for name in source.tensors if name not in plain),
+        )
+    names = {slot.fqn: checkpoint_name_of(slot.fqn) for entry in persistent for slot in entry.slots}
+    shapes = {names[slot.fqn]: entry.tensor.shape for entry in persistent for slot in entry.slots}
+    declared = declaration_of(model_inside(model), shapes, source.tensors, conversions=conversions)
+    key_map = derive(declared.groups, source.tensors)
+    converted = {
+        name: Bound(
+            source=source,
+            name=name,
+            shape=recipe.shape,
+            pieces=tuple(
+                StoredPiece(stored=source.tensors[part.source], piece=part.piece) for part in recipe.parts
+            ),
+            whole=None,
+        )
+        for name, recipe in key_map.recipes.items()
+    }
+    for whole in key_map.whole:
+        for name, shape in whole.shapes.items():
+            converted[name] = Bound(source=source, name=name, shape=shape, pieces=(), whole=whole)
+    return _binding(
+        persistent,
+        names,
+        converted,
+        source,
+        optional=declared.may_be_absent,
+        unexpected=tuple(name for name in declared.unexpected if not declared.may_be_unexpected(name)),
+    )
+
+
+def _binding(
+    persistent: Sequence[Entry],
+    names: Mapping[str, str],
+    found: Mapping[str, Bound],
+    source: Source,
+    *,
+    optional: Callable[[str], bool],
+    unexpected: tuple[str, ...],
+) -> Binding:
     bound: dict[str, Bound] = {}
     absent: list[str] = []
-    for entry in entries:
-        if not entry.persistent:
-            continue
-        names = list(dict.fromkeys(_renamed(slot.fqn, rename) for slot in entry.slots))
-        found = [name for name in names if name in source.tensors]
-        if len(found) > 1:
+    for entry in persistent:
+        held = [name for name in dict.fromkeys(names[slot.fqn] for slot in entry.slots) if name in found]
+        if len(held) > 1:
             raise CheckpointError(
                 f"{source.name}: expected one tensor for {' = '.join(slot.fqn for slot in entry.slots)}, which the model "
-                f"ties, got {', '.join(found)}. Untie them in the config (tie_word_embeddings=False), or load with "
+                f"ties, got {', '.join(held)}. Untie them in the config (tie_word_embeddings=False), or load with "
                 "defer=False, where the model's own loader decides."
             )
-        if found:
-            bound[entry.fqn] = Bound(source=source, stored=source.tensors[found[0]])
+        if held:
+            bound[entry.fqn] = found[held[0]]
         else:
             absent.append(entry.fqn)
-    used = {of.stored.name for of in bound.values()}
     return Binding(
         bound=bound,
         absent=tuple(absent),
-        unexpected=tuple(name for name in source.tensors if name not in used),
+        optional=frozenset(fqn for fqn in absent if optional(names[fqn])),
+        unexpected=unexpected,
     )
+
+
+def _as_stored(source: Source, name: str) -> Bound:
+    stored = source.tensors[name]
+    return Bound(source=source, name=name, shape=stored.shape, pieces=as_stored(stored), whole=None)
 
 
 def check_bound(entries: Sequence[Entry], bound: Mapping[str, Bound]) -> None:
@@ -99,12 +193,13 @@ def check_bound(entries: Sequence[Entry], bound: Mapping[str, Bound]) -> None:
     for entry in entries:
         if entry.role == "attribute" or entry.fqn not in bound:
             continue
-        stored = bound[entry.fqn].stored
+        of = bound[entry.fqn]
+        dtypes = {stored.dtype for stored in of.stored}
         where = f"{entry.fqn}: expected {tuple(entry.tensor.shape)} {dtype_name(entry.tensor.dtype)} from the model, "
-        got = f"got {stored.shape} {dtype_name(stored.dtype)} of {stored.name} in {stored.file}. "
-        if tuple(entry.tensor.shape) != stored.shape:
+        got = f"got {of.shape} {' + '.join(sorted(map(dtype_name, dtypes)))} of {of.place}. "
+        if tuple(entry.tensor.shape) != of.shape:
             raise ShapeMismatchError(where + got + "Check that config.json belongs to this checkpoint.")
-        if not _castable(stored.dtype, entry.tensor.dtype):
+        if not all(_castable(dtype, entry.tensor.dtype) for dtype in dtypes):
             raise CheckpointError(
                 where
                 + got
@@ -113,13 +208,20 @@ def check_bound(entries: Sequence[Entry], bound: Mapping[str, Bound]) -> None:
             )
 
 
-def permitted(absent: Sequence[str], missing: str | Sequence[str], *, name: str) -> frozenset[str]:
+def permitted(
+    absent: Sequence[str],
+    missing: str | Sequence[str],
+    *,
+    name: str,
+    optional: Collection[str] = (),
+) -> frozenset[str]:
     """Return what may be absent from a checkpoint.
 
     Args:
         absent: Fqns that the checkpoint lacks.
         missing: `"error"`, `"init"`, or patterns of names.
         name: Of the checkpoint, for the message.
+        optional: Fqns that may be absent whatever `missing` says.
 
     Returns:
         All of `absent`.
@@ -130,12 +232,16 @@ def permitted(absent: Sequence[str], missing: str | Sequence[str], *, name: str)
     if missing == "init":
         return frozenset(absent)
     patterns = [] if missing == "error" else [missing] if isinstance(missing, str) else list(missing)
-    refused = [fqn for fqn in absent if not any(fnmatchcase(fqn, pattern) for pattern in patterns)]
+    refused = [
+        fqn
+        for fqn in absent
+        if fqn not in optional and not any(fnmatchcase(fqn, pattern) for pattern in patterns)
+    ]
     if refused:
         raise CheckpointError(
             f"{name}: expected a value for every parameter, got none for {listed(refused)}. If these are new, for "
-            "example a head, pass missing='init' or a list of name patterns; if not, the checkpoint is incomplete, "
-            "belongs to another class, or holds these weights in another layout under other names."
+            "example a head, pass missing='init' or a list of name patterns; if not, the checkpoint is incomplete or "
+            "belongs to another class."
         )
     return frozenset(absent)
 
@@ -153,9 +259,7 @@ def _castable(stored: torch.dtype, wanted: torch.dtype) -> bool:
     return both_float and min(stored.itemsize, wanted.itemsize) > 1
 
 
-def _renamed(fqn: str, rename: Rename) -> str:
-    if rename is None:
-        return checkpoint_name_of(fqn)
+def _renamed(fqn: str, rename: Mapping[str, str] | Callable[[str], str]) -> str:
     if isinstance(rename, Mapping):
         name = checkpoint_name_of(fqn)
         return rename.get(fqn, rename.get(name, name))

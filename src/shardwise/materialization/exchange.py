@@ -8,9 +8,8 @@ import torch
 
 from shardwise.checkpoint import Source
 from shardwise.materialization.data_plane import DataPlane
-from shardwise.materialization.read import as_memory, strided_view
-from shardwise.plan import Round
-from shardwise.plan.boxes import row_major_strides, span
+from shardwise.materialization.placing import as_memory, elements_in, packed_in, place_in
+from shardwise.plan import Round, Transfer
 
 
 class Exchange:
@@ -20,7 +19,7 @@ class Exchange:
         rounds: Of this rank; as many on every rank.
         source: Open.
         targets: This rank's shards by tensor name.
-        plane: Carries the messages.
+        plane: Carries the messages; None where there is one rank.
         done: Told the bytes of each slice read.
     """
 
@@ -30,7 +29,7 @@ class Exchange:
         *,
         source: Source,
         targets: Mapping[str, torch.Tensor],
-        plane: DataPlane,
+        plane: DataPlane | None,
         done: Callable[[int], None],
     ) -> None:
         self._rounds = rounds
@@ -38,12 +37,13 @@ class Exchange:
         self._targets = targets
         self._plane = plane
         self._done = done
-        pinned = plane.device.type != "cpu"
+        device = plane.device if plane is not None else torch.device("cpu")
+        pinned = device.type != "cpu"
         self._slice = self._buffer(
             (r.read.stop - r.read.start if r.read else 0 for r in rounds), pinned=pinned
         )
         self._send = self._buffer((sum(r.send_bytes) for r in rounds), pinned=pinned)
-        self._receive = self._buffer((sum(r.receive_bytes) for r in rounds), device=plane.device)
+        self._receive = self._buffer((sum(r.receive_bytes) for r in rounds), device=device)
 
     def run(self) -> None:
         """Read, exchange and place everything.
@@ -57,43 +57,41 @@ class Exchange:
                 nbytes = turn.read.stop - turn.read.start
                 self._source.read_into(turn.read.file, turn.read.start, as_memory(self._slice[:nbytes]))
                 self._done(nbytes)
-            self._pack(turn)
-            send = self._send[: sum(turn.send_bytes)].to(self._plane.device)
             receive = self._receive[: sum(turn.receive_bytes)]
-            work = self._plane.all_to_all(
-                receive, send, receive_bytes=turn.receive_bytes, send_bytes=turn.send_bytes
-            )
-            self._plane.wait(work, what=f"round {number + 1} of {len(self._rounds)} of the exchange")
-            self._unpack(turn, receive)
+            work = None
+            if self._plane is not None:
+                self._pack(turn)
+                send = self._send[: sum(turn.send_bytes)].to(self._plane.device)
+                work = self._plane.all_to_all(
+                    receive, send, receive_bytes=turn.receive_bytes, send_bytes=turn.send_bytes
+                )
+            for transfer in turn.kept:  # while the messages travel
+                elements = elements_in(self._slice, transfer.slice_offset, transfer.dtype, transfer.piece)
+                self._place(transfer, elements)
+            if self._plane is not None and work is not None:
+                self._plane.wait(work, what=f"round {number + 1} of {len(self._rounds)} of the exchange")
+                self._unpack(turn, receive)
 
     def _pack(self, turn: Round) -> None:
         base = 0
-        for pieces, length in zip(turn.outgoing, turn.send_bytes, strict=True):
-            for piece in pieces:
-                itemsize = piece.dtype.itemsize
-                box = strided_view(
-                    self._slice,
-                    piece.slice_offset,
-                    piece.dtype,
-                    piece.shape,
-                    piece.strides,
-                    span(piece.shape, piece.strides) * itemsize,
-                )
-                message = self._send[base + piece.message_offset :][: box.numel() * itemsize]
-                message.view(piece.dtype).view(piece.shape).copy_(box)
+        for message, length in zip(turn.outgoing, turn.send_bytes, strict=True):
+            for transfer in message:
+                piece, dtype = transfer.piece, transfer.dtype
+                packed = packed_in(self._send, base + transfer.message_offset, dtype, piece)
+                packed.copy_(elements_in(self._slice, transfer.slice_offset, dtype, piece))
             base += length
 
     def _unpack(self, turn: Round, receive: torch.Tensor) -> None:
         base = 0
-        for pieces, length in zip(turn.incoming, turn.receive_bytes, strict=True):
-            for piece in pieces:
-                shape = piece.local.shape
-                strides = row_major_strides(shape)
-                nbytes = span(shape, strides) * piece.dtype.itemsize
-                box = strided_view(receive, base + piece.message_offset, piece.dtype, shape, strides, nbytes)
-                with torch.no_grad():
-                    self._targets[piece.fqn][piece.local.slices()].copy_(box)
+        for message, length in zip(turn.incoming, turn.receive_bytes, strict=True):
+            for transfer in message:
+                packed = packed_in(receive, base + transfer.message_offset, transfer.dtype, transfer.piece)
+                self._place(transfer, packed)
             base += length
+
+    def _place(self, transfer: Transfer, elements: torch.Tensor) -> None:
+        with torch.no_grad():
+            place_in(self._targets[transfer.fqn], transfer.piece).copy_(elements)
 
     @staticmethod
     def _buffer(

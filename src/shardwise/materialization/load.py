@@ -19,6 +19,13 @@ from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.binding import Bound
+from shardwise.materialization.convert import (
+    ConversionStep,
+    ConvertedTensor,
+    convert,
+    plan_conversions,
+    source_bytes_of,
+)
 from shardwise.materialization.data_plane import open_data_plane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.read import Reading, Shards
@@ -33,7 +40,7 @@ CPU_STORAGE = ("auto", "map", "copy")
 
 _LARGEST_READ_BYTES = 4 * 2**20
 _BUFFERS = 8
-_EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
+EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
 
 
 def check_cpu_storage(cpu_storage: str) -> None:
@@ -63,28 +70,42 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePlan:
-    """What this rank does with one source."""
+    """What this rank does with one source.
+
+    Args:
+        source: Open.
+        wanted: Tensors of the model that consist of pieces of stored ones.
+        converted: Those that a conversion makes of whole ones.
+        direct: What it reads for itself.
+        rounds: What it reads and exchanges.
+        steps: What it converts and exchanges.
+    """
 
     source: Source
     wanted: tuple[WantedTensor, ...]
+    converted: tuple[ConvertedTensor, ...]
     direct: LoadPlan
     rounds: tuple[Round, ...]
+    steps: tuple[ConversionStep, ...]
+
+    @property
+    def dtype_of(self) -> dict[str, torch.dtype]:
+        """In which each tensor's shard is kept, by fqn."""
+        kept = {tensor.fqn: tensor.dtype for tensor in self.wanted}
+        return kept | {tensor.fqn: tensor.dtype for tensor in self.converted}
 
     @property
     def storage_bytes(self) -> int:
         """Bytes that this rank requests."""
         read = sum(turn.read.stop - turn.read.start for turn in self.rounds if turn.read is not None)
-        return self.direct.storage_bytes + read
+        whole = sum(source_bytes_of(step.whole, self.source) for step in self.steps if step.whole is not None)
+        return self.direct.storage_bytes + read + whole
 
     @property
     def network_bytes(self) -> int:
         """Bytes of messages that this rank receives from others."""
-        return sum(
-            length
-            for turn in self.rounds
-            for sender, length in enumerate(turn.receive_bytes)
-            if sender != turn.position
-        )
+        rounds = (*self.rounds, *(turn for step in self.steps for turn in step.rounds))
+        return sum(sum(turn.receive_bytes) for turn in rounds)
 
 
 def layout_of(tensor: torch.Tensor, ranks: Sequence[int]) -> Layout:
@@ -140,35 +161,48 @@ def plan_sources(
         ConfigurationError: `cpu_storage="map"` where nothing can be mapped.
     """
     may_map = mappable_parameters(model, device) if cpu_storage != "copy" else frozenset()
-    by_source: dict[int, tuple[Source, list[WantedTensor]]] = {}
+    by_source: dict[int, tuple[Source, list[WantedTensor], list[ConvertedTensor]]] = {}
     taken: set[tuple[int, str]] = set()
     for entry in entries_of(model):
         if entry.role == "attribute" or entry.fqn not in bound:
             continue
         of = bound[entry.fqn]
-        _, wanted = by_source.setdefault(id(of.source), (of.source, []))
-        key = (id(of.source), of.stored.name)
+        _, wanted, converted = by_source.setdefault(id(of.source), (of.source, [], []))
+        if of.whole is not None:
+            converted.append(
+                ConvertedTensor(
+                    fqn=entry.fqn,
+                    name=of.name,
+                    whole=of.whole,
+                    dtype=dtype_of(entry, of),
+                    layout=layout_of(entry.tensor, ranks),
+                )
+            )
+            continue
+        names = {(id(of.source), stored.name) for stored in of.stored}
         wanted.append(
             WantedTensor(
                 fqn=entry.fqn,
-                stored=of.stored,
+                shape=of.shape,
                 dtype=dtype_of(entry, of),
                 layout=layout_of(entry.tensor, ranks),
+                pieces=of.pieces,
                 # Two parameters over the same pages would be one.
-                may_map=entry.fqn in may_map and key not in taken,
+                may_map=entry.fqn in may_map and not names & taken,
             )
         )
-        taken.add(key)
+        taken |= names
     plans = [
         _plan_source(
             source,
             tuple(wanted),
+            tuple(converted),
             ranks=ranks,
             rank=rank,
             staging_bytes=staging_bytes,
             first_rank_reads=first_rank_reads and len(ranks) > 1,
         )
-        for source, wanted in by_source.values()
+        for source, wanted, converted in by_source.values()
     ]
     mapped = (t.mapped_on(t.layout.mesh_ranks[0]) for plan in plans for t in plan.wanted)
     if cpu_storage == "map" and not any(mapped):
@@ -182,6 +216,7 @@ def plan_sources(
 def _plan_source(
     source: Source,
     wanted: tuple[WantedTensor, ...],
+    converted: tuple[ConvertedTensor, ...],
     *,
     ranks: Sequence[int],
     rank: int,
@@ -195,12 +230,23 @@ def _plan_source(
         together,
         ranks=ranks,
         rank=rank,
-        buffer_bytes=staging_bytes // _EXCHANGE_BUFFERS,
-        readers=1 if first_rank_reads else None,
+        buffer_bytes=staging_bytes // EXCHANGE_BUFFERS,
+        reader_of=(lambda _: 0) if first_rank_reads else None,
+    )
+    if converted and first_rank_reads:
+        raise ConfigurationError(
+            f"{source.name}: expected files that every rank can read, got a state dict of the first rank, which the conversion "
+            f"{converted[0].whole.group.operations} of {converted[0].fqn} must see whole. Save it as safetensors, or "
+            "convert it before."
+        )
+    steps = plan_conversions(
+        converted, ranks=ranks, rank=rank, buffer_bytes=staging_bytes // EXCHANGE_BUFFERS
     )
     return SourcePlan(
         source=source,
         wanted=wanted,
+        converted=converted,
+        steps=steps,
         direct=plan_load(alone, rank=rank, max_read_bytes=read_bytes_of(staging_bytes)),
         rounds=tuple(rounds) if together else (),
     )
@@ -233,7 +279,7 @@ def allocate(
     pages: dict[str, torch.Tensor] = {}
     final: list[SourcePlan] = []
     for plan in plans:
-        dtypes = {tensor.fqn: tensor.dtype for tensor in plan.wanted}
+        dtypes = plan.dtype_of
         unmapped: set[str] = set()
         for item in plan.direct.mapped:
             found = _map(plan.source, item, dtypes[item.fqn])
@@ -242,7 +288,7 @@ def allocate(
             else:
                 pages[item.fqn] = found
         final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
-    dtype_of = {tensor.fqn: tensor.dtype for plan in plans for tensor in plan.wanted}
+    dtype_of = {fqn: dtype for plan in plans for fqn, dtype in plan.dtype_of.items()}
     allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
     _allocate_buffers(model, dtype_of, device)
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in dtype_of}
@@ -302,12 +348,10 @@ def execute(
     with phase("read"):
         ring = staging_ring(staging_bytes, device)
         for plan in plans:
-            dtypes = {tensor.fqn: tensor.stored.dtype for tensor in plan.wanted}
-            shards = Shards(targets, dtypes)
+            shards = Shards(targets)
             Reading(
                 plan.direct,
                 source=plan.source,
-                dtypes=dtypes,
                 ring=ring,
                 agreement=agreement,
                 done=done,
@@ -315,12 +359,16 @@ def execute(
                 in_place=shards.in_place,
             ).run()
         del ring
-    if any(plan.rounds for plan in plans):
-        with phase("exchange"), ExitStack() as stack:
-            plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+    if any(plan.rounds or plan.steps for plan in plans):
+        with ExitStack() as stack:
+            plane = None
+            if len(ranks) > 1:
+                plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
             for plan in plans:
-                if plan.rounds:
+                with phase("exchange"):
                     Exchange(plan.rounds, source=plan.source, targets=targets, plane=plane, done=done).run()
+                with phase("convert"):
+                    convert(plan.steps, plan.source, place=targets, plane=plane, done=done)
     for plan in plans:
         plan.source.require_unchanged()
     return Loaded(

@@ -94,6 +94,7 @@ def materialize(
     staging_bytes: int | None = None,
     cpu_storage: CpuStorage = "auto",
     rename: Rename = None,
+    conversions: Sequence[Any] | None = None,
     buffers: Buffers = None,
     group: dist.ProcessGroup | None = None,
     timeout: float | timedelta | None = None,
@@ -120,7 +121,10 @@ def materialize(
         cpu_storage: `"map"` and `"auto"` let shards in host memory be private pages of the file where it holds them as
             they are wanted; nothing is read before it is touched then, and truncating the file while the model lives
             ends the process with SIGBUS. `"copy"` reads everything now.
-        rename: From names in the model to names in the checkpoint, as a mapping or a function.
+        rename: From names in the model to names in the checkpoint, as a mapping or a function; each tensor is then stored as
+            the model has it.
+        conversions: How stored tensors become the model's, as transformers' `WeightRenaming` and `WeightConverter` objects; None
+            is what transformers declares for the model, if it is one of its own, and nothing otherwise.
         buffers: Values of buffers that no checkpoint holds, by name or as a function of name and tensor; otherwise
             those on meta are made again by their modules. A buffer that has storage keeps its values: after `to_empty`,
             which leaves garbage in it, pass them here.
@@ -157,10 +161,10 @@ def materialize(
         first_rank_reads = isinstance(source, (StateDictSource, RemoteSource))
         with agreement.phase("match names"):
             entries = entries_of(model)
-            binding = _bind(entries, source, rename)
+            binding = _bind(model, entries, source, rename, conversions)
             name = source.name if source is not None else type(model).__name__
             allowed = "init" if source is None else missing
-            absent = permitted(binding.absent, allowed, name=name)
+            absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
         options = FillOptions(
@@ -276,7 +280,7 @@ def _kept_dtype(entry: Entry, of: Bound, dtype: torch.dtype | str | None) -> tor
         return entry.tensor.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
-    return of.stored.dtype if dtype == "auto" else entry.tensor.dtype
+    return of.stored[0].dtype if dtype == "auto" and of.stored else entry.tensor.dtype
 
 
 def _check_arguments(route: str, cpu_storage: str, dtype: Any) -> None:
@@ -289,11 +293,17 @@ def _check_arguments(route: str, cpu_storage: str, dtype: Any) -> None:
         )
 
 
-def _bind(entries: tuple[Entry, ...], source: Source | None, rename: Rename) -> Binding:
+def _bind(
+    model: nn.Module,
+    entries: tuple[Entry, ...],
+    source: Source | None,
+    rename: Rename,
+    conversions: Sequence[Any] | None,
+) -> Binding:
     if source is None:
         names = tuple(entry.fqn for entry in entries if entry.persistent)
-        return Binding(bound={}, absent=names, unexpected=())
-    return bind(entries, source, rename=rename)
+        return Binding(bound={}, absent=names, optional=frozenset(), unexpected=())
+    return bind(model, entries, source, rename=rename, conversions=conversions)
 
 
 def warn_of_unexpected(binding: Binding, name: str, agreement: Agreement) -> None:

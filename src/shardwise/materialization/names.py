@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_WRAPPERS = ("base_layer", "original_module")
@@ -26,3 +28,14 @@ def checkpoint_name_of(fqn: str) -> str:
         return name
     parts = name.removeprefix(_PEFT_PREFIX).split(".")
     return ".".join(part for part in parts if part not in _PEFT_WRAPPERS)
+
+
+def model_inside(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile`, activation checkpointing and PEFT wrap: the one that a checkpoint is of."""
+    while True:
+        inside = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+        if inside is None and hasattr(model, "peft_config") and "base_model" in model._modules:
+            inside = model._modules["base_model"]._modules.get("model")  # type: ignore[union-attr]
+        if inside is None:
+            return model
+        model = inside

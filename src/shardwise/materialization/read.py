@@ -6,12 +6,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
 
 import torch
 
 from shardwise.checkpoint import Source
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.placing import as_memory, elements_in, place_in
 from shardwise.materialization.staging import StagingRing
 from shardwise.plan import Fragment, LoadPlan, Read
 
@@ -24,52 +24,12 @@ def read_threads() -> int:
     return min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
 
 
-def as_memory(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor in host memory, writable."""
-    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def placed(
-    staged: torch.Tensor, fragment_offset: int, dtype: torch.dtype, fragment: Fragment
-) -> torch.Tensor:
-    """Return a fragment's elements inside of a staging buffer."""
-    return strided_view(
-        staged, fragment_offset, dtype, fragment.local.shape, fragment.strides, fragment.stop - fragment.start
-    )
-
-
-def strided_view(
-    staged: torch.Tensor,
-    offset: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    nbytes: int,
-) -> torch.Tensor:
-    """Return elements that lie in a byte buffer from an offset on.
-
-    Args:
-        staged: uint8, contiguous.
-        offset: Of the first element, in bytes.
-        dtype: Of the elements.
-        shape: Of the result.
-        strides: In elements.
-        nbytes: From the first byte of the first element to the last byte of the last.
-    """
-    run = staged[offset : offset + nbytes]
-    if run.storage_offset() % dtype.itemsize:
-        run = run.clone()  # a header of odd length leaves the elements where torch cannot view them
-    return run.view(dtype).as_strided(shape, strides)
-
-
 class Reading:
     """One rank's reads.
 
     Args:
         plan: Of this rank.
         source: Open.
-        dtypes: As stored in the source, by tensor name.
         ring: Staging.
         agreement: Of the call; asked for failures of other ranks while reads are awaited.
         done: Told the bytes of each completed read.
@@ -82,7 +42,6 @@ class Reading:
         plan: LoadPlan,
         *,
         source: Source,
-        dtypes: Mapping[str, torch.dtype],
         ring: StagingRing,
         agreement: Agreement,
         done: Callable[[int], None],
@@ -93,7 +52,6 @@ class Reading:
         self._source = source
         self._place = place
         self._in_place = in_place
-        self._dtypes = dtypes
         self._ring = ring
         self._agreement = agreement
         self._done = done
@@ -132,8 +90,10 @@ class Reading:
         future.result()
         if buffer is not None:
             for fragment in read.fragments:
-                offset = fragment.start - read.start
-                self._place(fragment, placed(buffer, offset, self._dtypes[fragment.fqn], fragment))
+                elements = elements_in(
+                    buffer, fragment.start - read.start, fragment.stored.dtype, fragment.piece
+                )
+                self._place(fragment, elements)
             self._ring.give_back(buffer)
         self._done(read.nbytes)
 
@@ -143,17 +103,15 @@ class Shards:
 
     Args:
         targets: By tensor name.
-        dtypes: As stored in the source, by tensor name.
     """
 
-    def __init__(self, targets: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets
-        self._dtypes = dtypes
 
     def place(self, fragment: Fragment, elements: torch.Tensor) -> None:
         """Copy a fragment into its shard, cast to the shard's dtype."""
         with torch.no_grad():
-            self._targets[fragment.fqn][fragment.local.slices()].copy_(elements, non_blocking=True)
+            place_in(self._targets[fragment.fqn], fragment.piece).copy_(elements, non_blocking=True)
 
     def in_place(self, read: Read) -> memoryview | None:
         """Return where a read's bytes belong as they are, if they do."""
@@ -161,9 +119,11 @@ class Shards:
             return None
         fragment = read.fragments[0]
         target = self._targets[fragment.fqn]
-        if target.device.type != "cpu" or target.dtype != self._dtypes[fragment.fqn]:
+        if (
+            target.device.type != "cpu"
+            or target.dtype != fragment.stored.dtype
+            or not fragment.piece.is_one_run
+        ):
             return None
-        part = target[fragment.local.slices()]
-        if not part.is_contiguous() or part.numel() * part.element_size() != read.nbytes:
-            return None
-        return as_memory(part)
+        place = place_in(target, fragment.piece)
+        return as_memory(place) if place.is_contiguous() else None

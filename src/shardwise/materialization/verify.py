@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -17,9 +17,17 @@ from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
-from shardwise.materialization.load import layout_of, read_bytes_of, staging_ring
+from shardwise.materialization.convert import (
+    ConvertedTensor,
+    convert,
+    plan_conversions,
+    source_bytes_of,
+)
+from shardwise.materialization.data_plane import open_data_plane
+from shardwise.materialization.load import EXCHANGE_BUFFERS, layout_of, read_bytes_of, staging_ring
 from shardwise.materialization.materialize import default_staging_bytes
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
+from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
 from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import entries_of
@@ -32,8 +40,8 @@ class Mismatch:
 
     Args:
         fqn: Of the tensor.
-        checkpoint_name: On disk.
-        file: Within the checkpoint.
+        checkpoint_name: On disk, of the first element that differs.
+        file: Within the checkpoint, of the same.
         rank: That holds the shard.
         elements: How many differ.
         first_index: Of the first of them, in the shard.
@@ -93,6 +101,7 @@ def verify_shards(
     checkpoint: Checkpoint,
     *,
     rename: Rename = None,
+    conversions: Sequence[Any] | None = None,
     staging_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     timeout: float | timedelta | None = None,
@@ -105,6 +114,7 @@ def verify_shards(
         model: With values; sharded or not.
         checkpoint: Directory, safetensors file, hub id or `Source`.
         rename: From names in the model to names in the checkpoint.
+        conversions: As `materialize` takes them.
         staging_bytes: Bound of the host buffers, in bytes; None is 64 MiB on CPU ranks and 256 MiB on accelerators.
         group: Ranks that take part; None is the default group.
         timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
@@ -127,18 +137,31 @@ def verify_shards(
             )
         reshard(model)
         entries = entries_of(model)
-        binding = bind(entries, source, rename=rename)
+        binding = bind(model, entries, source, rename=rename, conversions=conversions)
         check_bound(entries, binding.bound)
         by_fqn = {e.fqn: e for e in entries if e.role != "attribute" and e.fqn in binding.bound}
         wanted = [
             WantedTensor(
                 fqn=fqn,
-                stored=binding.bound[fqn].stored,
+                shape=binding.bound[fqn].shape,
                 dtype=entry.tensor.dtype,
                 layout=layout_of(entry.tensor, ranks),
+                pieces=binding.bound[fqn].pieces,
                 may_map=False,
             )
             for fqn, entry in by_fqn.items()
+            if binding.bound[fqn].whole is None
+        ]
+        converted = [
+            ConvertedTensor(
+                fqn=fqn,
+                name=binding.bound[fqn].name,
+                whole=whole,
+                dtype=entry.tensor.dtype,
+                layout=layout_of(entry.tensor, ranks),
+            )
+            for fqn, entry in by_fqn.items()
+            if (whole := binding.bound[fqn].whole) is not None
         ]
     with ExitStack() as stack, agreement.phase("compare"):
         if not isinstance(checkpoint, Source):
@@ -147,36 +170,55 @@ def verify_shards(
         staging = staging_bytes or default_staging_bytes("cpu" if devices <= {"cpu"} else "accelerator")
         plan = plan_load(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
         targets = {fqn: local_of(entry.tensor) for fqn, entry in by_fqn.items()}
-        differing: dict[str, tuple[int, tuple[int, ...]]] = {}
+        differing: dict[str, list[tuple[tuple[int, ...], int, str, str]]] = {}
 
         def compare(fragment: Fragment, elements: torch.Tensor) -> None:
-            shard = targets[fragment.fqn][fragment.local.slices()]
-            count, first = _differing(shard, elements)
+            piece = fragment.piece
+            count, first = _differing(place_in(targets[fragment.fqn], piece), elements)
             if count:
-                first = tuple(a + b for a, b in zip(first, fragment.local.start, strict=True))
-                before, earliest = differing.get(fragment.fqn, (0, first))
-                differing[fragment.fqn] = (before + count, min(earliest, first))
+                differing.setdefault(fragment.fqn, []).append(
+                    (piece.place_of(first), count, fragment.stored.name, fragment.stored.file)
+                )
 
         Reading(
             plan,
             source=source,
-            dtypes={tensor.fqn: tensor.stored.dtype for tensor in wanted},
             ring=staging_ring(staging, torch.device("cpu")),
             agreement=agreement,
             done=lambda _: None,
             place=compare,
             in_place=None,
         ).run()
+        storage_bytes = plan.storage_bytes
+        if converted:
+            steps = plan_conversions(
+                converted, ranks=ranks, rank=agreement.rank, buffer_bytes=staging // EXCHANGE_BUFFERS
+            )
+            device = next(iter(targets.values())).device
+            plane = None
+            if len(ranks) > 1:
+                plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+            for step in steps:
+                made = {fqn: torch.empty_like(targets[fqn]) for turn in step.rounds for fqn in turn.fqns}
+                convert([step], source, place=made, plane=plane, done=lambda _: None)
+                for fqn, shard in made.items():
+                    count, at = _differing(targets[fqn], shard)
+                    if count:
+                        first_source = binding.bound[fqn].stored[0]
+                        differing[fqn] = [(at, count, first_source.name, first_source.file)]
+            storage_bytes += sum(
+                source_bytes_of(step.whole, source) for step in steps if step.whole is not None
+            )
         source.require_unchanged()
-        own = [
-            [fqn, binding.bound[fqn].stored.name, binding.bound[fqn].stored.file, count, first]
-            for fqn, (count, first) in differing.items()
-        ]
-        texts = agreement.gather("differences", json.dumps([plan.storage_bytes, own]))
+        own = []
+        for fqn, found in differing.items():
+            first, _, name, file = min(found)
+            own.append([fqn, name, file, sum(count for _, count, _, _ in found), first])
+        texts = agreement.gather("differences", json.dumps([storage_bytes, own]))
     gathered = [json.loads(text) for text in texts]
     return VerifyReport(
         checkpoint=source.name,
-        tensors=len(wanted),
+        tensors=len(by_fqn),
         storage_bytes=sum(of_rank[0] for of_rank in gathered),
         absent=binding.absent,
         mismatches=tuple(

@@ -1,14 +1,8 @@
 """Pure planning: which region of which tensor each rank owns, and how it travels. No I/O, no process group."""
 
-from shardwise.plan.exchange_plan import (
-    Incoming,
-    Outgoing,
-    Round,
-    exchanged,
-    plan_rounds,
-)
+from shardwise.plan.exchange_plan import Round, Transfer, exchanged, plan_rounds
 from shardwise.plan.layout import Layout, Part
-from shardwise.plan.load_plan import Fragment, LoadPlan, Mapped, Read, WantedTensor, plan_load
+from shardwise.plan.load_plan import Fragment, LoadPlan, Read, plan_load
 from shardwise.plan.scatter_plan import (
     BUCKETS_IN_FLIGHT,
     Bucket,
@@ -18,24 +12,26 @@ from shardwise.plan.scatter_plan import (
     ScatterPlan,
     plan_scatter,
 )
+from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
 
 __all__ = [
     "BUCKETS_IN_FLIGHT",
     "Bucket",
     "DirectBucket",
     "Fragment",
-    "Incoming",
     "Layout",
     "LoadPlan",
     "Mapped",
-    "Outgoing",
     "Part",
     "Piece",
     "PlannedTensor",
     "Read",
     "Round",
     "ScatterPlan",
+    "StoredPiece",
+    "Transfer",
     "WantedTensor",
+    "as_stored",
     "exchanged",
     "plan_load",
     "plan_rounds",

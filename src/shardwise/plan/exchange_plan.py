@@ -1,47 +1,60 @@
 """Tensors that ranks read together: each byte is read once, by one rank, and handed to the ranks that own it.
 
-Two kinds of tensor go this way. A shard on a dim other than 0 is many short runs of bytes, so that every rank would read
-nearly the whole tensor to get its columns. And thousands of small tensors would be as many small reads on every rank.
-Their bytes are cut into slices in file order, dealt out to the ranks in turn, and exchanged in rounds: in one round
-each rank reads one slice and one all-to-all moves the pieces. A slice holds so little that whatever goes to one rank in
-a round fits its receive buffer, even if every piece went there.
+Two kinds of tensor go this way. A rank's part may be many short runs of bytes, as of a shard on a dim other than 0 or of a
+transposed weight, so that every rank would read nearly the whole tensor to get its elements. And thousands of small parts
+would be as many small reads on every rank. Their bytes are cut into slices in file order, dealt out to the ranks in turn,
+and exchanged in rounds: in one round each rank reads one slice and one all-to-all moves the pieces. A slice holds so
+little that whatever goes to one rank in a round fits its receive buffer, even if every piece went there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
-from shardwise.plan.boxes import aligned, cut, offset_of, row_major_strides, span
-from shardwise.plan.layout import Part
-from shardwise.plan.load_plan import WantedTensor
-from shardwise.tensors import Region
+from shardwise.checkpoint import StoredTensor
+from shardwise.conversion import Piece
+from shardwise.plan.boxes import aligned
+from shardwise.plan.wanted import WantedTensor
 
 MAX_WASTE = 1.02
 """Bytes read over bytes needed, from which on a tensor is exchanged: the bound that a whole job keeps."""
 SMALL_BYTES = 256 * 2**10
-"""A rank's part below this is a small read."""
+"""A rank's run of bytes below this is a small read."""
 SMALL_TENSORS = 64
-"""So many small tensors in a row are read together."""
+"""So many small runs in a row are read together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A run of bytes of one tensor.
+    """A run of a stored tensor's elements, and the tensors of the model that take from it.
 
     Args:
-        tensor: Index into the wanted tensors.
-        region: In the full tensor; contiguous in the file.
-        start: First byte in the file.
-        nbytes: Length.
+        stored: The tensor.
+        low: First element, inclusive.
+        high: Last element, exclusive.
+        takers: Index into the wanted tensors, and the piece that it takes of the whole stored tensor.
+        is_whole: Whether it is all that anybody takes of the stored tensor.
     """
 
-    tensor: int
-    region: Region
-    start: int
-    nbytes: int
+    stored: StoredTensor
+    low: int
+    high: int
+    takers: tuple[tuple[int, Piece], ...]
+    is_whole: bool
+
+    @property
+    def start(self) -> int:
+        """First byte in the file."""
+        return self.stored.start + self.low * self.stored.dtype.itemsize
+
+    @property
+    def stop(self) -> int:
+        """Byte after the last one in the file."""
+        return self.stored.start + self.high * self.stored.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,39 +68,27 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outgoing:
-    """A piece of the slice that a rank has read, for one owner.
-
-    Args:
-        dtype: As stored.
-        shape: Of the piece, in elements.
-        strides: In the slice, in elements.
-        slice_offset: Of its first element, in bytes.
-        message_offset: Where it goes in the message, in bytes; aligned.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    slice_offset: int
-    message_offset: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Incoming:
-    """A piece of a message and its place in this rank's shard.
+class Transfer:
+    """A piece on its way from the slice of the rank that read it to the shard of the rank that owns it.
 
     Args:
         fqn: Of the tensor.
         dtype: As stored.
-        local: The box in the shard, in elements.
-        message_offset: In bytes.
+        piece: Its elements; targets are places in the owner's shard.
+        slice_offset: Of its first element in the slice, in bytes.
+        message_offset: Where it stands in the message, packed, in bytes; aligned.
     """
 
     fqn: str
     dtype: torch.dtype
-    local: Region
+    piece: Piece
+    slice_offset: int
     message_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements, in bytes."""
+        return self.piece.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,18 +98,25 @@ class Round:
     Args:
         position: Of this rank, in the order of the plan's ranks.
         read: What it reads; None where the slices ran out.
-        outgoing: For each rank, in the order of the plan's ranks.
-        incoming: From each rank, in the same order.
+        kept: What it takes of its own slice.
+        outgoing: For each rank, in the order of the plan's ranks; none for itself.
+        incoming: From each rank, in the same order; none from itself.
         send_bytes: Length of the message to each rank.
         receive_bytes: Length of the message from each rank.
     """
 
     position: int
     read: Slice | None
-    outgoing: tuple[tuple[Outgoing, ...], ...]
-    incoming: tuple[tuple[Incoming, ...], ...]
+    kept: tuple[Transfer, ...]
+    outgoing: tuple[tuple[Transfer, ...], ...]
+    incoming: tuple[tuple[Transfer, ...], ...]
     send_bytes: tuple[int, ...]
     receive_bytes: tuple[int, ...]
+
+    @property
+    def fqns(self) -> frozenset[str]:
+        """The tensors of which this rank gets a piece."""
+        return frozenset(t.fqn for message in (self.kept, *self.incoming) for t in message)
 
 
 def exchanged(wanted: Sequence[WantedTensor], *, ranks: Sequence[int]) -> frozenset[int]:
@@ -123,82 +131,101 @@ def exchanged(wanted: Sequence[WantedTensor], *, ranks: Sequence[int]) -> frozen
     """
     if len(ranks) == 1:
         return frozenset()
-    chosen = {index for index, tensor in enumerate(wanted) if _is_wasteful(tensor, ranks)}
+    judge = _Judge(ranks)
+    chosen = {index for index, tensor in enumerate(wanted) if judge.is_wasteful(tensor)}
     small: list[int] = []
-    for index in sorted(range(len(wanted)), key=lambda i: (wanted[i].stored.file, wanted[i].stored.start)):
-        if wanted[index].stored.nbytes == 0:  # lies nowhere, so it ends no run
-            continue
-        if index in chosen or not _is_small(wanted[index]):
-            chosen |= _run(small)
-            small = []
+    runs = 0
+    # A tensor of several pieces stands where its first one does: those of one layer lie near each other.
+    placed = [
+        i for i in range(len(wanted)) if wanted[i].pieces
+    ]  # an empty tensor lies nowhere and ends no row
+    for index in sorted(placed, key=lambda i: _place(wanted[i])):
+        if index in chosen or not judge.is_small(wanted[index]):
+            chosen |= set(small) if runs >= SMALL_TENSORS else set()
+            small, runs = [], 0
         else:
             small.append(index)
-    return frozenset(chosen | _run(small))
+            runs += len(wanted[index].pieces)
+    return frozenset(chosen | (set(small) if runs >= SMALL_TENSORS else set()))
 
 
-def _run(small: list[int]) -> set[int]:
-    return set(small) if len(small) >= SMALL_TENSORS else set()
+def _place(tensor: WantedTensor) -> tuple[str, int]:
+    return min((each.stored.file, each.stored.start) for each in tensor.pieces)
 
 
-def _is_small(tensor: WantedTensor) -> bool:
-    if tensor.always_mapped:
-        return False
-    shape = tensor.layout.local_shape(tensor.stored.shape, tensor.layout.mesh_ranks[0])
-    return shape is not None and Region.whole(shape).numel * tensor.stored.dtype.itemsize < SMALL_BYTES
+class _Judge:
+    """Looks at each kind of tensor once: the layers of a model repeat their shapes.
 
+    Args:
+        ranks: Global ranks that take part.
+    """
 
-def _is_wasteful(tensor: WantedTensor, ranks: Sequence[int]) -> bool:
-    if tensor.layout.shards_rows_only:  # runs of rows are runs of bytes
-        return False
-    strides = row_major_strides(tensor.stored.shape)
-    needed = spanned = 0
-    for rank in ranks:
-        for part in tensor.layout.parts(tensor.stored.shape, rank):
-            needed += part.region.numel
-            spanned += span(part.region.shape, strides)
-    return spanned > MAX_WASTE * needed
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._ranks = ranks
+        self._known: dict[tuple[int, tuple[int, ...], tuple[Piece, ...]], bool] = {}
+
+    def is_wasteful(self, tensor: WantedTensor) -> bool:
+        """Return whether runs of bytes that cover what each rank needs hold much that it does not need."""
+        key = (id(tensor.layout), tensor.shape, tuple(each.piece for each in tensor.pieces))
+        if key not in self._known:
+            needed = spanned = 0
+            for rank in self._ranks:
+                for each in tensor.pieces:
+                    for piece in tensor.layout.local_pieces(each.piece, tensor.shape, rank):
+                        needed += piece.numel
+                        spanned += piece.source_span
+            self._known[key] = spanned > MAX_WASTE * needed
+        return self._known[key]
+
+    def is_small(self, tensor: WantedTensor) -> bool:
+        """Return whether the first rank's part of a tensor is runs of few bytes that are not mapped."""
+        if tensor.always_mapped:
+            return False
+        pieces = list(tensor.pieces_on(tensor.layout.mesh_ranks[0]))
+        nbytes = sum(each.piece.numel * each.stored.dtype.itemsize for each in pieces)
+        return nbytes < SMALL_BYTES * max(1, len(pieces))
 
 
 def slices_of(wanted: Sequence[WantedTensor], chosen: frozenset[int], *, slice_bytes: int) -> list[Slice]:
-    """Cut the bytes of the chosen tensors into slices, in file order."""
-    order = sorted(chosen, key=lambda i: (wanted[i].stored.file, wanted[i].stored.start))
+    """Cut the bytes that the chosen tensors take into slices, in file order."""
+    takers: dict[str, tuple[StoredTensor, list[tuple[int, Piece]]]] = {}
+    for index in sorted(chosen):
+        for each in wanted[index].pieces:
+            takers.setdefault(each.stored.name, (each.stored, []))[1].append((index, each.piece))
     slices: list[Slice] = []
     pending: list[Unit] = []
-    file = ""
 
     def close() -> None:
         if pending:
-            last = pending[-1]
             slices.append(
-                Slice(file=file, start=pending[0].start, stop=last.start + last.nbytes, units=tuple(pending))
+                Slice(
+                    file=pending[0].stored.file,
+                    start=pending[0].start,
+                    stop=pending[-1].stop,
+                    units=tuple(pending),
+                )
             )
             pending.clear()
 
-    for index in order:
-        stored = wanted[index].stored
-        for unit in _units(index, wanted[index], slice_bytes):
+    for stored, of_stored in sorted(takers.values(), key=lambda item: (item[0].file, item[0].start)):
+        for unit in _units(stored, tuple(of_stored), slice_bytes):
             follows = (
-                bool(pending) and file == stored.file and pending[-1].start + pending[-1].nbytes == unit.start
+                bool(pending) and pending[-1].stored.file == stored.file and pending[-1].stop == unit.start
             )
-            if not follows or unit.start + unit.nbytes - pending[0].start > slice_bytes:
+            if not follows or unit.stop - pending[0].start > slice_bytes:
                 close()
-            file = stored.file
             pending.append(unit)
     close()
     return slices
 
 
-def _units(index: int, tensor: WantedTensor, slice_bytes: int) -> Iterator[Unit]:
-    stored = tensor.stored
-    strides, itemsize = row_major_strides(stored.shape), stored.dtype.itemsize
-    for region in cut(Region.whole(stored.shape), strides, slice_bytes // itemsize):
-        first = offset_of(region.start, strides)
-        yield Unit(
-            tensor=index,
-            region=region,
-            start=stored.start + first * itemsize,
-            nbytes=region.numel * itemsize,
-        )
+def _units(stored: StoredTensor, takers: tuple[tuple[int, Piece], ...], slice_bytes: int) -> Iterator[Unit]:
+    step = slice_bytes // stored.dtype.itemsize
+    first = min(piece.source_start for _, piece in takers)
+    last = max(piece.source_start + piece.source_span for _, piece in takers)
+    for low in range(first, last, step):
+        high = min(low + step, last)
+        yield Unit(stored=stored, low=low, high=high, takers=takers, is_whole=(low, high) == (first, last))
 
 
 def plan_rounds(
@@ -208,7 +235,7 @@ def plan_rounds(
     ranks: Sequence[int],
     rank: int,
     buffer_bytes: int,
-    readers: int | None = None,
+    reader_of: Callable[[str], int] | None = None,
 ) -> Iterator[Round]:
     """Plan one rank's part in the exchange.
 
@@ -218,94 +245,67 @@ def plan_rounds(
         ranks: Global ranks that take part.
         rank: This one.
         buffer_bytes: Bound of what a rank reads, sends or receives in one round, in bytes, alignment aside.
-        readers: How many of the first ranks read; None is all. The first alone may hold a state dict.
+        reader_of: From a file to the position of the rank that alone can read it; None where all can.
 
     Yields:
         Rounds in order; equally many on every rank.
     """
     slices = slices_of(wanted, chosen, slice_bytes=max(16, buffer_bytes // len(ranks)))
-    parts = {
-        index: tuple(wanted[index].layout.parts(wanted[index].stored.shape, owner) for owner in ranks)
-        for index in chosen
-    }
     own = list(ranks).index(rank)
-    readers = len(ranks) if readers is None else readers
-    for first in range(0, len(slices), readers):
-        of_round = slices[first : first + readers]
-        read = of_round[own] if own < len(of_round) else None
-        outgoing, send_bytes = [], []
-        for owner in range(len(ranks)):
-            pieces, length = _outgoing(read, wanted, parts, owner)
-            outgoing.append(pieces)
-            send_bytes.append(length)
-        incoming, receive_bytes = [], []
-        for reader in range(len(ranks)):
-            of_reader = of_round[reader] if reader < len(of_round) else None
-            arriving, length = _incoming(of_reader, wanted, parts, own)
-            incoming.append(arriving)
-            receive_bytes.append(length)
+    of_reader: list[list[Slice]] = [[] for _ in ranks]
+    for number, each in enumerate(slices):
+        of_reader[reader_of(each.file) if reader_of is not None else number % len(ranks)].append(each)
+    for of_round in zip_longest(*of_reader):
+        read = of_round[own]
+        outgoing: list[tuple[Transfer, ...]] = []
+        incoming: list[tuple[Transfer, ...]] = []
+        for position, other in enumerate(ranks):
+            of_other = of_round[position]
+            outgoing.append(_transfers(read, wanted, other) if position != own else ())
+            incoming.append(_transfers(of_other, wanted, rank) if position != own else ())
         yield Round(
             position=own,
             read=read,
+            kept=_transfers(read, wanted, rank),
             outgoing=tuple(outgoing),
             incoming=tuple(incoming),
-            send_bytes=tuple(send_bytes),
-            receive_bytes=tuple(receive_bytes),
+            send_bytes=tuple(map(_length, outgoing)),
+            receive_bytes=tuple(map(_length, incoming)),
         )
 
 
-Parts = dict[int, tuple[tuple[Part, ...], ...]]
+def _length(message: tuple[Transfer, ...]) -> int:
+    return aligned(message[-1].message_offset + message[-1].nbytes) if message else 0
 
 
-def _overlaps(
-    read: Slice | None, wanted: Sequence[WantedTensor], parts: Parts, owner: int
-) -> Iterator[tuple[Unit, Part, Region, int]]:
-    """Yield unit, part, their common region and its place in the message, in the order of the message."""
+def _transfers(read: Slice | None, wanted: Sequence[WantedTensor], owner: int) -> tuple[Transfer, ...]:
+    """Return what of a slice belongs to a rank, in the order of the message: the same on both ends."""
+    transfers: list[Transfer] = []
     offset = 0
     for unit in read.units if read is not None else ():
-        for part in parts[unit.tensor][owner]:
-            common = unit.region.intersect(part.region)
-            if common is not None:
-                yield unit, part, common, offset
-                offset = aligned(offset + common.numel * wanted[unit.tensor].stored.dtype.itemsize)
-
-
-def _outgoing(
-    read: Slice | None, wanted: Sequence[WantedTensor], parts: Parts, owner: int
-) -> tuple[tuple[Outgoing, ...], int]:
-    pieces, length = [], 0
-    for unit, _, common, offset in _overlaps(read, wanted, parts, owner):
-        stored = wanted[unit.tensor].stored
-        strides = row_major_strides(stored.shape)
-        inside = offset_of(common.relative_to(unit.region).start, strides)
-        pieces.append(
-            Outgoing(
-                dtype=stored.dtype,
-                shape=common.shape,
-                strides=strides,
-                slice_offset=unit.start - read.start + inside * stored.dtype.itemsize
-                if read is not None
-                else 0,
-                message_offset=offset,
+        itemsize = unit.stored.dtype.itemsize
+        origin = unit.stored.start - read.start  # type: ignore[union-attr]
+        for index, piece in _owned(unit, wanted, owner):
+            transfers.append(
+                Transfer(
+                    fqn=wanted[index].fqn,
+                    dtype=unit.stored.dtype,
+                    piece=piece,
+                    slice_offset=origin + piece.source_start * itemsize,
+                    message_offset=offset,
+                )
             )
-        )
-        length = offset + common.numel * stored.dtype.itemsize
-    return tuple(pieces), aligned(length)
+            offset = aligned(offset + piece.numel * itemsize)
+    return tuple(transfers)
 
 
-def _incoming(
-    read: Slice | None, wanted: Sequence[WantedTensor], parts: Parts, owner: int
-) -> tuple[tuple[Incoming, ...], int]:
-    pieces, length = [], 0
-    for unit, part, common, offset in _overlaps(read, wanted, parts, owner):
-        dtype = wanted[unit.tensor].stored.dtype
-        pieces.append(
-            Incoming(
-                fqn=wanted[unit.tensor].fqn,
-                dtype=dtype,
-                local=part.local_of(common),
-                message_offset=offset,
-            )
-        )
-        length = offset + common.numel * dtype.itemsize
-    return tuple(pieces), aligned(length)
+def _owned(unit: Unit, wanted: Sequence[WantedTensor], owner: int) -> Iterator[tuple[int, Piece]]:
+    for index, piece in unit.takers:
+        tensor = wanted[index]
+        if unit.is_whole:
+            for local in tensor.layout.local_pieces(piece, tensor.shape, owner):
+                yield index, local
+            continue
+        for part in piece.cut_source(unit.low, unit.high):
+            for local in tensor.layout.cut_pieces(part, tensor.shape, owner):
+                yield index, local

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from shardwise.conversion import Piece
 from shardwise.errors import ConfigurationError, UnsupportedParameterError
 from shardwise.tensors import Region
 
@@ -94,6 +95,10 @@ class Layout:
         return {}  # the layers of a model repeat their shapes
 
     @cached_property
+    def _known_pieces(self) -> dict[tuple[Piece, tuple[int, ...], int], tuple[Piece, ...]]:
+        return {}
+
+    @cached_property
     def _known_shapes(self) -> dict[tuple[tuple[int, ...], int], tuple[int, ...] | None]:
         return {}
 
@@ -170,6 +175,20 @@ class Layout:
             for box in itertools.product(*placed)
         )
         return tuple(part for part in boxes if part.region.numel > 0)
+
+    def local_pieces(self, piece: Piece, shape: tuple[int, ...], rank: int) -> tuple[Piece, ...]:
+        """Return what a rank owns of a piece of a full tensor of `shape`; targets are places in its shard."""
+        key = (piece, shape, rank)
+        known = self._known_pieces.get(key)
+        if known is None:
+            known = self._known_pieces[key] = tuple(self.cut_pieces(piece, shape, rank))
+        return known
+
+    def cut_pieces(self, piece: Piece, shape: tuple[int, ...], rank: int) -> Iterator[Piece]:
+        """Yield the same as `local_pieces`, of a piece that will not be asked for again."""
+        for part in self.parts(shape, rank):
+            for inside in piece.within(part.region):
+                yield inside.moved(part.local.start) if any(part.local.start) else inside
 
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...] | None:
         """Return the shape of a global rank's shard, or None if it is not part of the mesh."""

@@ -1,8 +1,8 @@
 """What one rank reads of a checkpoint, and where each byte lands.
 
-A tensor's part that a rank owns becomes fragments: boxes whose bytes in the file span no more than one staging buffer.
-Small fragments that lie close together in a file become one read. A part that is one run of bytes in the file and the
-whole of the rank's shard can be mapped instead, if its place allows it.
+What a rank owns of the stored tensors becomes fragments: pieces whose bytes in the file span no more than one staging
+buffer. Small fragments that lie close together in a file become one read. A shard that is one run of bytes in the file can be
+mapped instead, if its place allows it.
 """
 
 from __future__ import annotations
@@ -10,81 +10,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from shardwise.checkpoint import StoredTensor
+from shardwise.conversion import Piece
 from shardwise.errors import ConfigurationError
-from shardwise.plan.boxes import cut, offset_of, row_major_strides, span
-from shardwise.plan.layout import Layout, Part
-from shardwise.tensors import Region
+from shardwise.plan.wanted import Mapped, WantedTensor
 
 MAX_GAP_BYTES = 4096
 """Bytes between two small fragments that are read along rather than skipped: one page of the page cache."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WantedTensor:
-    """A tensor of the model and the tensor of the checkpoint that holds its values.
-
-    Args:
-        fqn: In the model.
-        stored: Where the values are; of the full tensor's shape.
-        dtype: In which the shard is kept.
-        layout: How the full tensor lies over the ranks.
-        may_map: Whether this rank's shard may be the file's own pages: host memory, no padding, no other tensor that
-            takes the same bytes. The same on all ranks.
-    """
-
-    fqn: str
-    stored: StoredTensor
-    dtype: torch.dtype
-    layout: Layout
-    may_map: bool
-
-    def mapped_on(self, rank: int) -> Mapped | None:
-        """Return a rank's shard as pages of the file; None where it has to be copied.
-
-        A shard that is smaller than the largest is padded by FSDP2, and the bytes after it in the file are not its own.
-        """
-        stored, itemsize = self.stored, self.stored.dtype.itemsize
-        if not self.may_map or self.dtype != stored.dtype:
-            return None
-        parts = self.layout.parts(stored.shape, rank)
-        if len(parts) != 1:
-            return None
-        region = parts[0].region
-        if region.shape != self.layout.local_shape(stored.shape, self.layout.mesh_ranks[0]):
-            return None
-        strides = row_major_strides(stored.shape)
-        first = stored.start + itemsize * offset_of(region.start, strides)
-        if span(region.shape, strides) != region.numel or first % itemsize:
-            return None
-        return Mapped(fqn=self.fqn, file=stored.file, start=first, nbytes=region.numel * itemsize)
-
-    @property
-    def always_mapped(self) -> bool:
-        """Whether every rank maps its shard: the first one does, and the last one's is not shorter."""
-        first, last = self.layout.mesh_ranks[0], self.layout.mesh_ranks[-1]
-        return self.mapped_on(first) is not None and self.mapped_on(last) is not None
+LARGE_FRAGMENT_BYTES = 256 * 2**10
+"""A fragment of this size is a read of its own: it may go straight into place, and joining saves nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    """A box of a shard, as strided elements in a file.
+    """A piece of a shard, as elements in a file.
 
     Args:
         fqn: Of the tensor.
+        stored: That it is a part of.
         start: First byte in the file, inclusive.
         stop: Last byte in the file, exclusive; bytes of other elements may lie between.
-        strides: Of the stored tensor, per dim, in elements.
-        local: The box in the shard, in elements.
+        piece: Its elements; targets are places in the shard.
     """
 
     fqn: str
+    stored: StoredTensor
     start: int
     stop: int
-    strides: tuple[int, ...]
-    local: Region
+    piece: Piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,23 +60,6 @@ class Read:
     def nbytes(self) -> int:
         """Bytes requested."""
         return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mapped:
-    """A shard that is the file's own pages.
-
-    Args:
-        fqn: Of the tensor.
-        file: Within the source.
-        start: First byte, inclusive.
-        nbytes: Of the shard.
-    """
-
-    fqn: str
-    file: str
-    start: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,9 +108,10 @@ def plan_load(
         if found is not None:
             mapped.append(found)
             continue
-        for part in tensor.layout.parts(tensor.stored.shape, rank):
+        for each in tensor.pieces_on(rank):
             fragments += (
-                (tensor.stored.file, f) for f in fragments_of(tensor.fqn, tensor.stored, part, max_read_bytes)
+                (each.stored.file, fragment)
+                for fragment in fragments_of(tensor.fqn, each.stored, each.piece, max_read_bytes)
             )
     return LoadPlan(
         rank=rank,
@@ -204,6 +141,7 @@ def coalesce(
             and name == file
             and fragment.start - stop <= max_gap_bytes
             and max(stop, fragment.stop) - start <= max_read_bytes
+            and min(stop - start, fragment.stop - fragment.start) < LARGE_FRAGMENT_BYTES
         )
         if not joins:
             if pending:
@@ -215,16 +153,11 @@ def coalesce(
         yield Read(file=file, start=start, stop=stop, fragments=tuple(pending))
 
 
-def fragments_of(fqn: str, stored: StoredTensor, part: Part, max_read_bytes: int) -> Iterator[Fragment]:
-    """Cut a part of a tensor into fragments of at most `max_read_bytes` from first to last byte."""
-    strides = row_major_strides(stored.shape)
+def fragments_of(fqn: str, stored: StoredTensor, piece: Piece, max_read_bytes: int) -> Iterator[Fragment]:
+    """Cut a piece of a stored tensor into fragments of at most `max_read_bytes` from first to last byte."""
     itemsize = stored.dtype.itemsize
-    for region in cut(part.region, strides, max_read_bytes // itemsize):
-        first = stored.start + itemsize * offset_of(region.start, strides)
+    for part in piece.cut_to_span(max_read_bytes // itemsize):
+        first = stored.start + itemsize * part.source_start
         yield Fragment(
-            fqn=fqn,
-            start=first,
-            stop=first + itemsize * span(region.shape, strides),
-            strides=strides,
-            local=part.local_of(region),
+            fqn=fqn, stored=stored, start=first, stop=first + itemsize * part.source_span, piece=part
         )

@@ -54,7 +54,7 @@ _OF_MODEL = ("attn_implementation", "experts_implementation")
 
 def build_empty(
     model_cls: Any, name: str, directory: Path, source: Source, *, dtype: Any, **kwargs: Any
-) -> nn.Module:
+) -> tuple[nn.Module, torch.dtype]:
     """Build a model with its parameters on meta.
 
     Args:
@@ -66,7 +66,7 @@ def build_empty(
         **kwargs: Further arguments of `from_pretrained`.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode, and the dtype that was chosen for it.
 
     Raises:
         ConfigurationError: An argument, or a class, that needs values while the model is built.
@@ -94,12 +94,13 @@ def build_empty(
         make = model_cls.from_config if hasattr(model_cls, "from_config") else model_cls._from_config
         if not hasattr(model_cls, "from_config"):
             of_model.pop("trust_remote_code", None)
-        model: nn.Module = make(config, dtype=_dtype_of(config, source, dtype), **of_model, **unused)
+        chosen = _dtype_of(config, source, dtype)
+        model: nn.Module = make(config, dtype=chosen, **of_model, **unused)
     if not _builds_on_meta():
         model.tie_weights()  # type: ignore[operator]  # the context registers each name of a tied weight as a parameter of its own
     model.eval()
     _add_generation_config(model, directory)
-    return model
+    return model, chosen
 
 
 def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from shardwise.conversion import pinned_dtypes
 from shardwise.errors import ConfigurationError
 from shardwise.materialization import (
     Agreement,
     Binding,
     Bound,
+    Entry,
     bind,
     check_bound,
     entries_of,
@@ -113,13 +115,27 @@ def load_deferred(
     )
     with agreement.phase("build"):
         refuse_device_map(config_kwargs)
-        model = build_empty(model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs)
+        model, chosen = build_empty(model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs)
         entries = entries_of(model)
-        binding = bind(entries, opened.source, rename=None)
-        permitted(binding.absent, missing, name=name)
+        binding = bind(model, entries, opened.source, rename=None, conversions=None)
+        permitted(binding.absent, missing, name=name, optional=binding.optional)
         check_bound(entries, binding.bound)
+        _pin_dtypes(model, entries, binding, chosen)
         warn_of_unexpected(binding, name, agreement)
     return model, Pretrained(name=str(name), initialised=frozenset()), binding
+
+
+def _pin_dtypes(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:
+    """Give parameters on meta, of the names that their model's class keeps in float32, that dtype."""
+    pinned = pinned_dtypes(model, chosen)
+    for entry in entries:
+        dtype = pinned(binding.bound[entry.fqn].name) if entry.fqn in binding.bound else None
+        if dtype is None or entry.tensor.dtype == dtype or not entry.tensor.is_floating_point():
+            continue
+        cast = entry.tensor.detach().to(dtype)
+        if entry.role == "parameter":
+            cast = nn.Parameter(cast, requires_grad=entry.tensor.requires_grad)
+        entry.replace(cast)
 
 
 def refuse_device_map(config_kwargs: Mapping[str, Any]) -> None:

@@ -1,0 +1,167 @@
+"""What transformers 5 declares about a model's checkpoint, as conversion groups.
+
+transformers keeps, for each kind of model, a list of renamings and of converters that turn several stored tensors into one
+or the other way round. Its loader renames every stored name, collects what a converter takes, and runs the converter on
+the tensors. The same functions are asked here for the names; the converters are only handed on.
+
+Checked on 5.17 to 5.23; `tests/unit/test_transformers_declarations.py` says what has moved when a release changes them.
+Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`, `transformers.conversion_mapping`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from shardwise.conversion.groups import ConversionGroup, Declaration, any_of
+from shardwise.errors import UnsupportedVersionError
+
+
+def declaration_of(
+    model: Any, expected: Mapping[str, torch.Size], names: Iterable[str], *, conversions: Sequence[Any] | None
+) -> Declaration:
+    """Return how a checkpoint's tensors become a model's.
+
+    Args:
+        model: A transformers model; its values are not looked at.
+        expected: Shapes by the names that a checkpoint of it would give its tensors.
+        names: Checkpoint names.
+        conversions: transformers' `WeightRenaming` and `WeightConverter` objects to use in place of the model's own.
+
+    Returns:
+        The declaration.
+
+    Raises:
+        UnsupportedVersionError: The installed transformers declares it in another way.
+    """
+    upstream = _upstream()
+    mapping = (
+        list(conversions) if conversions is not None else upstream["get_model_conversion_mapping"](model)
+    )
+    renamings = [entry for entry in mapping if isinstance(entry, upstream["WeightRenaming"])]
+    converters = [entry for entry in mapping if isinstance(entry, upstream["WeightConverter"])]
+    rename = _renaming(model.base_model_prefix, expected, renamings, converters, upstream)
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    unexpected: list[str] = []
+    for name in sorted(names, key=upstream["dot_natural_key"]):
+        target, pattern = rename(name)
+        if target not in expected:
+            unexpected.append(target)
+        elif pattern is None:
+            collected.setdefault(target, (None, {}))[1].setdefault(name, []).append(name)
+        else:
+            of_target = collected.setdefault(target, (converter_of[pattern], {}))
+            of_target[1].setdefault(pattern, []).append(name)
+    # What save_pretrained reverses.
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+    shapes = _Shapes(expected)
+    return Declaration(
+        groups=tuple(
+            _group(shapes, model.config, target, converter, sources)
+            for target, (converter, sources) in collected.items()
+        ),
+        unexpected=tuple(unexpected),
+        may_be_absent=any_of(model._keys_to_ignore_on_load_missing),
+        may_be_unexpected=any_of(_unexpected_patterns(model)),
+    )
+
+
+def _upstream() -> dict[str, Any]:
+    names = {
+        "transformers.core_model_loading": (
+            "WeightConverter",
+            "WeightRenaming",
+            "dot_natural_key",
+            "rename_source_key",
+        ),
+        "transformers.conversion_mapping": ("get_model_conversion_mapping",),
+    }
+    found = {}
+    for module, attributes in names.items():
+        try:
+            loaded = __import__(module, fromlist=list(attributes))
+            found.update({name: getattr(loaded, name) for name in attributes})
+        except (ImportError, AttributeError) as error:
+            import transformers
+
+            raise UnsupportedVersionError(
+                f"expected {', '.join(attributes)} in {module}, as in transformers 5.17 to 5.23, got {error} from "
+                f"{transformers.__version__}. Install one of these, or use load_pretrained(defer=False)."
+            ) from error
+    return found
+
+
+class _Shapes:
+    """What a converter may ask a model for: the shape of a parameter.
+
+    Args:
+        shapes: By name.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self._shapes = shapes
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """Return a tensor of the parameter's shape, on meta."""
+        return torch.empty(self._shapes[name], device="meta")
+
+    get_parameter_or_buffer = get_parameter
+
+
+def _renaming(
+    prefix: str,
+    expected: Mapping[str, torch.Size],
+    renamings: list[Any],
+    converters: list[Any],
+    upstream: Mapping[str, Any],
+) -> Callable[[str], tuple[str, str | None]]:
+    rename_source_key = upstream["rename_source_key"]
+
+    def rename(name: str) -> tuple[str, str | None]:
+        target, pattern = rename_source_key(name, renamings, converters, prefix, expected)
+        if target not in expected and name in expected:  # a name of the model that a pattern happens to fit
+            target, pattern = rename_source_key(name, [], [], prefix, expected)
+        return target, pattern
+
+    return rename
+
+
+def _group(
+    shapes: _Shapes, config: Any, target: str, converter: Any | None, sources: Mapping[str, list[str]]
+) -> ConversionGroup:
+    named = {pattern: tuple(names) for pattern, names in sources.items()}
+    if converter is None:
+        return ConversionGroup(target=target, sources=named, convert=None, operations="")
+
+    def convert(tensors: Mapping[str, list[torch.Tensor]]) -> Mapping[str, torch.Tensor]:
+        fresh = deepcopy(converter)
+        for pattern, values in tensors.items():
+            fresh.collected_tensors[pattern] = list(values)
+        made = fresh.convert(target, model=shapes, config=config)
+        return {name: made_of[0] if isinstance(made_of, list) else made_of for name, made_of in made.items()}
+
+    operations = " + ".join(type(operation).__name__ for operation in converter.operations)
+    return ConversionGroup(target=target, sources=named, convert=convert, operations=operations)
+
+
+def _unexpected_patterns(model: Any) -> set[str]:
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    # Older checkpoints hold these buffers, which are made anew today.
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    return patterns
+
+
+def pinned_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    compiled = [(re.compile(pattern.replace("*", ".*")), pinned) for pattern, pinned in plan.items()]
+    return lambda name: next((pinned for pattern, pinned in compiled if pattern.search(name)), None)

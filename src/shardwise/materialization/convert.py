@@ -1,0 +1,184 @@
+"""Conversions that must see whole tensors: each is done once, by one rank, and its rows are sent to their owners.
+
+The groups are dealt out to the ranks in turn. In one step each rank reads the sources of one group, converts them, and all
+ranks exchange the results; so a rank holds the sources and results of one group at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from shardwise.checkpoint import Source, StateDictSource, StoredTensor
+from shardwise.conversion import WholeGroup
+from shardwise.errors import CheckpointError, ShapeMismatchError
+from shardwise.materialization.data_plane import DataPlane
+from shardwise.materialization.exchange import Exchange
+from shardwise.materialization.placing import as_memory
+from shardwise.plan import Layout, Round, WantedTensor, as_stored, plan_rounds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertedTensor:
+    """A tensor of the model that a whole conversion makes.
+
+    Args:
+        fqn: In the model.
+        name: That the conversion gives it.
+        whole: The conversion.
+        dtype: In which the shard is kept.
+        layout: How the full tensor lies over the ranks.
+    """
+
+    fqn: str
+    name: str
+    whole: WholeGroup
+    dtype: torch.dtype
+    layout: Layout
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The result as a stored tensor, in a file of its own."""
+        shape = self.whole.shapes[self.name]
+        nbytes = torch.Size(shape).numel() * self.dtype.itemsize
+        return StoredTensor(name=self.fqn, shape=shape, dtype=self.dtype, file=self.fqn, start=0, stop=nbytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionStep:
+    """What one rank does in one step.
+
+    Args:
+        whole: That it converts; None where the groups ran out.
+        results: That it is wanted for.
+        rounds: Of the exchange that follows.
+    """
+
+    whole: WholeGroup | None
+    results: tuple[ConvertedTensor, ...]
+    rounds: tuple[Round, ...]
+
+
+def plan_conversions(
+    converted: Sequence[ConvertedTensor], *, ranks: Sequence[int], rank: int, buffer_bytes: int
+) -> tuple[ConversionStep, ...]:
+    """Deal the conversions out to the ranks.
+
+    Args:
+        converted: The same on all ranks.
+        ranks: Global ranks that take part.
+        rank: This one.
+        buffer_bytes: Bound of what a rank sends or receives in one round, in bytes.
+
+    Returns:
+        Steps in order; equally many on every rank.
+    """
+    by_group: dict[int, list[ConvertedTensor]] = {}
+    for tensor in converted:
+        by_group.setdefault(id(tensor.whole), []).append(tensor)
+    groups = list(by_group.values())
+    own = list(ranks).index(rank)
+    steps = []
+    for first in range(0, len(groups), len(ranks)):
+        of_step = groups[first : first + len(ranks)]
+        position_of = {t.fqn: position for position, group in enumerate(of_step) for t in group}
+        wanted = [
+            WantedTensor(
+                fqn=t.fqn,
+                shape=t.whole.shapes[t.name],
+                dtype=t.dtype,
+                layout=t.layout,
+                pieces=as_stored(t.stored),
+                may_map=False,
+            )
+            for group in of_step
+            for t in group
+        ]
+        rounds = plan_rounds(
+            wanted,
+            frozenset(range(len(wanted))),
+            ranks=ranks,
+            rank=rank,
+            buffer_bytes=buffer_bytes,
+            reader_of=position_of.__getitem__,
+        )
+        mine = tuple(of_step[own]) if own < len(of_step) else ()
+        steps.append(
+            ConversionStep(whole=mine[0].whole if mine else None, results=mine, rounds=tuple(rounds))
+        )
+    return tuple(steps)
+
+
+def convert(
+    steps: Sequence[ConversionStep],
+    source: Source,
+    *,
+    place: Mapping[str, torch.Tensor],
+    plane: DataPlane | None,
+    done: Callable[[int], None],
+) -> None:
+    """Carry out all steps.
+
+    Args:
+        steps: Of this rank.
+        source: Open.
+        place: This rank's shards by fqn.
+        plane: Carries the results; None where there is one rank.
+        done: Told the bytes of each source read.
+
+    Raises:
+        CheckpointError: A source cannot be read, or a conversion did not make what it promised.
+        PeerError: Another rank failed.
+    """
+    for step in steps:
+        results = _results(step, source, done) if step.whole is not None else {}
+        Exchange(
+            step.rounds, source=StateDictSource(results), targets=place, plane=plane, done=lambda _: None
+        ).run()
+
+
+def source_bytes_of(whole: WholeGroup, source: Source) -> int:
+    """Return the bytes of the stored tensors that a conversion takes."""
+    return sum(source.tensors[name].nbytes for name in whole.group.source_names)
+
+
+def _results(step: ConversionStep, source: Source, done: Callable[[int], None]) -> dict[str, torch.Tensor]:
+    whole = step.whole
+    if whole is None or whole.group.convert is None:
+        return {}
+    first = next((t for t in step.results if t.name == whole.group.target), step.results[0])
+    tensors = {
+        pattern: [_read_whole(source, name, first.dtype, done) for name in names]
+        for pattern, names in whole.group.sources.items()
+    }
+    try:
+        with torch.no_grad():
+            made = whole.group.convert(tensors)
+    except Exception as error:
+        raise CheckpointError(
+            f"{whole.group.target}: the conversion {whole.group.operations} failed: {type(error).__name__}: {error}. If transformers "
+            "itself loads this checkpoint, use load_pretrained(defer=False)."
+        ) from error
+    results = {}
+    for tensor in step.results:
+        value = made.get(tensor.name)
+        expected = whole.shapes[tensor.name]
+        if value is None or tuple(value.shape) != expected:
+            got = "none" if value is None else f"{tuple(value.shape)}"
+            raise ShapeMismatchError(
+                f"{tensor.fqn}: expected {expected} from the conversion {whole.group.operations}, got {got}."
+            )
+        results[tensor.fqn] = value.to(tensor.dtype).contiguous()
+    return results
+
+
+def _read_whole(source: Source, name: str, dtype: torch.dtype, done: Callable[[int], None]) -> torch.Tensor:
+    stored = source.tensors[name]
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    if stored.nbytes:
+        source.read_into(stored.file, stored.start, as_memory(tensor))
+    done(stored.nbytes)
+    floating = stored.dtype.is_floating_point and stored.dtype.itemsize > 1
+    return tensor.to(dtype) if floating else tensor
