@@ -26,7 +26,7 @@ TF4_TESTS = $(wildcard tests/unit tests/distributed tests/regression)
 # Two targets would install into one virtual environment at the same time under `make -j`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-tf4 wheel-test bench lock clean distclean
+.PHONY: help setup demo test check test-tf4 matrix wheel-test bench lock clean distclean
 
 help: ## Print this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
@@ -52,6 +52,10 @@ check: $(STAMP) ## Check lint, format, types and the direction of imports
 
 test-tf4: $(STAMP_TF4) ## Run the tests on transformers 4, in .venv-tf4
 	$(VENV_TF4)/bin/python -m pytest $(TF4_TESTS) $(PYTEST_TF4_ARGS)
+
+matrix: $(STAMP) $(STAMP_TF4) ## Load every model family on 1, 2, 3 and 7 ranks, on transformers 5 and 4
+	$(VENV)/bin/python -m pytest tests/matrix $(PYTEST_ARGS)
+	$(VENV_TF4)/bin/python -m pytest tests/matrix $(PYTEST_TF4_ARGS)
 
 # The new environment sees the installed dependencies through a .pth file. Python does not follow the .pth files of a
 # folder that was added that way, so the editable install of this checkout stays invisible to it.

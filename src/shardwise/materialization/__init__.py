@@ -15,7 +15,7 @@ from shardwise.materialization.materialize import (
     warn_of_unexpected,
 )
 from shardwise.materialization.meta import take_values
-from shardwise.materialization.names import clean_fqn
+from shardwise.materialization.names import clean_fqn, model_inside
 from shardwise.materialization.open_source import open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
@@ -52,6 +52,7 @@ __all__ = [
     "listed",
     "local_bytes_of",
     "materialize",
+    "model_inside",
     "open_source",
     "origins_of",
     "permitted",

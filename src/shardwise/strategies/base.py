@@ -215,7 +215,7 @@ class Strategy(ABC):
             options,
             name=record.name if record is not None else type(model).__name__,
             initialised=record.initialised if record is not None else frozenset(),
-            deferred=self._bindings.of(model),
+            deferred=self._bindings.take(model),
             refuse=partial(self._refuse, model),
             shard=shard,
         )

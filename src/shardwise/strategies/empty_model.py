@@ -143,13 +143,16 @@ def _builds_on_meta() -> bool:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     if _builds_on_meta():
-        with torch.device("meta"):
+        from transformers.initialization import meta_device_safe_creation_ops
+
+        with torch.device("meta"), meta_device_safe_creation_ops():
             yield
         return
     require_accelerate("load_pretrained(defer=True) on transformers 4.57")
     from accelerate import init_empty_weights
+    from transformers.modeling_utils import no_init_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         yield
 
 

@@ -67,14 +67,17 @@ class Bindings:
             elif entry.fqn in binding.absent:
                 self._bound[entry.tensor] = None
 
-    def of(self, model: nn.Module) -> Deferred:
-        """Return what is noted of a model's tensors, by the names that they have now."""
+    def take(self, model: nn.Module) -> Deferred:
+        """Return what is noted of a model's tensors, by the names that they have now, and forget it.
+
+        A weak reference keeps torch from giving a parameter storage under the same object.
+        """
         bound: dict[str, Bound] = {}
         absent: set[str] = set()
         for entry in entries_of(model):
             if entry.role == "attribute" or not entry.tensor.is_meta or entry.tensor not in self._bound:
                 continue
-            of = self._bound[entry.tensor]
+            of = self._bound.pop(entry.tensor)
             if of is None:
                 absent.add(entry.fqn)
             else:
@@ -120,22 +123,30 @@ def load_deferred(
         binding = bind(model, entries, opened.source, rename=None, conversions=None)
         permitted(binding.absent, missing, name=name, optional=binding.optional)
         check_bound(entries, binding.bound)
-        _pin_dtypes(model, entries, binding, chosen)
+        _await_values(model, entries, binding, chosen)
         warn_of_unexpected(binding, name, agreement)
     return model, Pretrained(name=str(name), initialised=frozenset()), binding
 
 
-def _pin_dtypes(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:
-    """Give parameters on meta, of the names that their model's class keeps in float32, that dtype."""
+def _await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:
+    """Put on meta whatever the checkpoint has values for, in the dtype in which the model's class keeps it.
+
+    A constructor may make a tensor past every context, as `torch.Tensor(8).uniform_()` does; and on transformers 4.57
+    buffers are built with values.
+    """
     pinned = pinned_dtypes(model, chosen)
     for entry in entries:
-        dtype = pinned(binding.bound[entry.fqn].name) if entry.fqn in binding.bound else None
-        if dtype is None or entry.tensor.dtype == dtype or not entry.tensor.is_floating_point():
+        if entry.fqn not in binding.bound:
             continue
-        cast = entry.tensor.detach().to(dtype)
+        dtype = entry.tensor.dtype
+        if entry.tensor.is_floating_point():
+            dtype = pinned(binding.bound[entry.fqn].name) or dtype
+        if entry.tensor.is_meta and entry.tensor.dtype == dtype:
+            continue
+        awaiting = torch.empty_like(entry.tensor, dtype=dtype, device="meta")
         if entry.role == "parameter":
-            cast = nn.Parameter(cast, requires_grad=entry.tensor.requires_grad)
-        entry.replace(cast)
+            awaiting = nn.Parameter(awaiting, requires_grad=entry.tensor.requires_grad)
+        entry.replace(awaiting)
 
 
 def refuse_device_map(config_kwargs: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -335,16 +336,19 @@ def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions
         fully_shard,
         mesh=options.mesh,
         shard_placement_fn=config.shard_placement_fn,
-        mp_policy=options.policy,
         offload_policy=config.offload_policy,
         ignored_params=ignored,
     )
     for unit in units:
         modules = [model.get_submodule(fqn) for fqn in unit.fqns]
         reshard = False if unit.keep_gathered and config.reshard is None else config.reshard
-        shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard)
+        policy = options.policy
+        if unit.own_dtype:
+            policy = dataclasses.replace(policy, param_dtype=None, cast_forward_inputs=False)
+        shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard, mp_policy=policy)
     # What is left to the root is needed first in backward: FSDP2 then keeps it gathered unless told otherwise.
-    shard(model, reshard_after_forward=None if isinstance(config.reshard, bool) else config.reshard)
+    reshard = None if isinstance(config.reshard, bool) else config.reshard
+    shard(model, reshard_after_forward=reshard, mp_policy=options.policy)
 
 
 def _comparable_values(entries: tuple[Entry, ...]) -> Comparable:

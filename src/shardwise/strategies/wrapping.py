@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
 from shardwise.materialization import clean_fqn, entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
+from shardwise.strategies.pinned_modules import pinned_modules
 from shardwise.tensors import dtype_name
 
 _log = logging.getLogger("shardwise")
@@ -31,16 +32,19 @@ class Unit:
     Args:
         fqns: Of the modules, as `get_submodule` takes them; several where a parameter is tied between them.
         keep_gathered: Stay gathered after forward because backward needs them first.
+        own_dtype: Compute in the dtype in which they are stored, whatever the rest computes in.
     """
 
     fqns: tuple[str, ...]
     keep_gathered: bool
+    own_dtype: bool
 
 
 def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
     """Choose the units of a model, inner ones first; the root, which takes what is left, is not among them.
 
-    Each decoder layer becomes a unit; so do the input embedding and the output head, together where they are tied.
+    Each decoder layer becomes a unit; so do the input embedding and the output head, together where they are tied, and
+    each module that its model's class keeps in float32.
     A parameter tied between two units joins them, since FSDP2 keeps a parameter in one group only; where one module
     lies inside the other, the outer one becomes the unit.
 
@@ -57,10 +61,18 @@ def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
     layers = _layer_fqns(model, config)
     embedding, head = _embedding_and_head(model) if config.auto_wrap_policy == "transformer" else (None, None)
     extras = [fqn for fqn in (embedding, head) if fqn is not None and fqn not in layers]
-    groups = _join_tied(model, [[fqn] for fqn in (*layers, *extras)])
+    pinned = [fqn for fqn in pinned_modules(model) if fqn not in (*layers, *extras)]
+    groups = _join_tied(model, [[fqn] for fqn in (*layers, *extras, *pinned)])
     # Inner modules first: a unit takes the parameters below it that no earlier unit has.
     groups.sort(key=lambda group: -max(fqn.count(".") for fqn in group))
-    return tuple(Unit(fqns=tuple(group), keep_gathered=head in extras and head in group) for group in groups)
+    return tuple(
+        Unit(
+            fqns=tuple(group),
+            keep_gathered=head in extras and head in group,
+            own_dtype=all(fqn in pinned for fqn in group),
+        )
+        for group in groups
+    )
 
 
 def apply_checkpointing(model: nn.Module, config: FSDPConfig) -> None:
