@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import ConfigurationError, OptimizerError
 from shardwise.materialization import (
@@ -22,15 +23,19 @@ from shardwise.materialization import (
     CpuStorage,
     check_cpu_storage,
     default_staging_bytes,
+    entries_of,
+    model_inside,
     timeout_seconds_of,
     trained_parameters_of,
 )
 from shardwise.profiling import LoadReport
+from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.pretrained import (
     Bindings,
     Pretrained,
+    load_adapter,
     load_deferred,
     load_on_source,
     plain_load_context,
@@ -70,6 +75,7 @@ class Strategy(ABC):
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
         self._bindings = Bindings()
+        self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
     def load_pretrained(
         self,
@@ -118,7 +124,8 @@ class Strategy(ABC):
                 config_kwargs=config_kwargs,
                 agreement=agreement,
             )
-            self._bindings.add(model, binding)
+            self._bindings.add(entries_of(model), binding)
+            self._refusals[model] = refuse_values_for_meta(model)
         else:
             model, record = load_on_source(
                 model_cls,
@@ -131,6 +138,45 @@ class Strategy(ABC):
             )
         self._pretrained[model] = record
         return model
+
+    def load_adapter(
+        self,
+        model: nn.Module,
+        directory: str,
+        *,
+        adapter_name: str = "default",
+        is_trainable: bool = True,
+    ) -> nn.Module:
+        """Put a saved PEFT adapter into a model that is not wrapped yet; each rank reads its part at the wrap.
+
+        All ranks of the strategy's mesh call this together. A new adapter needs nothing of this: `peft.get_peft_model` on a
+        deferred model is enough, and its first values follow PEFT's own rules.
+
+        Args:
+            model: As `load_pretrained` returned it, or with adapters already.
+            directory: Directory or hub id of the adapter, as `PeftModel.save_pretrained` writes it.
+            adapter_name: Of the adapter in the model.
+            is_trainable: Whether it is trained further.
+
+        Returns:
+            The PEFT model.
+
+        Raises:
+            CheckpointError: The adapter lacks parameters, or does not fit the model.
+            MissingDependencyError: peft is not installed.
+            RankError: Another rank failed, or did not arrive.
+        """
+        agreement = Agreement(
+            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_adapter"
+        )
+        return load_adapter(
+            model,
+            directory,
+            adapter_name=adapter_name,
+            is_trainable=is_trainable,
+            bindings=self._bindings,
+            agreement=agreement,
+        )
 
     def pretrained_load_context(self) -> AbstractContextManager[None]:
         """Return a context in which a plain `from_pretrained` loads on global rank 0 alone.
@@ -198,7 +244,11 @@ class Strategy(ABC):
         shard: Callable[[], None] | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # a compiled module calls the one inside, which is sharded
-        record = self._pretrained.get(model)
+        inside = model_inside(model)
+        record = self._pretrained.get(inside)
+        refusal = self._refusals.pop(inside, None)
+        if refusal is not None:
+            refusal.remove()
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,
@@ -215,7 +265,7 @@ class Strategy(ABC):
             options,
             name=record.name if record is not None else type(model).__name__,
             initialised=record.initialised if record is not None else frozenset(),
-            deferred=self._bindings.take(model),
+            deferred=with_adapters(self._bindings.take(model), model),
             refuse=partial(self._refuse, model),
             shard=shard,
         )

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwise.conversion import pinned_dtypes
-from shardwise.errors import ConfigurationError
+from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import (
     Agreement,
     Binding,
@@ -23,10 +23,12 @@ from shardwise.materialization import (
     bind,
     check_bound,
     entries_of,
+    listed,
     open_source,
     permitted,
     warn_of_unexpected,
 )
+from shardwise.strategies.adapters import adapter_name_on_disk, add_adapter
 from shardwise.strategies.empty_model import build_empty
 from shardwise.strategies.load_context import fsdp_pretrained_load_context, without_fsdp_flags
 from shardwise.strategies.transformers_compat import (
@@ -59,9 +61,9 @@ class Bindings:
     def __init__(self) -> None:
         self._bound: MutableMapping[torch.Tensor, Bound | None] = WeakTensorKeyDictionary()
 
-    def add(self, model: nn.Module, binding: Binding) -> None:
+    def add(self, entries: Sequence[Entry], binding: Binding) -> None:
         """Note where a model's values are; what the checkpoint lacks is noted as permitted to be absent."""
-        for entry in entries_of(model):
+        for entry in entries:
             if entry.fqn in binding.bound:
                 self._bound[entry.tensor] = binding.bound[entry.fqn]
             elif entry.fqn in binding.absent:
@@ -126,6 +128,59 @@ def load_deferred(
         _await_values(model, entries, binding, chosen)
         warn_of_unexpected(binding, name, agreement)
     return model, Pretrained(name=str(name), initialised=frozenset()), binding
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str,
+    *,
+    adapter_name: str,
+    is_trainable: bool,
+    bindings: Bindings,
+    agreement: Agreement,
+) -> nn.Module:
+    """Put a saved PEFT adapter into a model and find its values in its directory's headers.
+
+    Args:
+        model: Not wrapped.
+        directory: Directory or hub id.
+        adapter_name: Of the adapter in the model.
+        is_trainable: Whether it is trained further.
+        bindings: Take note of where the values are.
+        agreement: Of the call.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        CheckpointError: The adapter lacks parameters, or does not fit the model.
+        MissingDependencyError: peft is not installed.
+        PeerError: Another rank failed.
+    """
+    opened = open_source(directory, agreement=agreement)
+    with agreement.phase("build"):
+        wrapped, fqns = add_adapter(model, opened.path, adapter_name=adapter_name, is_trainable=is_trainable)
+        entries = [entry for entry in entries_of(wrapped) if entry.fqn in fqns]
+        binding = bind(
+            wrapped,
+            entries,
+            opened.source,
+            rename=lambda fqn: adapter_name_on_disk(fqn, adapter_name),
+            conversions=None,
+        )
+        permitted(binding.absent, "error", name=directory)
+        if binding.unexpected:
+            raise CheckpointError(
+                f"{directory}: expected parameters of the adapter alone, got {listed(binding.unexpected)}, which the model has no "
+                "place for. Was it trained on another base model?"
+            )
+        check_bound(entries, binding.bound)
+        awaiting = torch.device("meta")
+        for entry in entries:  # on a rank whose base has values, PEFT has given the adapter some as well
+            if not entry.tensor.is_meta:
+                entry.replace(nn.Parameter(entry.tensor.detach().to(awaiting), entry.tensor.requires_grad))
+        bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in fqns], binding)
+    return wrapped
 
 
 def _await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:

@@ -1,0 +1,151 @@
+"""PEFT adapters on a model whose values are still in its checkpoint.
+
+PEFT puts new parameters beside those of the base, on the base's device, which is meta. Their first values follow PEFT's own
+rules and need nothing of the base, so they are made at the wrap; a copy that `modules_to_save` made is read from where its
+original is. Adapters that exist already must come with their values: loading them into meta parameters would drop them
+without a word, so that is refused.
+
+Source: `peft.tuners.tuners_utils.BaseTunerLayer`, `peft.utils.other.ModulesToSaveWrapper`, `peft.PeftModel.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from shardwise.errors import LeftOnMetaError, MissingDependencyError
+from shardwise.materialization import entries_of
+from shardwise.strategies.wrap import Deferred
+
+_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # `score.modules_to_save.default.weight`
+
+
+def with_adapters(deferred: Deferred, model: nn.Module) -> Deferred:
+    """Add what PEFT made of a deferred model: adapters that begin anew, and trainable copies.
+
+    Args:
+        deferred: What is on record of the model.
+        model: The same, perhaps with adapters; on meta.
+
+    Returns:
+        The record with copies bound to where their originals are, and new adapters permitted to be absent.
+    """
+    if not deferred.bound and not deferred.absent:
+        return deferred
+    bound, absent = dict(deferred.bound), set(deferred.absent)
+    new = _parameters_of_tuners(model)
+    for entry in entries_of(model):
+        if entry.role == "attribute" or not entry.tensor.is_meta or entry.fqn in bound:
+            continue
+        original = _COPY.sub(".original_module.", entry.fqn)
+        if original in bound:
+            bound[entry.fqn] = bound[original]
+        elif original in absent or id(entry.tensor) in new:
+            absent.add(entry.fqn)
+    return Deferred(bound=bound, absent=frozenset(absent))
+
+
+def add_adapter(
+    model: nn.Module, directory: Path, *, adapter_name: str, is_trainable: bool
+) -> tuple[nn.Module, frozenset[str]]:
+    """Put an adapter of the kind that a directory describes into a model, without its values.
+
+    Args:
+        model: The base, or a PEFT model that gets a further adapter.
+        directory: With `adapter_config.json`.
+        adapter_name: Of the adapter in the model.
+        is_trainable: Whether it is trained further.
+
+    Returns:
+        The PEFT model, and the fqns of the parameters whose values the directory holds.
+
+    Raises:
+        MissingDependencyError: peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(
+            "load_adapter needs peft. Install it with: pip install 'shardwise[peft]'"
+        )
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    config.inference_mode = not is_trainable
+    if isinstance(model, peft.PeftModel):
+        model.add_adapter(adapter_name, config)
+        wrapped: nn.Module = model
+    else:
+        wrapped = peft.get_peft_model(model, config, adapter_name=adapter_name)
+    of_adapter = re.compile(rf"\.{re.escape(adapter_name)}(\.|$)")
+    own = _parameters_of_tuners(wrapped)
+    return wrapped, frozenset(
+        entry.fqn
+        for entry in entries_of(wrapped)
+        if entry.role == "parameter"
+        and of_adapter.search(entry.fqn)
+        and (id(entry.tensor) in own or _COPY.search(entry.fqn))
+    )
+
+
+def adapter_name_on_disk(fqn: str, adapter_name: str) -> str:
+    """Return the name under which an adapter's directory holds a parameter.
+
+    Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
+    """
+    without_copy = fqn.replace(f".modules_to_save.{adapter_name}.", ".")
+    return re.sub(rf"\.{re.escape(adapter_name)}(?=\.|$)", "", without_copy)
+
+
+def refuse_values_for_meta(model: nn.Module) -> RemovableHandle:
+    """Make `load_state_dict` into a model on meta an error: torch would drop the values and only warn.
+
+    Args:
+        model: With parameters on meta.
+
+    Returns:
+        What takes the refusal away again.
+    """
+
+    def refuse(
+        module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
+    ) -> None:
+        if metadata.get("assign_to_params_buffers", False):
+            return
+        awaiting = [
+            prefix + name
+            for name, tensor in module.named_parameters(remove_duplicate=False)
+            if tensor.is_meta and prefix + name in state
+        ]
+        if awaiting:
+            raise LeftOnMetaError(
+                f"load_state_dict: {awaiting[0]} ({len(awaiting)} in all): expected parameters with storage, got parameters on meta "
+                "of a model that load_pretrained has deferred: the values would be lost. Pass assign=True, load an "
+                "adapter's directory with strategy.load_adapter(model, directory), load after wrap_model, or use "
+                "load_pretrained(defer=False)."
+            )
+
+    handle: RemovableHandle = model.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _parameters_of_tuners(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters that PEFT's layers have added."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    added: set[int] = set()
+    for module in model.modules() if tuners is not None else ():
+        if isinstance(module, tuners.BaseTunerLayer):  # type: ignore[union-attr]
+            for name in (*module.adapter_layer_names, *module.other_param_names):
+                added |= {id(parameter) for parameter in _parameters_in(getattr(module, name, None))}
+    return added
+
+
+def _parameters_in(holder: Any) -> list[nn.Parameter]:
+    if isinstance(holder, nn.Module):
+        return list(holder.parameters())
+    return [holder] if isinstance(holder, nn.Parameter) else []
