@@ -367,16 +367,6 @@ def test_a_missing_tensor_is_listed_and_a_shape_is_compared(tmp_path: Path) -> N
         sw.materialize(model_of({"c": (5,)}), directory)
 
 
-def test_both_names_of_a_tied_tensor(tmp_path: Path) -> None:
-    model = model_of({"a": (3,)})
-    model.register_parameter("b", model.a)
-    save_file({"a": torch.ones(3), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match="expected one tensor for a = b, which the model ties, got a, b"
-    ):
-        sw.materialize(model, tmp_path)
-
-
 def test_buffers_are_given_made_again_or_listed(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
 

@@ -20,6 +20,7 @@ from shardwise.materialization.open_source import open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.storage import local_bytes_of, trained_parameters_of
+from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.verify import Mismatch, VerifyReport, verify_shards
 
@@ -56,6 +57,7 @@ __all__ = [
     "open_source",
     "origins_of",
     "permitted",
+    "require_equal_aliases",
     "shown_by_default",
     "stored_dtypes",
     "take_values",

@@ -58,17 +58,40 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Alias:
+    """A further tensor of a checkpoint for a tensor that the model ties.
+
+    Args:
+        fqn: The name in the model under which it was found.
+        of: The first of the tied tensor's names.
+        bound: Where its values are: one stored tensor as it is, of the same shape as the one that is bound.
+    """
+
+    fqn: str
+    of: str
+    bound: Bound
+
+    @property
+    def stored(self) -> StoredTensor:
+        """The tensor within the source."""
+        return self.bound.stored[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
     """What a checkpoint has for a model.
 
     Args:
         bound: By fqn, the first of a tied tensor's names.
+        aliases: Of tied tensors that the checkpoint holds under several names: all but the one that is bound. Whether
+            their values are equal is `require_equal_aliases`'s part.
         absent: Fqns of parameters and persistent buffers that the checkpoint lacks.
         optional: Those of them that the model's class declares a checkpoint may lack.
         unexpected: Names that nothing in the model takes, without those that its class declares so.
     """
 
     bound: Mapping[str, Bound]
+    aliases: tuple[Alias, ...]
     absent: tuple[str, ...]
     optional: frozenset[str]
     unexpected: tuple[str, ...]
@@ -99,7 +122,8 @@ def bind(
         The binding.
 
     Raises:
-        CheckpointError: The checkpoint holds several names of one tied tensor, or does not fit a conversion.
+        CheckpointError: The checkpoint holds several names of one tied tensor, in different shapes or kinds of dtype or
+            behind a conversion; or it does not fit a conversion.
         ConfigurationError: A renamed tensor is not in the model, or renaming and conversions are both given.
     """
     persistent = [entry for entry in entries if entry.persistent]
@@ -157,21 +181,25 @@ def _binding(
     unexpected: tuple[str, ...],
 ) -> Binding:
     bound: dict[str, Bound] = {}
+    aliases: list[Alias] = []
     absent: list[str] = []
     for entry in persistent:
-        held = [name for name in dict.fromkeys(names[slot.fqn] for slot in entry.slots) if name in found]
-        if len(held) > 1:
-            raise CheckpointError(
-                f"{source.name}: expected one tensor for {' = '.join(slot.fqn for slot in entry.slots)}, which the model "
-                f"ties, got {', '.join(held)}. Untie them in the config (tie_word_embeddings=False), or load with "
-                "defer=False, where the model's own loader decides."
-            )
-        if held:
-            bound[entry.fqn] = found[held[0]]
-        else:
+        fqn_of: dict[str, str] = {}
+        for slot in entry.slots:
+            fqn_of.setdefault(names[slot.fqn], slot.fqn)
+        held = [name for name in fqn_of if name in found]
+        if not held:
             absent.append(entry.fqn)
+            continue
+        bound[entry.fqn] = found[held[0]]
+        for name in held[1:]:
+            alias = Alias(fqn=fqn_of[name], of=entry.fqn, bound=found[name])
+            _require_comparable(alias, found[held[0]])
+            if alias.bound.stored:  # one without elements is equal
+                aliases.append(alias)
     return Binding(
         bound=bound,
+        aliases=tuple(aliases),
         absent=tuple(absent),
         optional=frozenset(fqn for fqn in absent if optional(names[fqn])),
         unexpected=unexpected,
@@ -249,6 +277,34 @@ def permitted(
 def listed(names: Sequence[str]) -> str:
     """Return names as text, cut where there are many, with their number."""
     return f"{', '.join(names[:_MOST_NAMES])} ({len(names)} in all)"
+
+
+def _require_comparable(alias: Alias, first: Bound) -> None:
+    other = alias.bound
+    pairs = list(zip(first.stored, other.stored, strict=False))
+    if (
+        first.shape == other.shape
+        and _is_as_stored(first)
+        and _is_as_stored(other)
+        and all(_castable(theirs.dtype, ours.dtype) for ours, theirs in pairs)
+    ):
+        return
+    got = " and ".join(
+        f"{of.name} {of.shape} {' + '.join(sorted({dtype_name(t.dtype) for t in of.stored}))} in "
+        f"{of.stored[0].file if of.stored else of.source.name}"
+        for of in (first, other)
+    )
+    raise CheckpointError(
+        f"{first.source.name}: expected one tensor for {alias.of} = {alias.fqn}, which the model ties, got {got}. Build or "
+        "load the model untied (tie_word_embeddings=False), or call shardwise.materialize with "
+        f"rename={{{alias.fqn!r}: {first.name!r}}}."
+    )
+
+
+def _is_as_stored(bound: Bound) -> bool:
+    if bound.whole is not None or len(bound.stored) > 1:
+        return False
+    return all(bound.shape == stored.shape and bound.pieces == as_stored(stored) for stored in bound.stored)
 
 
 def _castable(stored: torch.dtype, wanted: torch.dtype) -> bool:

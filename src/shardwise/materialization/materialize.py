@@ -35,6 +35,7 @@ from shardwise.materialization.open_source import Checkpoint, RemoteSource, open
 from shardwise.materialization.progress import JobProgress, shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.storage import reshard
+from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.profiling import LoadReport, phase, profile_memory
 
@@ -167,9 +168,19 @@ def materialize(
             absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
+        staging = staging_bytes or default_staging_bytes(target.type)
+        compared_bytes = 0
+        if source is not None:
+            compared_bytes = require_equal_aliases(
+                binding,
+                source,
+                agreement=agreement,
+                staging_bytes=staging,
+                first_rank_reads=first_rank_reads,
+            )
         options = FillOptions(
             device=target,
-            staging_bytes=staging_bytes or default_staging_bytes(target.type),
+            staging_bytes=staging,
             cpu_storage=cpu_storage,
             dtype=dtype,
             buffers=buffers,
@@ -187,9 +198,14 @@ def materialize(
             name=name,
             strategy="materialize",
             route="none" if source is None else "rank0" if first_rank_reads else "direct",
-            storage_bytes=0 if first_rank_reads else filled.loaded.storage_bytes,
+            storage_bytes=0 if first_rank_reads else filled.loaded.storage_bytes + compared_bytes,
             network_bytes=filled.loaded.network_bytes,
-            predicted={**filled.predicted, **({"storage_bytes": 0} if first_rank_reads else {})},
+            predicted={
+                **filled.predicted,
+                "storage_bytes": 0
+                if first_rank_reads
+                else filled.predicted["storage_bytes"] + aliased_bytes(binding),
+            },
             origins=origins_of(entries_of(model), initialised=absent),
             dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
         )
@@ -302,7 +318,7 @@ def _bind(
 ) -> Binding:
     if source is None:
         names = tuple(entry.fqn for entry in entries if entry.persistent)
-        return Binding(bound={}, absent=names, optional=frozenset(), unexpected=())
+        return Binding(bound={}, aliases=(), absent=names, optional=frozenset(), unexpected=())
     return bind(model, entries, source, rename=rename, conversions=conversions)
 
 

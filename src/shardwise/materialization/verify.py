@@ -140,28 +140,33 @@ def verify_shards(
         binding = bind(model, entries, source, rename=rename, conversions=conversions)
         check_bound(entries, binding.bound)
         by_fqn = {e.fqn: e for e in entries if e.role != "attribute" and e.fqn in binding.bound}
+        held = {fqn: binding.bound[fqn] for fqn in by_fqn}
+        for (
+            alias
+        ) in binding.aliases:  # a tied tensor must be what the checkpoint holds under each of its names
+            by_fqn[alias.fqn], held[alias.fqn] = by_fqn[alias.of], alias.bound
         wanted = [
             WantedTensor(
                 fqn=fqn,
-                shape=binding.bound[fqn].shape,
+                shape=held[fqn].shape,
                 dtype=entry.tensor.dtype,
                 layout=layout_of(entry.tensor, ranks),
-                pieces=binding.bound[fqn].pieces,
+                pieces=held[fqn].pieces,
                 may_map=False,
             )
             for fqn, entry in by_fqn.items()
-            if binding.bound[fqn].whole is None
+            if held[fqn].whole is None
         ]
         converted = [
             ConvertedTensor(
                 fqn=fqn,
-                name=binding.bound[fqn].name,
+                name=held[fqn].name,
                 whole=whole,
                 dtype=entry.tensor.dtype,
                 layout=layout_of(entry.tensor, ranks),
             )
             for fqn, entry in by_fqn.items()
-            if (whole := binding.bound[fqn].whole) is not None
+            if (whole := held[fqn].whole) is not None
         ]
     with ExitStack() as stack, agreement.phase("compare"):
         if not isinstance(checkpoint, Source):

@@ -22,10 +22,12 @@ from shardwise.materialization import (
     Entry,
     bind,
     check_bound,
+    default_staging_bytes,
     entries_of,
     listed,
     open_source,
     permitted,
+    require_equal_aliases,
     warn_of_unexpected,
 )
 from shardwise.strategies.adapters import adapter_name_on_disk, add_adapter
@@ -127,6 +129,12 @@ def load_deferred(
         check_bound(entries, binding.bound)
         _await_values(model, entries, binding, chosen)
         warn_of_unexpected(binding, name, agreement)
+    if binding.aliases:
+        staging_bytes = default_staging_bytes("cpu")  # the values stay on the host
+        require_equal_aliases(
+            binding, opened.source, agreement=agreement, staging_bytes=staging_bytes, first_rank_reads=False
+        )
+        opened.source.close()  # until the wrap, which opens what it reads
     return model, Pretrained(name=str(name), initialised=frozenset()), binding
 
 
