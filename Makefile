@@ -10,6 +10,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST_TF4_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_SECONDS ?= 30
 
 VENV := .venv
 VENV_TF4 := .venv-tf4
@@ -18,6 +19,7 @@ STAMP := $(VENV)/.installed
 STAMP_TF4 := $(VENV_TF4)/.installed
 WHEEL_TEST := build/wheel-test
 LOCK := build/lock
+FUZZ := build/fuzz
 PIP := -m pip --disable-pip-version-check --quiet
 # Succeeds on a Python that shardwise supports.
 PYTHON_IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -26,7 +28,7 @@ TF4_TESTS = $(wildcard tests/unit tests/distributed tests/regression)
 # Two targets would install into one virtual environment at the same time under `make -j`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check test-tf4 matrix wheel-test bench lock clean distclean
+.PHONY: help setup demo test check fuzz test-tf4 matrix wheel-test bench lock clean distclean
 
 help: ## Print this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
@@ -34,6 +36,7 @@ help: ## Print this list
 	@echo "names:"
 	@echo "  PYTHON=python3.12     the Python that makes the virtual environments (3.11 or later)"
 	@echo "  TORCH_INDEX_URL=URL   another package index for torch, for instance one of CPU-only builds"
+	@echo "  FUZZ_SECONDS=600      how long to fuzz"
 	@echo "  DEMO_ARGS, PYTEST_ARGS, PYTEST_TF4_ARGS, BENCH_ARGS   further arguments of that target's command"
 
 setup: $(STAMP) ## Create .venv with the pinned versions; does nothing when it is up to date
@@ -49,6 +52,12 @@ check: $(STAMP) ## Check lint, format, types and the direction of imports
 	$(VENV)/bin/python -m ruff format --check
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
+
+# 64 KiB of input reach all of the parser; one input may take 10 s and the process 2 GiB.
+fuzz: $(STAMP) ## Fuzz the parser of file headers for 30 s (Linux x86-64)
+	@mkdir -p $(FUZZ)
+	$(VENV)/bin/python tests/fuzz/fuzz_safetensors_header.py $(FUZZ)/corpus -artifact_prefix=$(FUZZ)/ \
+		-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -rss_limit_mb=2048 -verbosity=0 -print_final_stats=1
 
 test-tf4: $(STAMP_TF4) ## Run the tests on transformers 4, in .venv-tf4
 	$(VENV_TF4)/bin/python -m pytest $(TF4_TESTS) $(PYTEST_TF4_ARGS)
