@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import shardwise as sw
-from shardwise.checkpoint import SafetensorsSource, Source, load_pickle, locate
+from shardwise.checkpoint import SafetensorsSource, Source, locate
 from shardwise.errors import (
     ChangedFileError,
     CheckpointError,
@@ -431,11 +431,6 @@ def test_a_hub_id_without_a_network(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE" in str(caught.value)
 
 
-def test_modelscope_is_an_extra() -> None:
-    with pytest.raises(sw.MissingDependencyError, match=r"shardwise\[modelscope\]"):
-        sw.materialize(model_of({"a": (1,)}), "ms://org/name")
-
-
 # --- pickle ---
 
 
@@ -458,17 +453,3 @@ def test_a_pickle_file_that_is_named_is_read_without_running_it(tmp_path: Path) 
     with pytest.raises(UnsupportedFormatError, match="can run code"):
         sw.materialize(model_of({"a": (3,)}), tmp_path / "pytorch_model.bin")
     assert not (tmp_path / "ran").exists()
-
-
-def test_pickle_files_without_tensors(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.ones(3)}}, tmp_path / "x.bin")
-    with pytest.raises(CheckpointError, match="got dict under 'state_dict'"):
-        load_pickle(tmp_path / "x.bin")
-    torch.save([1], tmp_path / "x.bin")
-    with pytest.raises(CheckpointError, match="expected tensors by name, got list"):
-        load_pickle(tmp_path / "x.bin")
-    (tmp_path / "x.bin").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError):
-        load_pickle(tmp_path / "x.bin")
-    torch.save({"a": torch.ones(3)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
-    assert load_pickle(tmp_path / "x.bin")["a"].eq(1).all()

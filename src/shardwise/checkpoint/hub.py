@@ -35,7 +35,7 @@ def cached_snapshot(location: Location, *, subfolder: str = "") -> Path | None:
     huggingface_hub returns a folder whatever is in it (before 2.0) or refuses one for files that no load needs (since), so
     that completeness is judged here: a config, and every file of the index.
 
-    ModelScope keeps one revision per model and cannot say which: with a revision the answer is None, and
+    ModelScope before 1.40 keeps one revision per model and cannot say which: with a revision the answer is None then, and
     `download_snapshot` compares with the hub.
 
     Args:
@@ -97,7 +97,8 @@ def snapshot_revision(path: Path) -> str:
     Every rank passes it to `Location.at`, so that a push to the hub meanwhile does not give ranks different files.
 
     Returns:
-        The commit; empty where the directory does not say, as in ModelScope's cache.
+        The commit, or with ModelScope the branch; empty where the directory does not say, as in ModelScope's cache before
+        1.40.
     """
     return path.name if path.parent.name == "snapshots" else ""
 
@@ -119,12 +120,14 @@ def _hub_cached(location: Location) -> Path | None:
 
 
 def _modelscope_cached(modelscope: Any, location: Location) -> Path | None:
-    if location.revision is not None:
-        return None
     try:
-        return Path(modelscope.snapshot_download(location.repo_id, local_files_only=True))
+        path = Path(
+            modelscope.snapshot_download(location.repo_id, revision=location.revision, local_files_only=True)
+        )
     except Exception:  # its errors share no base
         return None
+    # A cache of one folder per model has whatever was downloaded last in it.
+    return path if location.revision in (None, snapshot_revision(path)) else None
 
 
 def _fetch(location: Location, patterns: Sequence[str]) -> Path:
