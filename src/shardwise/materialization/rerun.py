@@ -93,7 +93,8 @@ def made_again(
     for poison in _POISON:
         with _only(module, names, poison) as tensors, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            with torch.no_grad():
+            # What it makes on the way is on the host too, whatever torch's default device is.
+            with torch.no_grad(), torch.device("cpu"):
                 rerun()
             # A module may put a new tensor in the place of its old one.
             runs.append({name: _registered(module, name, tensors[name]).detach() for name in names})

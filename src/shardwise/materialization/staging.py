@@ -37,7 +37,10 @@ class StagingRing:
         if not self._free and self._made < self.count:
             self._made += 1
             # One exact allocation each: torch's pinned allocator rounds up to powers of two, which these are.
-            return torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+            # Named, because torch's default device may be another.
+            return torch.empty(
+                self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._device.type != "cpu"
+            )
         if not self._free:
             buffer, copied = self._busy.popleft()
             copied.synchronize()
