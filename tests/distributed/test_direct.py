@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -207,60 +206,6 @@ def fill_columns(path: str, dtype: torch.dtype) -> None:
     assert report.network_bytes > 0
 
 
-def test_many_small_tensors_are_few_reads(pool: RankPool, tmp_path: Path) -> None:
-    count = 500
-    torch.manual_seed(0)
-    save_file({f"{i}.weight": torch.randn(8, 16) for i in range(count)}, tmp_path / "model.safetensors")
-    pool.run(fill_many, str(tmp_path), count, ranks=3)
-
-
-def fill_many(directory: str, count: int) -> None:
-    from safetensors.torch import load_file
-
-    from shardwise.checkpoint import SafetensorsSource
-
-    calls = []
-    original = SafetensorsSource.read_into
-
-    def counted(self: Any, file: str, offset: int, into: memoryview) -> None:
-        calls.append(len(into))
-        original(self, file, offset, into)
-
-    with torch.device("meta"):
-        model = nn.Sequential(*(nn.Linear(16, 8, bias=False) for _ in range(count)))
-    fully_shard(model)
-    SafetensorsSource.read_into = counted  # type: ignore[method-assign]
-    try:
-        sw.materialize(model, directory, cpu_storage="copy")
-    finally:
-        SafetensorsSource.read_into = original  # type: ignore[method-assign]
-    assert len(calls) <= 5
-    whole = load_file(Path(directory) / "model.safetensors")
-    for index in (0, 17, count - 1):
-        assert torch.equal(model[index].weight.full_tensor(), whole[f"{index}.weight"])
-
-
-@pytest.mark.parametrize("cpu_storage", ["map", "copy"])
-def test_the_job_requests_the_checkpoint_once(pool: RankPool, tmp_path: Path, cpu_storage: str) -> None:
-    torch.manual_seed(0)
-    values = {f"{i}.{kind}": torch.randn(size) for i in range(8) for kind, size in _LAYER.items()}
-    save_file(values, tmp_path / "model.safetensors")
-    pool.run(count_bytes, str(tmp_path), cpu_storage, ranks=4)
-
-
-_LAYER = {"weight": (1021, 512), "bias": (1021,)}
-
-
-def count_bytes(directory: str, cpu_storage: str) -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(*(nn.Linear(512, 1021) for _ in range(8)))
-    fully_shard(model)
-    report = sw.materialize(model, directory, cpu_storage=cpu_storage)
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    assert whole <= report.storage_bytes <= 1.02 * whole
-    assert report.network_bytes == 0
-
-
 # --- storage that is there already ---
 
 
@@ -419,48 +364,6 @@ def step_deferred(name: str, directory: str) -> None:
     losses = every_rank(loss.item())
     reference = language_loss(from_checkpoint(directory, dtype=torch.float32), token_batch())
     assert sum(losses) / len(losses) == pytest.approx(reference.item(), rel=1e-4)
-
-
-def test_ranks_open_only_the_files_that_they_read(pool: RankPool, tmp_path: Path) -> None:
-    for part in range(2):
-        save_file({f"{part}.weight": torch.randn(4, 4)}, tmp_path / f"{part}.safetensors")
-    index = {"weight_map": {f"{part}.weight": f"{part}.safetensors" for part in range(2)}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    opened = pool.run(open_files, str(tmp_path), ranks=2)
-    assert opened == [["0.safetensors"], ["1.safetensors"]]
-
-
-def open_files(directory: str) -> list[str]:
-    from shardwise.materialization import Agreement, open_source
-
-    agreement = Agreement((0, 1), timeout_seconds=20, call="test")
-    source = open_source(directory, agreement=agreement).source
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    mesh = init_device_mesh("cpu", (2,))
-    own = model[dist.get_rank()]
-    del mesh
-    # Each rank fills a part of its own, as pipeline stages do.
-    from shardwise.materialization import bind, entries_of
-    from shardwise.materialization.load import allocate, plan_sources
-
-    entries = entries_of(own)
-    bound = bind(
-        own, entries, source, rename=lambda name: f"{dist.get_rank()}.{name}", conversions=None
-    ).bound
-    plans = plan_sources(
-        own,
-        bound,
-        ranks=(dist.get_rank(),),
-        rank=dist.get_rank(),
-        device=torch.device("cpu"),
-        staging_bytes=2**20,
-        cpu_storage="auto",
-        dtype_of=lambda entry, of: entry.tensor.dtype,
-    )
-    allocate(own, plans, device=torch.device("cpu"), staging_bytes=2**20)
-    opened: list[str] = sorted(source.opened_files)  # type: ignore[attr-defined]
-    return opened
 
 
 @by_strategy

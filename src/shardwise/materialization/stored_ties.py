@@ -16,7 +16,7 @@ from shardwise.errors import CheckpointError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.binding import Alias, Binding, listed
 from shardwise.materialization.load import read_bytes_of
-from shardwise.materialization.read import as_memory
+from shardwise.materialization.placing import as_memory
 from shardwise.tensors import dtype_name
 
 

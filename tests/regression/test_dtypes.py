@@ -1,0 +1,186 @@
+"""Dtypes, optimizers, adapters and further models of one job: what users saw, by number of the case."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+import shardwise as sw
+from shardwise.testing import RankPool
+from tests.distributed.models import PlainNet, check_equal, from_checkpoint, gathered, raw_bytes
+from tests.distributed.steps import (
+    Checkpoint,
+    backward,
+    by_efficient,
+    by_strategy,
+    by_way,
+    language_loss,
+    load,
+    make_strategy,
+    own_rows,
+    token_batch,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+@by_strategy
+@by_way
+def test_case_47_48_the_stored_dtype_is_the_one_asked_for_and_each_dtype_is_reported(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str, way: str
+) -> None:
+    """An upcast to float32 did nothing; an optimizer quietly kept its moments in bfloat16."""
+    pool.run(check_dtypes, checkpoint("qwen3_tied"), strategy, way, ranks=2)
+
+
+def check_dtypes(directory: str, name: str, way: str) -> None:
+    for dtype, stored in (("auto", torch.bfloat16), (torch.float32,) * 2, (torch.bfloat16,) * 2):
+        strategy = make_strategy(name, memory_efficient_init=way != "eager", mixed_precision="bf16")
+        model = load(strategy, directory, dtype=dtype, defer=way == "direct")
+        made = torch.optim.AdamW(model.parameters())
+        model, optimizer = strategy.wrap_model(model, made)
+        assert {p.dtype for p in model.parameters()} == {stored}
+        backward(strategy, language_loss(model, own_rows(token_batch())))
+        optimizer.step()
+        moments = {state["exp_avg"].dtype for state in made.state.values()}
+        assert moments == {stored}
+        name_of = str(stored).removeprefix("torch.")
+        assert strategy.last_report.dtypes == {
+            "stored": name_of,
+            "compute": "bfloat16",
+            "reduce": "float32",
+            "optimizer": name_of,
+        }
+
+
+@by_strategy
+@by_efficient
+def test_case_51_an_optimizer_of_some_parameters_stays_one_of_these(
+    pool: RankPool, strategy: str, efficient: bool
+) -> None:
+    """An optimizer of some parameters became one of all."""
+    pool.run(wrap_subset, strategy, efficient, ranks=4)
+
+
+def wrap_subset(name: str, efficient: bool) -> None:
+    model = PlainNet()
+    wanted = ["layers.1.down.weight", "layers.0.gate.bias", "layers.0.scale"]
+    named = dict(model.named_parameters())
+    made = torch.optim.SGD([named[fqn] for fqn in wanted], lr=0.1)
+    strategy = make_strategy(name, memory_efficient_init=efficient)
+    model, optimizer = strategy.wrap_model(model, made)
+    names = {id(p): fqn for fqn, p in model.named_parameters()}
+    assert [names[id(p)] for p in made.param_groups[0]["params"]] == wanted
+    before = gathered(model)
+    backward(strategy, model(torch.ones(2, 8)).square().mean())
+    optimizer.step()
+    after = gathered(model)
+    assert {fqn for fqn in before if not torch.equal(before[fqn], after[fqn])} == set(wanted)
+
+
+@by_strategy
+def test_case_11_deferred_loading_with_cpu_offload_steps_on_every_rank(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    """Low-memory loading with CPU offload failed on rank 1."""
+    pool.run(step_with_offload, checkpoint("qwen3_tied"), strategy, ranks=2)
+
+
+def step_with_offload(directory: str, name: str) -> None:
+    for cpu_storage in ("auto", "copy"):
+        options = {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}
+        strategy = make_strategy(name, fsdp_config=options, cpu_storage=cpu_storage)
+        model = load(strategy, directory, defer=True)
+        model, optimizer = strategy.wrap_model(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        check_equal(model, from_checkpoint(directory))
+        backward(strategy, language_loss(model, own_rows(token_batch())))
+        optimizer.step()
+
+
+@by_strategy
+def test_case_54_a_policy_and_its_reference_keep_dtype_and_values(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    """The reference model of a DPO run was loaded in float32, on another device."""
+    pool.run(load_policy_and_reference, checkpoint("qwen3_tied"), strategy, ranks=2)
+
+
+def load_policy_and_reference(directory: str, name: str) -> None:
+    strategy = make_strategy(name)
+    # One model per Accelerator; without it one strategy takes both.
+    second = make_strategy(name) if name == "accelerate" else strategy
+    policy = load(strategy, directory, defer=True, dtype=torch.float32)
+    reference = load(second, directory, defer=True).requires_grad_(False)
+    policy, optimizer = strategy.wrap_model(policy, torch.optim.SGD(policy.parameters(), lr=0.5))
+    second.wrap_model(reference)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+    assert {p.device for m in (policy, reference) for p in m.parameters()} == {torch.device("cpu")}
+    with torch.no_grad():
+        reference(input_ids=own_rows(token_batch()))
+    backward(strategy, language_loss(policy, own_rows(token_batch())))
+    optimizer.step()
+    # Both were pages of one file: a step of the one must not reach the other.
+    check_equal(reference, from_checkpoint(directory).requires_grad_(False))
+
+
+def lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+    )
+
+
+@by_strategy
+def test_case_23_49_adapters_are_equal_on_all_ranks_before_and_after_steps(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    """Each rank trained an adapter of its own; adapters in float32 on a bfloat16 model were refused."""
+    before, after = zip(*pool.run(train_adapter, checkpoint("qwen3_untied"), strategy, ranks=3), strict=True)
+    assert len(set(before)) == len(set(after)) == 1
+    assert before != after
+
+
+def train_adapter(directory: str, name: str) -> tuple[str, str]:
+    torch.manual_seed(dist.get_rank())
+    strategy = make_strategy(name)
+    model = lora(load(strategy, directory))
+    model, optimizer = strategy.wrap_model(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    before = digest_of_adapter(model)
+    for _ in range(2):
+        backward(strategy, language_loss(model, own_rows(token_batch())))
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, digest_of_adapter(model)
+
+
+def digest_of_adapter(model: Any) -> str:
+    digest = hashlib.sha256()
+    for fqn, tensor in gathered(model).items():
+        if "lora_" in fqn:
+            digest.update(raw_bytes(tensor).numpy())
+    return digest.hexdigest()
+
+
+def test_case_53_a_new_adapter_on_a_model_without_values_says_what_to_do(
+    pool: RankPool, checkpoint: Checkpoint
+) -> None:
+    """Meta initialisation could load an adapter, but not make one."""
+    errors = pool.run_to_errors(adapt_deferred, checkpoint("qwen3_untied"), ranks=2)
+    for error in errors:
+        assert isinstance(error, (sw.LeftOnMetaError, sw.PeerError)), error
+        assert "q_proj.lora_A.default.weight" in str(error)
+        assert "use load_pretrained(defer=False)" in str(error)
+
+
+def adapt_deferred(directory: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    strategy.wrap_model(lora(load(strategy, directory, defer=True)))

@@ -1,0 +1,211 @@
+"""Loads that read or moved more than they had to: what users saw, by number of the case."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import shardwise as sw
+from shardwise.checkpoint import SafetensorsSource, ranged_file, safetensors_source
+from shardwise.testing import RankPool
+from tests.distributed.models import PlainNet, check_equal
+from tests.distributed.steps import by_efficient, by_strategy, every_rank, make_strategy
+
+pytestmark = pytest.mark.distributed
+
+
+class Requests:
+    """What a source was asked for: bytes of each read and mapping, and the file at each opening."""
+
+    def __init__(self) -> None:
+        self.reads: list[int] = []
+        self.mappings: list[int] = []
+        self.opened: list[str] = []
+
+
+@contextmanager
+def counted() -> Iterator[Requests]:
+    """Count requests of this rank below everything that a report could get wrong."""
+    requests = Requests()
+    read_into, mapped = SafetensorsSource.read_into, SafetensorsSource.mapped
+
+    def reading(self: Any, file: str, offset: int, into: memoryview) -> None:
+        requests.reads.append(len(into))
+        read_into(self, file, offset, into)
+
+    def mapping(self: Any, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
+        found = mapped(self, file, offset, dtype=dtype, numel=numel)
+        if found is not None:
+            requests.mappings.append(found.nbytes)
+        return found
+
+    class Opening(ranged_file.RangedFile):
+        def __init__(self, path: Path, *, direct_io: bool) -> None:
+            requests.opened.append(path.name)
+            super().__init__(path, direct_io=direct_io)
+
+    SafetensorsSource.read_into, SafetensorsSource.mapped = reading, mapping  # type: ignore[method-assign]
+    original, safetensors_source.RangedFile = safetensors_source.RangedFile, Opening  # type: ignore[misc]
+    try:
+        yield requests
+    finally:
+        SafetensorsSource.read_into, SafetensorsSource.mapped = read_into, mapped  # type: ignore[method-assign]
+        safetensors_source.RangedFile = original  # type: ignore[misc]
+
+
+# --- storage ---
+
+
+@pytest.mark.parametrize("cpu_storage", ["map", "copy"])
+def test_case_56_60_the_job_requests_the_checkpoint_once_and_no_rank_more_than_its_part(
+    pool: RankPool, tmp_path: Path, cpu_storage: str
+) -> None:
+    """Every node read everything in small pieces; then one rank read for all, and was what the others waited for."""
+    torch.manual_seed(0)
+    sizes = {"weight": (1021, 512), "bias": (1021,)}
+    values = {f"{i}.{kind}": torch.randn(size) for i in range(4) for kind, size in sizes.items()}
+    save_file(values, tmp_path / "model.safetensors")
+    whole = sum(value.nbytes for value in values.values())
+    results = pool.run(count_bytes, str(tmp_path), cpu_storage, ranks=4)
+    assert whole <= sum(nbytes for nbytes, _ in results) <= 1.02 * whole
+    for nbytes, reads in results:
+        assert nbytes <= 1.02 * whole / 4
+        assert reads <= 8  # one per tensor, not one per row
+
+
+def count_bytes(directory: str, cpu_storage: str) -> tuple[int, int]:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(512, 1021) for _ in range(4)))
+    fully_shard(model)
+    with counted() as requests:
+        report = sw.materialize(model, directory, cpu_storage=cpu_storage)
+    own = sum(requests.reads) + sum(requests.mappings)
+    assert report.storage_bytes == sum(every_rank(own))
+    assert report.network_bytes == 0
+    # The last rank's shard is short, so that it is padded and cannot be the file's pages.
+    assert bool(requests.mappings) == (cpu_storage == "map" and dist.get_rank() < 3)
+    return own, len(requests.reads) + len(requests.mappings)
+
+
+def test_case_59_a_rank_opens_the_files_that_it_reads_and_one_rank_reads_the_headers(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    """512 ranks contended for the same files, also in a mode that was named after rank 0."""
+    torch.manual_seed(0)
+    for part, rows in enumerate((1, 7, 2)):
+        save_file({f"{part}.weight": torch.randn(rows, 4)}, tmp_path / f"{part}.safetensors")
+    index = {"weight_map": {f"{part}.weight": f"{part}.safetensors" for part in range(3)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    headers = [f"{part}.safetensors" for part in range(3)]
+    assert (
+        pool.run(trace_files, str(tmp_path), ranks=3)
+        == [
+            sorted(headers * 2),  # the first rank has rows of each
+            headers[1:],  # one row in three: nothing for the second rank
+            headers[1:2],
+        ]
+    )
+
+
+def trace_files(directory: str) -> list[str]:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(4, rows, bias=False) for rows in (1, 7, 2)))
+    fully_shard(model)
+    with counted() as requests:
+        sw.materialize(model, directory, cpu_storage="copy")
+    return sorted(requests.opened)
+
+
+def test_case_62_many_small_tensors_are_few_reads(pool: RankPool, tmp_path: Path) -> None:
+    """A mixture of experts was slow to load for its very many tensors."""
+    torch.manual_seed(0)
+    values = {f"{i}.weight": torch.randn(8, 16) for i in range(600)}
+    save_file(values, tmp_path / "model.safetensors")
+    results = pool.run(fill_many, str(tmp_path), 600, ranks=3)
+    whole = sum(value.nbytes for value in values.values())
+    assert sum(sum(reads) for reads in results) <= 1.02 * whole
+    assert all(len(reads) <= 5 for reads in results)
+
+
+def fill_many(directory: str, count: int) -> list[int]:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(16, 8, bias=False) for _ in range(count)))
+    fully_shard(model)
+    with counted() as requests:
+        sw.materialize(model, directory, cpu_storage="copy")
+    whole = load_file(Path(directory) / "model.safetensors")
+    for index in (0, 17, count - 1):
+        assert torch.equal(model[index].weight.full_tensor(), whole[f"{index}.weight"])
+    return requests.reads
+
+
+# --- collectives ---
+
+
+@by_strategy
+@by_efficient
+def test_case_61_one_rank_moves_no_data(pool: RankPool, strategy: str, efficient: bool) -> None:
+    """A scatter that nobody needed took 10 to 23 % of the start-up."""
+    pool.run(wrap_alone, strategy, efficient, ranks=1)
+
+
+def wrap_alone(name: str, efficient: bool) -> None:
+    calls: list[str] = []
+    c10d = dist.distributed_c10d
+    watched = ("scatter", "broadcast", "all_gather", "all_reduce", "_new_process_group_helper")
+    originals = {function: getattr(c10d, function) for function in watched}
+    strategy = make_strategy(name, memory_efficient_init=efficient)
+    for module in (dist, c10d):
+        for function in watched:
+            if hasattr(module, function):
+                setattr(module, function, lambda *args, _function=function, **kwargs: calls.append(_function))
+    try:
+        model = strategy.wrap_model(PlainNet())
+    finally:
+        for module in (dist, c10d):
+            for function, original in originals.items():
+                if hasattr(module, function):
+                    setattr(module, function, original)
+    assert calls == []
+    check_equal(model, PlainNet())
+    assert strategy.last_report.network_bytes == 0
+
+
+def test_case_61_several_ranks_move_each_byte_once(pool: RankPool) -> None:
+    """No collective but the scatters, and these carry the plan's bytes and no others."""
+    for calls, planned in pool.run(count_collectives, ranks=4):
+        assert set(calls) == {"scatter"}
+        assert sum(calls["scatter"]) <= planned + 16 * 100 * 4  # alignment of small pieces
+
+
+def count_collectives() -> tuple[dict[str, list[int]], int]:
+    calls: dict[str, list[int]] = {}
+    originals = {name: getattr(dist, name) for name in ("scatter", "broadcast", "all_gather", "all_reduce")}
+
+    def counting(function: str) -> Callable[..., Any]:
+        def call(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.setdefault(function, []).append(tensor.nbytes)
+            return originals[function](tensor, *args, **kwargs)
+
+        return call
+
+    strategy = make_strategy("native_fsdp")
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        strategy.wrap_model(PlainNet(seed=dist.get_rank()))
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    own = max(every_rank(json.loads(json.dumps(strategy.last_report.ranks[dist.get_rank()].network_bytes))))
+    return calls, own
