@@ -90,11 +90,13 @@ def build_empty(
         of_model["trust_remote_code"] = kwargs["trust_remote_code"]
     config, unused = _config_of(model_cls, directory, kwargs)
     config._name_or_path = name
+    # As from_pretrained sets it: on 4.57 a head builds the model under it from the config alone.
+    chosen = _dtype_of(config, source, dtype)
+    config.dtype = chosen
     with _parameters_on_meta():
         make = model_cls.from_config if hasattr(model_cls, "from_config") else model_cls._from_config
         if not hasattr(model_cls, "from_config"):
             of_model.pop("trust_remote_code", None)
-        chosen = _dtype_of(config, source, dtype)
         model: nn.Module = make(config, dtype=chosen, **of_model, **unused)
     if not _builds_on_meta():
         model.tie_weights()  # type: ignore[operator]  # the context registers each name of a tied weight as a parameter of its own
