@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -60,10 +61,15 @@ class JobProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._report()
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        try:
+            with suppress(
+                RankError
+            ):  # a lost store is told by whatever waits for other ranks next, and hides no error here
+                self._report()
+        finally:
+            self._stop.set()
+            if self._thread is not None:
+                self._thread.join()
 
     def add(self, nbytes: int) -> None:
         """Note that this rank has read so many more bytes."""
