@@ -4,6 +4,8 @@ Each phase of a call has one outcome, a key in the process group's store: the la
 first rank to fail sets it to its error, and every rank waits for that one key. So a failed rank need not wait for
 anybody, a waiting rank learns of a failure at once, and a rank that never arrives is named at the timeout. Nothing
 here uses a collective: the store works before, between and after collectives, also when some of them are stuck.
+
+What a call leaves in the store is deleted by the next one over the same ranks, once they have all come to it.
 """
 
 from __future__ import annotations
@@ -80,14 +82,23 @@ class Agreement:
         world_size = 1 if alone else dist.get_world_size()
         group = "all" if len(self.ranks) == world_size else "-".join(map(str, self.ranks))
         number = self._store.add(f"shardwise/{group}/calls/{self.rank}", 1)
-        self._prefix = f"shardwise/{group}/{number}"
+        self._number = number
+        self._calls = f"shardwise/{group}/"
+        self._prefix = f"{self._calls}{number}"
         self._phase = ""
+        self._numbered = 0
+        self._has_forgotten = False
         self._last_check_seconds = 0.0
 
     @property
     def name(self) -> str:
         """Text that is the same on all ranks of this call and that no other call in the process group has."""
         return self._prefix
+
+    def numbered(self, what: str) -> str:
+        """Return a text that no other call of this method has; all ranks make these calls in one order."""
+        self._numbered += 1
+        return f"{self._prefix}/{what}/{self._numbered}"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -126,6 +137,19 @@ class Agreement:
             reference, differing = outcome["mismatch"]
             self._raise_mismatch(reference, differing, same)
         self._raise_peer_error(outcome)
+        self._forget_earlier_calls()
+
+    def _forget_earlier_calls(self) -> None:
+        """Delete what earlier calls over these ranks left in the store: all ranks are in this one, and look there no more."""
+        if self._has_forgotten or self.rank != self.ranks[0]:
+            return
+        self._has_forgotten = True
+
+        def is_earlier(key: str) -> bool:
+            number = key.removeprefix(self._calls).partition("/")[0]
+            return key.startswith(self._calls) and number.isdigit() and int(number) < self._number
+
+        self._store.delete_all(is_earlier)
 
     def publish(self, key: str, value: str | None) -> str:
         """Hand a text from the one rank that has it to all others.

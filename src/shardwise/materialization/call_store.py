@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,16 @@ class CallStore:
         """Return the values of keys that are there."""
         with self._connected():
             return [value.decode() for value in self._store.multi_get(list(keys))]
+
+    def delete_all(self, wanted: Callable[[str], bool]) -> None:
+        """Delete every key that a function says is wanted; nothing where torch cannot list keys of this store."""
+        list_keys = getattr(self._store, "list_keys", None)
+        if list_keys is None:
+            return
+        with self._connected():
+            for key in list_keys():
+                if wanted(key):
+                    self._store.delete_key(key)
 
     def wait_if_host(self, counter: str, *, count: int, timeout_seconds: float) -> None:
         """On the process that hosts the store, wait until a counter is reached, so that the others can still read.
