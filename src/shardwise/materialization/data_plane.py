@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.own_group import make_group
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
@@ -33,6 +34,11 @@ class DataPlane:
         self.group = group
         self.device = device
         self._agreement = agreement
+
+    def connect(self) -> None:
+        """Make the connections that some backends leave to the first collective, where a rank that is late blocks the others."""
+        one = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        self.wait(dist.all_reduce(one, group=self.group, async_op=True), what="the connection of all ranks")
 
     def scatter(
         self, into: torch.Tensor, slots: Sequence[torch.Tensor] | None, *, source_rank: int
@@ -110,41 +116,41 @@ def open_data_plane(
 ) -> Iterator[DataPlane]:
     """Make a group for one call; drop it in the end, aborting what is in flight if the call failed.
 
+    All ranks call this at one place, right after they have left a phase together: a rank that never comes here is waited for
+    by torch itself, which does not look for its error.
+
     Args:
         ranks: Global ranks of the call.
         device: The mesh's device on this rank.
-        agreement: Of the call.
+        agreement: Of the call; a phase of it is open.
+
+    Raises:
+        PeerError: Another rank failed.
+        RankError: The ranks cannot connect.
     """
     backend = _backend_of(device)
-    group = _new_group(ranks, backend, agreement)
+    # A call may have several planes: two of one name would meet each other's addresses in the store.
+    name = agreement.numbered("data")
+    timeout = timedelta(seconds=agreement.timeout_seconds)
+    try:
+        group = make_group(ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        agreement.check(now=True)
+        raise RankError(
+            f"rank {agreement.rank}: expected a {backend} group over ranks {list(ranks)}, got {error}. Check the network "
+            "between the ranks (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), and the other ranks' logs."
+        ) from error
     try:
         buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
-        yield DataPlane(group, device=buffers_on, agreement=agreement)
+        plane = DataPlane(group, device=buffers_on, agreement=agreement)
+        if backend != dist.Backend.GLOO:
+            plane.connect()
+        yield plane
     except BaseException:
         group.abort()
         raise
     finally:
         dist.destroy_process_group(group)
-
-
-def _new_group(ranks: Sequence[int], backend: str, agreement: Agreement) -> dist.ProcessGroup:
-    # `dist.new_group` needs either every rank of the job, or (use_local_synchronization) names a group by its ranks and
-    # the number of groups that are alive: a second call would meet the first one's addresses in the store. So the
-    # group gets a name here that no other call has. Source: torch.distributed.distributed_c10d.new_group (torch 2.13).
-    c10d = dist.distributed_c10d
-    group, _ = c10d._new_process_group_helper(
-        len(ranks),
-        list(ranks).index(agreement.rank),
-        list(ranks),
-        dist.Backend(backend),
-        c10d._get_default_store(),
-        f"{agreement.name}/data",  # type: ignore[arg-type]
-        timeout=timedelta(seconds=agreement.timeout_seconds),
-        group_desc="shardwise data plane",
-    )
-    c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
-    made: dist.ProcessGroup = group
-    return made
 
 
 def _backend_of(device: torch.device) -> str:
