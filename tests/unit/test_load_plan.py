@@ -19,8 +19,17 @@ from shardwise.conversion import Piece
 from shardwise.conversion.tracing import TracedTensor
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.placing import place_in
-from shardwise.plan import Layout, StoredPiece, WantedTensor, as_stored, exchanged, plan_load, plan_rounds
-from shardwise.plan.exchange_plan import SMALL_TENSORS
+from shardwise.plan import (
+    Layout,
+    StoredPiece,
+    WantedTensor,
+    as_stored,
+    exchanged,
+    plan_exchange,
+    plan_load,
+    require_covered,
+)
+from shardwise.plan.chosen import SMALL_TENSORS
 from shardwise.plan.load_plan import MAX_GAP_BYTES
 
 DTYPES = (torch.uint8, torch.int16, torch.float32, torch.float64)
@@ -190,19 +199,24 @@ def test_exchanged_pieces_fill_every_shard(case: Case, buffer_bytes: int, alone:
     chosen = frozenset(range(len(wanted)))
     shards = {rank: {tensor.fqn: empty_shard(tensor, rank) for tensor in wanted} for rank in ranks}
     last = len(ranks) - 1
-    rounds = {
-        rank: list(
-            plan_rounds(
-                wanted,
-                chosen,
-                ranks=ranks,
-                rank=rank,
-                buffer_bytes=buffer_bytes,
-                reader_of=(lambda _: last) if alone else None,
-            )
+    plans = {
+        rank: plan_exchange(
+            wanted,
+            chosen,
+            ranks=ranks,
+            rank=rank,
+            buffer_bytes=buffer_bytes,
+            readers=1 if alone else len(ranks),
+            reader_of=(lambda _: last) if alone else None,
         )
         for rank in ranks
     }
+    rounds = {rank: list(plan.rounds()) for rank, plan in plans.items()}
+    for rank, plan in plans.items():
+        assert len(plan) == len(rounds[rank])
+        assert plan.network_bytes == sum(sum(turn.receive_bytes) for turn in rounds[rank])
+        assert plan.storage_bytes == sum(turn.read.nbytes for turn in rounds[rank] if turn.read is not None)
+        require_covered(wanted, [plan.arriving], rank=rank, name="the case")
     assert len({len(of_rank) for of_rank in rounds.values()}) == 1
     requested: list[tuple[int, int]] = []
     for number in range(len(rounds[0])):
@@ -223,7 +237,6 @@ def test_exchanged_pieces_fill_every_shard(case: Case, buffer_bytes: int, alone:
                     message[transfer.message_offset : transfer.message_offset + len(as_bytes)] = as_bytes
         for receiver in ranks:
             turn = rounds[receiver][number]
-            assert turn.fqns == {t.fqn for message in (turn.kept, *turn.incoming) for t in message}
             for sender, (arriving, length) in enumerate(zip(turn.incoming, turn.receive_bytes, strict=True)):
                 message = messages[sender, receiver]
                 assert len(message) == length
@@ -285,8 +298,8 @@ def test_many_small_tensors_become_few_reads() -> None:
     wanted = wanted_tensors(20_000, (128, 8), Shard(0), ranks=2)
     chosen = exchanged(wanted, ranks=range(2))
     assert len(chosen) == 20_000
-    reads = [r.read for r in plan_rounds(wanted, chosen, ranks=range(2), rank=0, buffer_bytes=8 * 2**20)]
-    assert len(reads) <= 10
+    plan = plan_exchange(wanted, chosen, ranks=range(2), rank=0, buffer_bytes=8 * 2**20, readers=2)
+    assert len(plan) <= 10
 
 
 def test_small_tensors_that_are_mapped_need_no_exchange() -> None:

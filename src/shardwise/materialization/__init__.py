@@ -1,15 +1,19 @@
 """From a model sharded on meta to one whose shards hold their values."""
 
 from shardwise.materialization.agreement import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization.arguments import argument_lines
 from shardwise.materialization.binding import Binding, Bound, bind, check_bound, listed, permitted
-from shardwise.materialization.comparing import comparable_digests, comparable_structure, digest_of
+from shardwise.materialization.comparing import (
+    comparable_digests,
+    comparable_lines,
+    comparable_structure,
+    digest_of,
+)
 from shardwise.materialization.device import device_of
 from shardwise.materialization.fill import Filled, fill_from_source
-from shardwise.materialization.load import CpuStorage, check_cpu_storage
 from shardwise.materialization.materialize import (
     FilledFromFiles,
     FillOptions,
-    default_staging_bytes,
     fill_from_files,
     materialize,
     warn_of_unexpected,
@@ -19,6 +23,8 @@ from shardwise.materialization.names import clean_fqn, model_inside
 from shardwise.materialization.open_source import open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
+from shardwise.materialization.source_plan import CpuStorage, check_cpu_storage
+from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import local_bytes_of, trained_parameters_of
 from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
@@ -37,12 +43,14 @@ __all__ = [
     "Mismatch",
     "Structure",
     "VerifyReport",
+    "argument_lines",
     "bind",
     "check_bound",
     "check_cpu_storage",
     "clean_fqn",
     "collect_report",
     "comparable_digests",
+    "comparable_lines",
     "comparable_structure",
     "default_staging_bytes",
     "device_of",

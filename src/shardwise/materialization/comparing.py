@@ -12,6 +12,7 @@ from shardwise.materialization.agreement import Comparable
 from shardwise.materialization.structure import Structure, structure_difference
 
 _MOST_LINES = 5
+_LONGEST_LINE = 400
 
 
 def comparable_structure(structure: Structure, more: Sequence[str], *, remedy: str) -> Comparable:
@@ -27,6 +28,26 @@ def comparable_structure(structure: Structure, more: Sequence[str], *, remedy: s
         what="the model or an option",
         digest=described.digest,
         details=described.to_json,
+        explain=lambda expected, got: structure_difference(expected, got, limit=_MOST_LINES),
+        remedy=remedy,
+    )
+
+
+def comparable_lines(what: str, lines: Sequence[str], *, remedy: str) -> Comparable:
+    """Return what makes ranks compare lines of text.
+
+    Args:
+        what: Name of the whole in a message.
+        lines: The same on all ranks, or a mismatch.
+        remedy: What the user can do where they are not.
+    """
+    described = Structure(lines=tuple(lines))
+    return Comparable(
+        what=what,
+        digest=described.digest,
+        details=lambda: json.dumps(
+            [f"{line[:_LONGEST_LINE]}..." if len(line) > _LONGEST_LINE else line for line in lines]
+        ),
         explain=lambda expected, got: structure_difference(expected, got, limit=_MOST_LINES),
         remedy=remedy,
     )

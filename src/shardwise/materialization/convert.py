@@ -17,7 +17,7 @@ from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.placing import as_memory
-from shardwise.plan import Layout, Round, WantedTensor, as_stored, plan_rounds
+from shardwise.plan import ExchangePlan, Layout, WantedTensor, as_stored, plan_exchange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +53,12 @@ class ConversionStep:
     Args:
         whole: That it converts; None where the groups ran out.
         results: That it is wanted for.
-        rounds: Of the exchange that follows.
+        exchange: That follows.
     """
 
     whole: WholeGroup | None
     results: tuple[ConvertedTensor, ...]
-    rounds: tuple[Round, ...]
+    exchange: ExchangePlan
 
 
 def plan_conversions(
@@ -96,18 +96,17 @@ def plan_conversions(
             for group in of_step
             for t in group
         ]
-        rounds = plan_rounds(
+        exchange = plan_exchange(
             wanted,
             frozenset(range(len(wanted))),
             ranks=ranks,
             rank=rank,
             buffer_bytes=buffer_bytes,
+            readers=len(of_step),
             reader_of=position_of.__getitem__,
         )
         mine = tuple(of_step[own]) if own < len(of_step) else ()
-        steps.append(
-            ConversionStep(whole=mine[0].whole if mine else None, results=mine, rounds=tuple(rounds))
-        )
+        steps.append(ConversionStep(whole=mine[0].whole if mine else None, results=mine, exchange=exchange))
     return tuple(steps)
 
 
@@ -135,7 +134,7 @@ def convert(
     for step in steps:
         results = _results(step, source, done) if step.whole is not None else {}
         Exchange(
-            step.rounds, source=StateDictSource(results), targets=place, plane=plane, done=lambda _: None
+            step.exchange, source=StateDictSource(results), targets=place, plane=plane, done=lambda _: None
         ).run()
 
 

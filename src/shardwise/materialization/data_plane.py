@@ -18,6 +18,7 @@ from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.own_group import make_group
 
+_SECONDS_FOR_THE_CAUSE = 2.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
 
@@ -34,6 +35,10 @@ class DataPlane:
         self.group = group
         self.device = device
         self._agreement = agreement
+
+    def close(self) -> None:
+        """Let go of the group; the plane is of no use afterwards."""
+        del self.group
 
     def connect(self) -> None:
         """Make the connections that some backends leave to the first collective, where a rank that is late blocks the others."""
@@ -103,7 +108,11 @@ class DataPlane:
         try:
             work.wait()
         except RuntimeError as error:
-            self._agreement.check(now=True)  # a rank that failed says why; a killed one cannot
+            # A rank that failed closes its connections a moment before it says why; a killed one cannot say it.
+            broke_off = time.monotonic()
+            while time.monotonic() - broke_off < _SECONDS_FOR_THE_CAUSE:
+                self._agreement.check(now=True)
+                time.sleep(_LONGEST_PAUSE_SECONDS)
             raise RankError(
                 f"rank {self._agreement.rank}: {what} broke off: {error}. A rank has ended or lost its connection: "
                 "look for the first error in the ranks' logs, and for the kernel's out-of-memory killer."
@@ -140,9 +149,9 @@ def open_data_plane(
             f"rank {agreement.rank}: expected a {backend} group over ranks {list(ranks)}, got {error}. Check the network "
             "between the ranks (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), and the other ranks' logs."
         ) from error
+    buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
+    plane = DataPlane(group, device=buffers_on, agreement=agreement)
     try:
-        buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
-        plane = DataPlane(group, device=buffers_on, agreement=agreement)
         if backend != dist.Backend.GLOO:
             plane.connect()
         yield plane
@@ -151,6 +160,10 @@ def open_data_plane(
         raise
     finally:
         dist.destroy_process_group(group)
+        # gloo closes a group's connections when its last reference goes, and a peer that waits for this rank's data learns of it
+        # only then. The frames of an error's traceback would keep the references for as long as the error is looked at.
+        plane.close()
+        del group
 
 
 def _backend_of(device: torch.device) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
 from shardwise.checkpoint import Source
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.placing import as_memory, elements_in, packed_in, place_in
-from shardwise.plan import Round, Transfer
+from shardwise.plan import ExchangePlan, Round, Transfer
 
 
 class Exchange:
     """One rank's part in all rounds.
 
     Args:
-        rounds: Of this rank; as many on every rank.
+        plan: Of this rank; as many rounds on every rank.
         source: Open.
         targets: This rank's shards by tensor name.
         plane: Carries the messages; None where there is one rank.
@@ -25,25 +25,23 @@ class Exchange:
 
     def __init__(
         self,
-        rounds: Sequence[Round],
+        plan: ExchangePlan,
         *,
         source: Source,
         targets: Mapping[str, torch.Tensor],
         plane: DataPlane | None,
         done: Callable[[int], None],
     ) -> None:
-        self._rounds = rounds
+        self._plan = plan
         self._source = source
         self._targets = targets
         self._plane = plane
         self._done = done
         device = plane.device if plane is not None else torch.device("cpu")
         pinned = device.type != "cpu"
-        self._slice = self._buffer(
-            (r.read.stop - r.read.start if r.read else 0 for r in rounds), pinned=pinned
-        )
-        self._send = self._buffer((sum(r.send_bytes) for r in rounds), pinned=pinned)
-        self._receive = self._buffer((sum(r.receive_bytes) for r in rounds), device=device)
+        self._slice = _Buffer(device=torch.device("cpu"), pinned=pinned)
+        self._send = _Buffer(device=torch.device("cpu"), pinned=pinned)
+        self._receive = _Buffer(device=device, pinned=False)
 
     def run(self) -> None:
         """Read, exchange and place everything.
@@ -52,33 +50,41 @@ class Exchange:
             CheckpointError: A read failed.
             PeerError: Another rank failed.
         """
-        for number, turn in enumerate(self._rounds):
-            if turn.read is not None:
-                nbytes = turn.read.stop - turn.read.start
-                self._source.read_into(turn.read.file, turn.read.start, as_memory(self._slice[:nbytes]))
-                self._done(nbytes)
-            receive = self._receive[: sum(turn.receive_bytes)]
-            work = None
-            if self._plane is not None:
-                self._pack(turn)
-                send = self._send[: sum(turn.send_bytes)].to(self._plane.device)
-                work = self._plane.all_to_all(
-                    receive, send, receive_bytes=turn.receive_bytes, send_bytes=turn.send_bytes
-                )
-            for transfer in turn.kept:  # while the messages travel
-                elements = elements_in(self._slice, transfer.slice_offset, transfer.dtype, transfer.piece)
-                self._place(transfer, elements)
-            if self._plane is not None and work is not None:
-                self._plane.wait(work, what=f"round {number + 1} of {len(self._rounds)} of the exchange")
-                self._unpack(turn, receive)
+        for number, turn in enumerate(self._plan.rounds(), start=1):
+            self._run_round(turn, what=f"round {number} of {len(self._plan)} of the exchange")
 
-    def _pack(self, turn: Round) -> None:
+    def _run_round(self, turn: Round, *, what: str) -> None:
+        slice_bytes = turn.read.nbytes if turn.read is not None else 0
+        content = self._slice.first(slice_bytes)
+        if turn.read is not None:
+            self._source.read_into(turn.read.file, turn.read.start, as_memory(content))
+            self._done(slice_bytes)
+        receive = self._receive.first(sum(turn.receive_bytes))
+        work = None
+        if self._plane is not None:
+            send = self._send.first(sum(turn.send_bytes))
+            self._pack(turn, content, send)
+            work = self._plane.all_to_all(
+                receive,
+                send.to(self._plane.device),
+                receive_bytes=turn.receive_bytes,
+                send_bytes=turn.send_bytes,
+            )
+        for transfer in turn.kept:  # while the messages travel
+            elements = elements_in(content, transfer.slice_offset, transfer.dtype, transfer.piece)
+            self._place(transfer, elements)
+        if self._plane is not None and work is not None:
+            self._plane.wait(work, what=what)
+            self._unpack(turn, receive)
+
+    @staticmethod
+    def _pack(turn: Round, content: torch.Tensor, send: torch.Tensor) -> None:
         base = 0
         for message, length in zip(turn.outgoing, turn.send_bytes, strict=True):
             for transfer in message:
                 piece, dtype = transfer.piece, transfer.dtype
-                packed = packed_in(self._send, base + transfer.message_offset, dtype, piece)
-                packed.copy_(elements_in(self._slice, transfer.slice_offset, dtype, piece))
+                packed = packed_in(send, base + transfer.message_offset, dtype, piece)
+                packed.copy_(elements_in(content, transfer.slice_offset, dtype, piece))
             base += length
 
     def _unpack(self, turn: Round, receive: torch.Tensor) -> None:
@@ -93,8 +99,26 @@ class Exchange:
         with torch.no_grad():
             place_in(self._targets[transfer.fqn], transfer.piece).copy_(elements)
 
-    @staticmethod
-    def _buffer(
-        sizes: Iterable[int], *, pinned: bool = False, device: torch.device | None = None
-    ) -> torch.Tensor:
-        return torch.empty(max(sizes, default=0), dtype=torch.uint8, pin_memory=pinned, device=device)
+
+class _Buffer:
+    """Bytes that each round reuses; as large as the largest round so far.
+
+    Args:
+        device: Of the bytes.
+        pinned: Whether they lie in pinned host memory.
+    """
+
+    def __init__(self, *, device: torch.device, pinned: bool) -> None:
+        self._device = device
+        self._pinned = pinned
+        self._bytes = self._made(0)
+
+    def first(self, nbytes: int) -> torch.Tensor:
+        """Return the first bytes of it; what they hold is undefined."""
+        if nbytes > len(self._bytes):
+            self._bytes = self._made(0)  # the two never live together
+            self._bytes = self._made(nbytes)
+        return self._bytes[:nbytes]
+
+    def _made(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned, device=self._device)

@@ -14,7 +14,7 @@ from torch import nn
 from shardwise.checkpoint import StateDictSource
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.data_plane import open_data_plane
-from shardwise.materialization.load import layout_of
+from shardwise.materialization.layouts import layout_of
 from shardwise.materialization.meta import refuse_meta
 from shardwise.materialization.scatter import Scatter
 from shardwise.materialization.storage import allocate_parameters, local_of

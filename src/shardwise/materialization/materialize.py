@@ -17,38 +17,33 @@ from torch import nn
 from shardwise.checkpoint import Source, StateDictSource
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
+from shardwise.materialization.arguments import (
+    argument_lines,
+    checkpoint_of,
+    kind_of_checkpoint,
+    storage_lines,
+)
 from shardwise.materialization.binding import Binding, Bound, Rename, bind, check_bound, listed, permitted
 from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
-from shardwise.materialization.comparing import comparable_structure
+from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.device import device_of_model
+from shardwise.materialization.given_buffers import GivenBuffers
 from shardwise.materialization.initialise import initialise
-from shardwise.materialization.load import (
-    CpuStorage,
-    Loaded,
-    allocate,
-    check_cpu_storage,
-    execute,
-    plan_sources,
-)
+from shardwise.materialization.layouts import agreed_layouts
+from shardwise.materialization.load import Loaded, allocate, execute
 from shardwise.materialization.meta import refuse_meta
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.progress import JobProgress, shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
+from shardwise.materialization.source_plan import CpuStorage, check_cpu_storage, plan_sources, wanted_of
+from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.profiling import LoadReport, phase, profile_memory
 
 ROUTES = ("auto", "direct")
-_MEBIBYTE = 2**20
-_STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
-_STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
 _log = logging.getLogger("shardwise")
-
-
-def default_staging_bytes(device_type: str) -> int:
-    """Return the bound of a rank's staging buffers: 64 MiB on CPU ranks, 256 MiB on accelerators."""
-    return _STAGING_BYTES.get(device_type, _STAGING_BYTES_ON_ACCELERATORS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +105,8 @@ def materialize(
 
     Args:
         model: Any module. Names behind `torch.compile`, activation checkpointing and PEFT are recognised.
-        checkpoint: Directory, safetensors file, hub id, state dict (the first rank's values count), a `Source`, or None
+        checkpoint: Directory, safetensors file, hub id, state dict (the first rank's values count; the others may pass
+            None or an empty one), a `Source`, or None
             to initialise every parameter.
         route: `"auto"` or `"direct"`.
         missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
@@ -127,8 +123,8 @@ def materialize(
         conversions: How stored tensors become the model's, as transformers' `WeightRenaming` and `WeightConverter` objects; None
             is what transformers declares for the model, if it is one of its own, and nothing otherwise.
         buffers: Values of buffers that no checkpoint holds, by name or as a function of name and tensor; otherwise
-            those on meta are made again by their modules. A buffer that has storage keeps its values: after `to_empty`,
-            which leaves garbage in it, pass them here.
+            those on meta are made again by their modules. A buffer that has storage keeps its values, also where they differ
+            between ranks: after `to_empty`, which leaves garbage in it, pass them here.
         group: Ranks that take part; None is the default group.
         timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
@@ -151,11 +147,24 @@ def materialize(
         with agreement.phase("check") as check:
             _check_arguments(route, cpu_storage, dtype)
             reshard(model)
+            staging = staging_bytes or default_staging_bytes(target.type)
+            kind = kind_of_checkpoint(checkpoint, agreement)
+            options = argument_lines(
+                checkpoint=kind,
+                route=route,
+                missing=missing,
+                dtype=dtype,
+                staging_bytes=staging,
+                cpu_storage=cpu_storage,
+                device=target.type,
+            )
+            entries = entries_of(model)
             check.same = comparable_structure(
-                Structure.of(entries_of(model)),
-                (f"option cpu_storage: {cpu_storage}", f"option dtype: {dtype}"),
+                Structure.of(entries),
+                (*storage_lines(entries), *options),
                 remedy="Build the model from the same config and pass the same arguments on every rank.",
             )
+        checkpoint = checkpoint_of(checkpoint, kind)
         source = open_source(checkpoint, agreement=agreement).source if checkpoint is not None else None
         if source is not None and not isinstance(checkpoint, Source):
             stack.callback(source.close)
@@ -168,7 +177,6 @@ def materialize(
             absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
-        staging = staging_bytes or default_staging_bytes(target.type)
         compared_bytes = 0
         if source is not None:
             compared_bytes = require_equal_aliases(
@@ -178,7 +186,7 @@ def materialize(
                 staging_bytes=staging,
                 first_rank_reads=first_rank_reads,
             )
-        options = FillOptions(
+        fill_options = FillOptions(
             device=target,
             staging_bytes=staging,
             cpu_storage=cpu_storage,
@@ -187,7 +195,7 @@ def materialize(
             show_progress=shown_by_default() if progress is None else progress,
         )
         filled = fill_from_files(
-            model, binding.bound, absent, options, agreement=agreement, first_rank_reads=first_rank_reads
+            model, binding.bound, absent, fill_options, agreement=agreement, first_rank_reads=first_rank_reads
         )
     with agreement.phase("report"):
         stored = stored_dtypes(list(model.parameters()))
@@ -239,25 +247,43 @@ def fill_from_files(
         RankError: Ranks differ, or one failed.
     """
     ranks, rank = agreement.ranks, agreement.rank
-    with agreement.phase("plan") as plan:
-        plans = plan_sources(
+    with agreement.phase("compare plans") as compare:
+        wanted = wanted_of(
             model,
             bound,
+            layouts=agreed_layouts(entries_of(model), agreement=agreement),
+            device=options.device,
+            cpu_storage=options.cpu_storage,
+            dtype_of=lambda entry, of: _kept_dtype(entry, of, options.dtype),
+        )
+        compare.same = comparable_lines(
+            "what is to be read",
+            [
+                *(line for each in wanted for line in each.lines()),
+                *(f"{fqn}: initialised" for fqn in sorted(absent)),
+            ],
+            remedy="Pass the same checkpoint, rename, conversions and missing on every rank.",
+        )
+    with agreement.phase("plan") as plan:
+        plans = plan_sources(
+            wanted,
             ranks=ranks,
             rank=rank,
             device=options.device,
             staging_bytes=options.staging_bytes,
             cpu_storage=options.cpu_storage,
-            dtype_of=lambda entry, of: _kept_dtype(entry, of, options.dtype),
             first_rank_reads=first_rank_reads,
         )
         storage_bytes = sum(each.storage_bytes for each in plans)
         network_bytes = sum(each.network_bytes for each in plans)
         own = json.dumps([storage_bytes, network_bytes, options.show_progress])
         planned = [json.loads(text) for text in agreement.gather("planned", own)]
+        kept = {e.fqn for e in entries_of(model) if e.role == "buffer" and not e.tensor.is_meta}
+        given = GivenBuffers(options.buffers)
         with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
-            fill_buffers(model, options.buffers, bound=bound.keys(), device=options.device)
-        plan.same = equal_buffers(model, but=bound.keys())
+            fill_buffers(model, given.buffers, bound=bound.keys(), device=options.device)
+        # What a buffer with storage holds is this rank's own affair: a counter of its steps may differ.
+        plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
     with agreement.phase("allocate"):
         plans, targets = allocate(model, plans, device=options.device, staging_bytes=options.staging_bytes)
     with agreement.phase("read"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
 import socket
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,9 @@ from shardwise.checkpoint import (
     snapshot_revision,
 )
 from shardwise.errors import CheckpointError, ConfigurationError
-from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.agreement import Agreement, Comparable
+from shardwise.materialization.comparing import comparable_lines
+from shardwise.materialization.packed_text import packed, unpacked
 from shardwise.profiling import phase
 from shardwise.tensors import dtype_name
 
@@ -104,8 +104,10 @@ def open_source(
                 f"{type(checkpoint).__name__}"
             )
         return Opened(source=checkpoint, path=Path())
-    with agreement.phase("locate"):
+    with agreement.phase("locate") as located:
         location = locate(checkpoint, revision=revision)
+        kind = location.kind if location.path is None else _format(location.path / subfolder)
+        located.same = _comparable(location.name, kind)
     path = (
         location.path
         if location.path is not None
@@ -122,9 +124,9 @@ def open_source(
         if is_first:
             with phase("parse headers"):
                 source = SafetensorsSource.open(path, name=location.name, direct_io=direct_io)
-        text = agreement.publish("headers", _packed(source.describe()) if source is not None else None)
+        text = agreement.publish("headers", packed(source.describe()) if source is not None else None)
         if source is None:
-            source = SafetensorsSource.from_description(_unpacked(text), path, direct_io=direct_io)
+            source = SafetensorsSource.from_description(unpacked(text), path, direct_io=direct_io)
     return Opened(source=source, path=directory)
 
 
@@ -133,10 +135,10 @@ def _of_first_rank(tensors: Mapping[str, torch.Tensor] | None, agreement: Agreem
         if tensors is not None:
             source = StateDictSource(tensors)
             described = [[t.name, dtype_name(t.dtype), t.shape] for t in source.tensors.values()]
-            agreement.publish("state dict", _packed(json.dumps(described)))
+            agreement.publish("state dict", packed(json.dumps(described)))
             return source
         stored = {}
-        for name, dtype, shape in json.loads(_unpacked(agreement.publish("state dict", None))):
+        for name, dtype, shape in json.loads(unpacked(agreement.publish("state dict", None))):
             kind: torch.dtype = getattr(torch, dtype)
             nbytes = math.prod(shape) * kind.itemsize
             stored[name] = StoredTensor(
@@ -171,17 +173,26 @@ def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str)
                 i for i, (name, has) in enumerate(found) if name == host and not has
             ):
                 path = download_snapshot(pinned, subfolder=subfolder)
-    with agreement.phase("find download again"):
-        return (
+    with agreement.phase("find download again") as again:
+        path = (
             path
             or cached_snapshot(pinned, subfolder=subfolder)
             or download_snapshot(pinned, subfolder=subfolder)
         )
+        again.same = _comparable(location.name, _format(path / subfolder))
+        return path
 
 
-def _packed(text: str) -> str:
-    return base64.b85encode(zlib.compress(text.encode(), level=1)).decode()
+def _format(path: Path) -> str:
+    return "a pickle file" if path.name.endswith(PICKLE_ENDINGS) else "safetensors files"
 
 
-def _unpacked(text: str) -> str:
-    return zlib.decompress(base64.b85decode(text)).decode()
+def _comparable(name: str, kind: str) -> Comparable:
+    return comparable_lines(
+        f"what {name!r} is",
+        (kind,),
+        remedy=(
+            "A relative path is looked up in each rank's working directory, and a path that a rank does not see may be "
+            "taken for a hub id: pass an absolute path that every rank can read."
+        ),
+    )

@@ -6,6 +6,27 @@ from collections import deque
 
 import torch
 
+_MEBIBYTE = 2**20
+_STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
+_STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
+_LARGEST_READ_BYTES = 4 * _MEBIBYTE
+_BUFFERS = 8
+
+
+def default_staging_bytes(device_type: str) -> int:
+    """Return the bound of a rank's staging buffers: 64 MiB on CPU ranks, 256 MiB on accelerators."""
+    return _STAGING_BYTES.get(device_type, _STAGING_BYTES_ON_ACCELERATORS)
+
+
+def read_bytes_of(staging_bytes: int) -> int:
+    """Return the size of one read, and of one staging buffer."""
+    return max(16, min(_LARGEST_READ_BYTES, staging_bytes // _BUFFERS))
+
+
+def staging_ring(staging_bytes: int, device: torch.device) -> StagingRing:
+    """Return the staging buffers of a call, within its bound."""
+    return StagingRing(count=_BUFFERS, nbytes=read_bytes_of(staging_bytes), device=device)
+
 
 class StagingRing:
     """A few host buffers of one size, handed out in turn.

@@ -15,8 +15,8 @@ from shardwise.checkpoint import Source, StoredTensor
 from shardwise.errors import CheckpointError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.binding import Alias, Binding, listed
-from shardwise.materialization.load import read_bytes_of
 from shardwise.materialization.placing import as_memory
+from shardwise.materialization.staging import read_bytes_of
 from shardwise.tensors import dtype_name
 
 

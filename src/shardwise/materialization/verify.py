@@ -16,7 +16,9 @@ from torch import nn
 from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
+from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
+from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.convert import (
     ConvertedTensor,
     convert,
@@ -24,13 +26,14 @@ from shardwise.materialization.convert import (
     source_bytes_of,
 )
 from shardwise.materialization.data_plane import open_data_plane
-from shardwise.materialization.load import EXCHANGE_BUFFERS, layout_of, read_bytes_of, staging_ring
-from shardwise.materialization.materialize import default_staging_bytes
+from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
+from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
+from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
 from shardwise.materialization.storage import local_of, reshard
-from shardwise.materialization.structure import entries_of
+from shardwise.materialization.structure import Structure, entries_of
 from shardwise.plan import Fragment, WantedTensor, plan_load
 
 
@@ -128,15 +131,24 @@ def verify_shards(
     """
     ranks = ranks_of_group(group)
     agreement = Agreement(ranks, timeout_seconds=timeout_seconds_of(timeout), call="verify_shards")
+    with agreement.phase("check") as check:
+        reshard(model)
+        devices = {local_of(e.tensor).device.type for e in entries_of(model) if e.role != "attribute"}
+        staging = staging_bytes or default_staging_bytes("cpu" if devices <= {"cpu"} else "accelerator")
+        check.same = comparable_structure(
+            Structure.of(entries_of(model)),
+            argument_lines(checkpoint=kind_of_checkpoint(checkpoint, agreement), staging_bytes=staging),
+            remedy="Pass the same model and arguments on every rank.",
+        )
     opened = open_source(checkpoint, agreement=agreement)
     source = opened.source
-    with agreement.phase("match names"):
+    with agreement.phase("match names") as match:
         if isinstance(source, RemoteSource) or isinstance(checkpoint, Mapping):
             raise ConfigurationError(
                 "verify_shards: expected files that every rank can read, got values in memory. Save them as safetensors."
             )
-        reshard(model)
         entries = entries_of(model)
+        layouts = agreed_layouts(entries, agreement=agreement)
         binding = bind(model, entries, source, rename=rename, conversions=conversions)
         check_bound(entries, binding.bound)
         by_fqn = {e.fqn: e for e in entries if e.role != "attribute" and e.fqn in binding.bound}
@@ -150,7 +162,7 @@ def verify_shards(
                 fqn=fqn,
                 shape=held[fqn].shape,
                 dtype=entry.tensor.dtype,
-                layout=layout_of(entry.tensor, ranks),
+                layout=layouts[entry.fqn],
                 pieces=held[fqn].pieces,
                 may_map=False,
             )
@@ -163,18 +175,25 @@ def verify_shards(
                 name=held[fqn].name,
                 whole=whole,
                 dtype=entry.tensor.dtype,
-                layout=layout_of(entry.tensor, ranks),
+                layout=layouts[entry.fqn],
             )
             for fqn, entry in by_fqn.items()
             if (whole := held[fqn].whole) is not None
         ]
+        match.same = comparable_lines(
+            "what is to be read",
+            list(Wanted(source=source, pieces=tuple(wanted), converted=tuple(converted)).lines()),
+            remedy="Pass the same checkpoint, rename and conversions on every rank.",
+        )
     with ExitStack() as stack, agreement.phase("compare"):
         if not isinstance(checkpoint, Source):
             stack.callback(source.close)
-        devices = {local_of(entry.tensor).device.type for entry in by_fqn.values()}
-        staging = staging_bytes or default_staging_bytes("cpu" if devices <= {"cpu"} else "accelerator")
-        plan = plan_load(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
         targets = {fqn: local_of(entry.tensor) for fqn, entry in by_fqn.items()}
+        plane = None
+        if converted and len(ranks) > 1:  # before a rank can fail to read: see `execute`
+            device = next(iter(targets.values())).device
+            plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+        plan = plan_load(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
         differing: dict[str, list[tuple[tuple[int, ...], int, str, str]]] = {}
 
         def compare(fragment: Fragment, elements: torch.Tensor) -> None:
@@ -199,12 +218,8 @@ def verify_shards(
             steps = plan_conversions(
                 converted, ranks=ranks, rank=agreement.rank, buffer_bytes=staging // EXCHANGE_BUFFERS
             )
-            device = next(iter(targets.values())).device
-            plane = None
-            if len(ranks) > 1:
-                plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
             for step in steps:
-                made = {fqn: torch.empty_like(targets[fqn]) for turn in step.rounds for fqn in turn.fqns}
+                made = {fqn: torch.empty_like(targets[fqn]) for fqn in step.exchange.arriving}
                 convert([step], source, place=made, plane=plane, done=lambda _: None)
                 for fqn, shard in made.items():
                     count, at = _differing(targets[fqn], shard)

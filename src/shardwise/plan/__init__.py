@@ -1,6 +1,8 @@
 """Pure planning: which region of which tensor each rank owns, and how it travels. No I/O, no process group."""
 
-from shardwise.plan.exchange_plan import Round, Transfer, exchanged, plan_rounds
+from shardwise.plan.chosen import exchanged
+from shardwise.plan.coverage import arriving_directly, require_covered
+from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange
 from shardwise.plan.layout import Layout, Part
 from shardwise.plan.load_plan import Fragment, LoadPlan, Read, plan_load
 from shardwise.plan.scatter_plan import (
@@ -18,6 +20,7 @@ __all__ = [
     "BUCKETS_IN_FLIGHT",
     "Bucket",
     "DirectBucket",
+    "ExchangePlan",
     "Fragment",
     "Layout",
     "LoadPlan",
@@ -31,9 +34,11 @@ __all__ = [
     "StoredPiece",
     "Transfer",
     "WantedTensor",
+    "arriving_directly",
     "as_stored",
     "exchanged",
+    "plan_exchange",
     "plan_load",
-    "plan_rounds",
     "plan_scatter",
+    "require_covered",
 ]

@@ -86,6 +86,12 @@ class Layout:
         """Return the layout in which each of `ranks` keeps the full tensor."""
         return cls(mesh_shape=(len(ranks),), mesh_ranks=tuple(ranks), placements=(Replicate(),))
 
+    @property
+    def copies(self) -> int:
+        """How many ranks of the mesh keep each element."""
+        sizes = zip(self.mesh_shape, self.placements, strict=True)
+        return math.prod(size for size, placement in sizes if isinstance(placement, Replicate))
+
     @cached_property
     def _position_of_rank(self) -> dict[int, int]:
         return {rank: position for position, rank in enumerate(self.mesh_ranks)}

@@ -21,7 +21,9 @@ from shardwise.errors import ConfigurationError, OptimizerError
 from shardwise.materialization import (
     Agreement,
     CpuStorage,
+    argument_lines,
     check_cpu_storage,
+    comparable_lines,
     default_staging_bytes,
     entries_of,
     model_inside,
@@ -115,7 +117,21 @@ class Strategy(ABC):
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
         )
-        if defer and self.memory_efficient_init and self.route != "rank0":
+        is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
+        with agreement.phase("check") as check:
+            check.same = comparable_lines(
+                "an argument of load_pretrained",
+                argument_lines(
+                    deferred=is_deferred,
+                    memory_efficient_init=self.memory_efficient_init,
+                    dtype=dtype,
+                    missing=missing,
+                    revision=config_kwargs.get("revision"),
+                    subfolder=config_kwargs.get("subfolder"),
+                ),
+                remedy="Make the strategy, and call load_pretrained, with the same arguments on every rank.",
+            )
+        if is_deferred:
             model, record, binding = load_deferred(
                 model_cls,
                 pretrained_model_name_or_path,

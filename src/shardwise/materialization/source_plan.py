@@ -1,0 +1,272 @@
+"""What a rank reads from each source: what of the model is wanted, which all ranks compare, and this rank's plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from shardwise.checkpoint import Source
+from shardwise.errors import ConfigurationError
+from shardwise.materialization.binding import Bound
+from shardwise.materialization.convert import (
+    ConversionStep,
+    ConvertedTensor,
+    plan_conversions,
+    source_bytes_of,
+)
+from shardwise.materialization.staging import read_bytes_of
+from shardwise.materialization.storage import mappable_parameters
+from shardwise.materialization.structure import Entry, entries_of
+from shardwise.plan import (
+    ExchangePlan,
+    Layout,
+    LoadPlan,
+    WantedTensor,
+    arriving_directly,
+    exchanged,
+    plan_exchange,
+    plan_load,
+    require_covered,
+)
+
+CpuStorage = Literal["auto", "map", "copy"]
+CPU_STORAGE = ("auto", "map", "copy")
+EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
+
+
+def check_cpu_storage(cpu_storage: str) -> None:
+    """Raise unless a text says how shards of CPU ranks are kept.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    if cpu_storage not in CPU_STORAGE:
+        raise ConfigurationError(
+            f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What of a model comes from one source; equal on all ranks.
+
+    Args:
+        source: Open.
+        pieces: Tensors that consist of pieces of stored ones.
+        converted: Those that a conversion makes of whole ones.
+    """
+
+    source: Source
+    pieces: tuple[WantedTensor, ...]
+    converted: tuple[ConvertedTensor, ...]
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line of text for each tensor, equal exactly where ranks would plan the same for it."""
+        for tensor in self.pieces:
+            kept = "may be mapped" if tensor.may_map else "copied"
+            yield (
+                f"{tensor.fqn} {tensor.shape} {tensor.dtype} {kept} {_of_layout(tensor.layout)}: "
+                + "; ".join(
+                    f"{each.stored.name} {each.stored.shape} {each.stored.dtype} in {each.stored.file} at {each.stored.start} "
+                    f"{each.piece.sizes} {each.piece.source_start} {each.piece.source_strides} {each.piece.target_start} "
+                    f"{each.piece.target_dims} {each.piece.target_strides}"
+                    for each in tensor.pieces
+                )
+            )
+        for made in self.converted:
+            shape = made.whole.shapes[made.name]
+            yield (
+                f"{made.fqn} {shape} {made.dtype} {_of_layout(made.layout)}: {made.name} by {made.whole.group.operations} of "
+                + ", ".join(made.whole.group.source_names)
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourcePlan:
+    """What this rank does with one source.
+
+    Args:
+        source: Open.
+        wanted: What of the model comes from it.
+        direct: What it reads for itself.
+        exchange: What it reads and exchanges.
+        steps: What it converts and exchanges.
+    """
+
+    source: Source
+    wanted: Wanted
+    direct: LoadPlan
+    exchange: ExchangePlan
+    steps: tuple[ConversionStep, ...]
+
+    @property
+    def dtype_of(self) -> dict[str, torch.dtype]:
+        """In which each tensor's shard is kept, by fqn."""
+        kept = {tensor.fqn: tensor.dtype for tensor in self.wanted.pieces}
+        return kept | {tensor.fqn: tensor.dtype for tensor in self.wanted.converted}
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes that this rank requests."""
+        whole = sum(source_bytes_of(step.whole, self.source) for step in self.steps if step.whole is not None)
+        return self.direct.storage_bytes + self.exchange.storage_bytes + whole
+
+    @property
+    def network_bytes(self) -> int:
+        """Bytes of messages that this rank receives from others."""
+        return self.exchange.network_bytes + sum(step.exchange.network_bytes for step in self.steps)
+
+    @property
+    def moves_data(self) -> bool:
+        """Whether ranks exchange anything; the same on all of them."""
+        return len(self.exchange) > 0 or len(self.steps) > 0
+
+
+def wanted_of(
+    model: nn.Module,
+    bound: Mapping[str, Bound],
+    *,
+    layouts: Mapping[str, Layout],
+    device: torch.device,
+    cpu_storage: CpuStorage,
+    dtype_of: Callable[[Entry, Bound], torch.dtype],
+) -> list[Wanted]:
+    """Describe what of a model comes from which source.
+
+    Args:
+        model: Sharded, on meta or with storage.
+        bound: Where values are, by fqn.
+        layouts: Of the model's tensors, as all ranks see them.
+        device: Of parameters outside of FSDP2.
+        cpu_storage: Whether shards in host memory may be pages of the file.
+        dtype_of: In which a shard is kept.
+
+    Returns:
+        One for each source, in the order in which the model names them.
+    """
+    may_map = mappable_parameters(model, device) if cpu_storage != "copy" else frozenset()
+    by_source: dict[int, tuple[Source, list[WantedTensor], list[ConvertedTensor]]] = {}
+    taken: set[tuple[int, str]] = set()
+    for entry in entries_of(model):
+        if entry.role == "attribute" or entry.fqn not in bound:
+            continue
+        of = bound[entry.fqn]
+        _, pieces, converted = by_source.setdefault(id(of.source), (of.source, [], []))
+        if of.whole is not None:
+            converted.append(
+                ConvertedTensor(
+                    fqn=entry.fqn,
+                    name=of.name,
+                    whole=of.whole,
+                    dtype=dtype_of(entry, of),
+                    layout=layouts[entry.fqn],
+                )
+            )
+            continue
+        names = {(id(of.source), stored.name) for stored in of.stored}
+        pieces.append(
+            WantedTensor(
+                fqn=entry.fqn,
+                shape=of.shape,
+                dtype=dtype_of(entry, of),
+                layout=layouts[entry.fqn],
+                pieces=of.pieces,
+                # Two parameters over the same pages would be one.
+                may_map=entry.fqn in may_map and not names & taken,
+            )
+        )
+        taken |= names
+    return [
+        Wanted(source=source, pieces=tuple(pieces), converted=tuple(converted))
+        for source, pieces, converted in by_source.values()
+    ]
+
+
+def plan_sources(
+    wanted: Sequence[Wanted],
+    *,
+    ranks: Sequence[int],
+    rank: int,
+    device: torch.device,
+    staging_bytes: int,
+    cpu_storage: CpuStorage,
+    first_rank_reads: bool,
+) -> list[SourcePlan]:
+    """Plan what this rank reads from each source.
+
+    Args:
+        wanted: From each source; the same on all ranks.
+        ranks: Global ranks of the call.
+        rank: This one.
+        device: Of parameters outside of FSDP2, for the message.
+        staging_bytes: Bound of the staging buffers.
+        cpu_storage: Whether shards in host memory may be pages of the file.
+        first_rank_reads: Whether the first rank alone can read the sources, as it is with a state dict.
+
+    Returns:
+        One plan for each source, in the same order.
+
+    Raises:
+        CheckpointError: A shard would not be filled.
+        ConfigurationError: `cpu_storage="map"` where nothing can be mapped.
+    """
+    plans = [
+        _plan_source(
+            each,
+            ranks=ranks,
+            rank=rank,
+            staging_bytes=staging_bytes,
+            first_rank_reads=first_rank_reads and len(ranks) > 1,
+        )
+        for each in wanted
+    ]
+    mapped = (t.mapped_on(t.layout.mesh_ranks[0]) for each in wanted for t in each.pieces)
+    if cpu_storage == "map" and not any(mapped):
+        raise ConfigurationError(
+            f"cpu_storage='map': expected shards in host memory that are runs of bytes in the file, in its dtype, got "
+            f"none (device {device}). Use cpu_storage='auto', which copies what cannot be mapped."
+        )
+    return plans
+
+
+def _plan_source(
+    wanted: Wanted, *, ranks: Sequence[int], rank: int, staging_bytes: int, first_rank_reads: bool
+) -> SourcePlan:
+    pieces, converted, source = wanted.pieces, wanted.converted, wanted.source
+    if converted and first_rank_reads:
+        raise ConfigurationError(
+            f"{source.name}: expected files that every rank can read, got a state dict of the first rank, which the conversion "
+            f"{converted[0].whole.group.operations} of {converted[0].fqn} must see whole. Save it as safetensors, or "
+            "convert it before."
+        )
+    together = frozenset(range(len(pieces))) if first_rank_reads else exchanged(pieces, ranks=ranks)
+    direct = plan_load(
+        [tensor for index, tensor in enumerate(pieces) if index not in together],
+        rank=rank,
+        max_read_bytes=read_bytes_of(staging_bytes),
+    )
+    buffer_bytes = staging_bytes // EXCHANGE_BUFFERS
+    exchange = plan_exchange(
+        pieces,
+        together,
+        ranks=ranks,
+        rank=rank,
+        buffer_bytes=buffer_bytes,
+        readers=1 if first_rank_reads else len(ranks),
+        reader_of=(lambda _: 0) if first_rank_reads else None,
+    )
+    steps = plan_conversions(converted, ranks=ranks, rank=rank, buffer_bytes=buffer_bytes)
+    require_covered(
+        pieces, (arriving_directly(direct, pieces), exchange.arriving), rank=rank, name=source.name
+    )
+    for step in steps:
+        require_covered(step.exchange.wanted, (step.exchange.arriving,), rank=rank, name=source.name)
+    return SourcePlan(source=source, wanted=wanted, direct=direct, exchange=exchange, steps=steps)
+
+
+def _of_layout(layout: Layout) -> str:
+    return f"{layout.placements} on {layout.mesh_shape}"
