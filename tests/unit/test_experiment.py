@@ -68,6 +68,7 @@ def load_report(ranks: int) -> dict[str, Any]:
         "predicted": {},
         "tensors": {"checkpoint": 2},
         "origins": {},
+        "converted": [],
         "dtypes": {"stored": "bfloat16", "compute": "bfloat16", "reduce": "bfloat16", "optimizer": None},
         "ranks": [
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwise.materialization import clean_fqn
+from shardwise.materialization.names import checkpoint_name_of
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,18 @@ from shardwise.materialization import clean_fqn
 )
 def test_clean_fqn(fqn: str, expected: str) -> None:
     assert clean_fqn(fqn) == expected
+
+
+@pytest.mark.parametrize(
+    ("fqn", "expected"),
+    [
+        ("model.layers.0.weight", "model.layers.0.weight"),
+        ("base_model.model.q.base_layer.weight", "q.weight"),
+        ("base_model.model.head.original_module.weight", "head.weight"),
+        ("base_model.model.head.modules_to_save.default.weight", "head.weight"),
+        ("base_model.model.head.modules_to_save.default.base_layer.weight", "head.weight"),
+        ("head.modules_to_save.default.weight", "head.modules_to_save.default.weight"),
+    ],
+)
+def test_checkpoint_name_of(fqn: str, expected: str) -> None:
+    assert checkpoint_name_of(fqn) == expected

@@ -578,6 +578,7 @@ def load_report(**changes: Any) -> LoadReport:
         "predicted": {"storage_bytes": 10, "seconds": 1.25},
         "tensors": {"checkpoint": 3, "tied": 1},
         "origins": {"a": "checkpoint"},
+        "converted": ("b",),
         "dtypes": {"stored": "bfloat16", "compute": "bfloat16", "reduce": "float32", "optimizer": None},
         "ranks": (rank_report(), rank_report(rank=1)),
     }
@@ -603,6 +604,7 @@ def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
         "predicted",
         "tensors",
         "origins",
+        "converted",
         "dtypes",
         "ranks",
     ]
@@ -621,6 +623,7 @@ def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
         ({"predicted": {"seconds": "1"}}, r"expected predicted\['seconds'\]"),
         ({"tensors": {"guessed": 1}}, "expected origins among"),
         ({"origins": {"a": "guessed"}}, "expected origins among"),
+        ({"converted": (1,)}, "expected names of tensors in converted"),
         ({"dtypes": {"stored": "bfloat16"}}, "expected dtypes for"),
         ({"ranks": (rank_report(rank=2),)}, "expected each rank below 2"),
         ({"ranks": (rank_report(), rank_report())}, "at most once"),

@@ -74,6 +74,7 @@ def run(mode: str, *, ranks: int, peak_mib: int, device_mib: int) -> dict[str, A
         "predicted": {},
         "tensors": {"checkpoint": 3},
         "origins": {},
+        "converted": [],
         "dtypes": {"stored": "float32", "compute": "float32", "reduce": "float32", "optimizer": None},
         "ranks": [
             {

@@ -53,11 +53,11 @@ def test_a_buffer_registered_twice_is_one_entry() -> None:
     assert names_of(entry) == ["0.table", "1.table"]
 
 
-def test_a_module_in_two_places_is_visited_once() -> None:
+def test_a_module_in_two_places_is_one_entry_with_both_names() -> None:
     layer = nn.Linear(2, 2)
     assert [names_of(entry) for entry in entries_of(nn.Sequential(layer, layer))] == [
-        ["0.weight"],
-        ["0.bias"],
+        ["0.weight", "1.weight"],
+        ["0.bias", "1.bias"],
     ]
 
 

@@ -95,6 +95,6 @@ def test_modules_kept_in_float32_are_known_by_the_dtype_of_the_rest() -> None:
     with torch.device("meta"):
         model = transformers.T5ForConditionalGeneration(config)
     name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
-    assert pinned_dtypes(model, torch.float16)(name) is torch.float32
-    assert pinned_dtypes(model, torch.float16)("shared.weight") is None
-    assert pinned_dtypes(model, torch.float32)(name) is None
+    assert pinned_dtypes(model, torch.float16, stored=True)(name) is torch.float32
+    assert pinned_dtypes(model, torch.float16, stored=True)("shared.weight") is None
+    assert pinned_dtypes(model, torch.float32, stored=True)(name) is None

@@ -57,10 +57,19 @@ def declaration_of(
     )
 
 
-def pinned_dtypes(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
-    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`."""
+def pinned_dtypes(
+    model: nn.Module, dtype: torch.dtype, *, stored: bool
+) -> Callable[[str], torch.dtype | None]:
+    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`.
+
+    Args:
+        model: Any module; only transformers models have such classes.
+        dtype: Of the rest.
+        stored: Whether a checkpoint holds the tensors that will be asked for. transformers 5 initialises the others in
+            `dtype`, whatever their class says; 4.57 makes no difference.
+    """
     if is_transformers_model(model):
-        return _generation().pinned_dtypes(model, dtype)  # type: ignore[no-any-return]
+        return _generation().pinned_dtypes(model, dtype, stored=stored)  # type: ignore[no-any-return]
     return lambda _: None
 
 

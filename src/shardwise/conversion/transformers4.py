@@ -59,8 +59,12 @@ def declaration_of(
     )
 
 
-def pinned_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
-    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`."""
+def pinned_dtypes(model: Any, dtype: torch.dtype, *, stored: bool) -> Callable[[str], torch.dtype | None]:
+    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`.
+
+    The same for what is `stored` and for what the loader initialises.
+    """
+    del stored
     modules: list[str] = []
     if dtype == torch.float16:
         modules += model._keep_in_fp32_modules or ()

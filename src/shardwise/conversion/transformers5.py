@@ -160,8 +160,11 @@ def _unexpected_patterns(model: Any) -> set[str]:
     return patterns
 
 
-def pinned_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
-    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+def pinned_dtypes(model: Any, dtype: torch.dtype, *, stored: bool) -> Callable[[str], torch.dtype | None]:
+    """Return what says of a name in the model in which dtype its class keeps it when the rest is in `dtype`.
+
+    The loader looks at it when it reads a tensor; what it initialises stays in `dtype`.
+    """
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype) if stored else {}
     compiled = [(re.compile(pattern.replace("*", ".*")), pinned) for pattern, pinned in plan.items()]
     return lambda name: next((pinned for pattern, pinned in compiled if pattern.search(name)), None)

@@ -11,14 +11,17 @@ from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchE
 from shardwise.materialization.agreement import Comparable
 from shardwise.materialization.binding import listed
 from shardwise.materialization.comparing import comparable_digests, digest_of
-from shardwise.materialization.rerun import made_by_modules
+from shardwise.materialization.rerun import make_again
+from shardwise.materialization.rules import buffer_rules
 from shardwise.materialization.structure import Entry, entries_of
 
 Buffers = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor | None] | None
 _SEED = 0
 
 
-def fill_buffers(model: nn.Module, buffers: Buffers, *, bound: Collection[str], device: torch.device) -> None:
+def fill_buffers(
+    model: nn.Module, buffers: Buffers, *, bound: Collection[str], device: torch.device
+) -> tuple[str, ...]:
     """Give every buffer on meta its values unless a checkpoint has them, and put all buffers on one device.
 
     Args:
@@ -26,6 +29,9 @@ def fill_buffers(model: nn.Module, buffers: Buffers, *, bound: Collection[str], 
         buffers: Values by name, or a function from name and meta tensor to values, or to None where it has none.
         bound: Names of buffers that a checkpoint holds.
         device: Where buffers go.
+
+    Returns:
+        Fqns of the buffers that got values: given, or made again. The others keep theirs, or get a checkpoint's.
 
     Raises:
         LeftOnMetaError: Listing buffers that nothing gives values.
@@ -43,19 +49,26 @@ def fill_buffers(model: nn.Module, buffers: Buffers, *, bound: Collection[str], 
             values[id(entry.tensor)] = given
         elif entry.tensor.is_meta and entry.fqn not in bound:
             without.append(entry)
-    left: list[str] = []
-    for entry, made in made_by_modules(model, without, buffers_only=True, seed_of=lambda _: _SEED):
-        if made is None:
-            left.append(entry.fqn)
-        else:
-            values[id(entry.tensor)] = made.to(entry.tensor.dtype)
+
+    def keep(entry: Entry, made: torch.Tensor) -> None:
+        values[id(entry.tensor)] = made.to(entry.tensor.dtype)
+
+    left = make_again(
+        model,
+        without,
+        rules_of=lambda fqn, _: buffer_rules(model, fqn),
+        seed_of=lambda _: _SEED,
+        place=keep,
+    )
     if left:
         raise LeftOnMetaError(
-            f"expected values for every buffer, got none for {listed(left)}: they are on meta, no checkpoint holds them, "
+            f"expected values for every buffer, got none for {listed([e.fqn for e in left])}: they are on meta, no checkpoint holds them, "
             "and their module does not make them again. Pass buffers= (values by name, or a function), give the module a "
             "reset_buffers method, or build the model off meta."
         )
+    filled = tuple(entry.fqn for entry in entries if id(entry.tensor) in values)
     _put(model, values, device)
+    return filled
 
 
 def equal_buffers(model: nn.Module, *, but: Collection[str]) -> Comparable:

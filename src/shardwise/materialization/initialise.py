@@ -2,13 +2,15 @@
 
 A module's own initialisation needs the whole tensor and draws from the process's random numbers. So each module that
 owns such parameters runs on whole host tensors, one module at a time, from a seed that depends on its name alone; every
-rank keeps its part. The price is the largest module's parameters in host memory, and the same work on every rank.
+rank keeps its part. The price is one copy of the largest module's parameters in host memory, of those that it owns itself
+and that are wanted, and the same work on every rank.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,14 +18,29 @@ from torch import nn
 from shardwise.errors import CheckpointError
 from shardwise.materialization.binding import listed
 from shardwise.materialization.load import layout_of
-from shardwise.materialization.rerun import made_by_modules
+from shardwise.materialization.rerun import make_again, owners_of
+from shardwise.materialization.rules import initialising_rules
 from shardwise.materialization.storage import local_of
-from shardwise.materialization.structure import entries_of
+from shardwise.materialization.structure import Entry, entries_of
+
+
+def refuse_uninitialisable(model: nn.Module, absent: Collection[str]) -> None:
+    """Raise, before anything is allocated, if a parameter starts from values that are not there yet.
+
+    Args:
+        model: Sharded or not.
+        absent: Fqns of parameters that would be initialised.
+
+    Raises:
+        ConfigurationError: Naming the parameter.
+    """
+    for fqn, names in owners_of(model, _wanted(model, absent)):
+        initialising_rules(model, fqn, names)
 
 
 def initialise(
     model: nn.Module, absent: Collection[str], *, ranks: Sequence[int], rank: int, seed: int
-) -> None:
+) -> tuple[str, ...]:
     """Give parameters that have storage and no values those that their module starts with.
 
     Args:
@@ -33,33 +50,41 @@ def initialise(
         rank: This one.
         seed: Equal on all ranks.
 
+    Returns:
+        Fqns of those that got values.
+
     Raises:
-        CheckpointError: Listing parameters that their module does not initialise.
+        CheckpointError: Listing parameters that nothing initialises.
+        ModelError: A module's initialisation failed.
     """
-    wanted = (entry for entry in entries_of(model) if entry.role == "parameter" and entry.fqn in absent)
-    left: list[str] = []
-    for entry, whole in made_by_modules(
-        model, wanted, buffers_only=False, seed_of=lambda fqn: _seed_of(seed, fqn)
-    ):
-        if whole is None:
-            left.append(entry.fqn)
-        else:
-            _keep_own_part(entry.tensor, whole, ranks, rank)
+
+    def keep_own_part(entry: Entry, whole: torch.Tensor) -> None:
+        shard = local_of(entry.tensor)
+        with torch.no_grad():
+            for part in layout_of(entry.tensor, ranks).parts(tuple(whole.shape), rank):
+                shard[part.local.slices()].copy_(whole[part.region.slices()])
+
+    wanted = _wanted(model, absent)
+    left = make_again(
+        model,
+        wanted,
+        rules_of=partial(initialising_rules, model),
+        seed_of=partial(_seed_of, seed),
+        place=keep_own_part,
+    )
     if left:
         raise CheckpointError(
-            f"expected a value for every parameter, got none for {listed(left)}: no checkpoint holds them, and their module "
-            "does not initialise them. Give it a reset_parameters method that writes all of its parameters, or build "
-            "them with values."
+            f"expected a value for every parameter, got none for {listed([entry.fqn for entry in left])}: no checkpoint holds "
+            "them, and their module does not initialise them. Give it a reset_parameters method that writes all of its "
+            "parameters from torch's random numbers, or build them with values."
         )
+    return tuple(entry.fqn for entry in wanted)
+
+
+def _wanted(model: nn.Module, absent: Collection[str]) -> list[Entry]:
+    return [entry for entry in entries_of(model) if entry.role == "parameter" and entry.fqn in absent]
 
 
 def _seed_of(seed: int, fqn: str) -> int:
     digest = hashlib.sha256(f"{seed} {fqn}".encode()).digest()
     return int.from_bytes(digest[:7], "little")
-
-
-def _keep_own_part(parameter: torch.Tensor, whole: torch.Tensor, ranks: Sequence[int], rank: int) -> None:
-    shard = local_of(parameter)
-    with torch.no_grad():
-        for part in layout_of(parameter, ranks).parts(tuple(whole.shape), rank):
-            shard[part.local.slices()].copy_(whole[part.region.slices()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -39,7 +39,12 @@ class Loaded:
 
 
 def allocate(
-    model: nn.Module, plans: Sequence[SourcePlan], *, device: torch.device, staging_bytes: int
+    model: nn.Module,
+    plans: Sequence[SourcePlan],
+    *,
+    device: torch.device,
+    staging_bytes: int,
+    dtype_of: Mapping[str, torch.dtype],
 ) -> tuple[list[SourcePlan], dict[str, torch.Tensor]]:
     """Give every meta parameter storage: pages of the file where the plan says so, else memory.
 
@@ -48,6 +53,7 @@ def allocate(
         plans: Of this rank.
         device: Of parameters outside of FSDP2.
         staging_bytes: Bound of the staging buffers.
+        dtype_of: In which each shard is kept, by fqn; also of parameters that no plan has.
 
     Returns:
         The plans, in which what could not be mapped after all is read, and this rank's shards by fqn.
@@ -55,19 +61,18 @@ def allocate(
     pages: dict[str, torch.Tensor] = {}
     final: list[SourcePlan] = []
     for plan in plans:
-        dtypes = plan.dtype_of
         unmapped: set[str] = set()
         for item in plan.direct.mapped:
-            found = _map(plan.source, item, dtypes[item.fqn])
+            found = _map(plan.source, item, dtype_of[item.fqn])
             if found is None:
                 unmapped.add(item.fqn)
             else:
                 pages[item.fqn] = found
         final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
-    dtype_of = {fqn: dtype for plan in plans for fqn, dtype in plan.dtype_of.items()}
     allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
-    _allocate_buffers(model, dtype_of, device)
-    return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in dtype_of}
+    planned = {fqn for plan in plans for fqn in plan.fqns}
+    _allocate_buffers(model, planned, device)
+    return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
 def _map(source: Source, item: Mapped, dtype: torch.dtype) -> torch.Tensor | None:
@@ -85,7 +90,7 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> S
     return dataclasses.replace(plan, direct=direct)
 
 
-def _allocate_buffers(model: nn.Module, bound: Mapping[str, torch.dtype], device: torch.device) -> None:
+def _allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:
     for entry in entries_of(model):
         if entry.role == "buffer" and entry.fqn in bound and entry.tensor.is_meta:
             entry.replace(torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, device=device))

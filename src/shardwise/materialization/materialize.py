@@ -27,8 +27,9 @@ from shardwise.materialization.binding import Binding, Bound, Rename, bind, chec
 from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.device import device_of_model
+from shardwise.materialization.dtypes import kept_dtypes
 from shardwise.materialization.given_buffers import GivenBuffers
-from shardwise.materialization.initialise import initialise
+from shardwise.materialization.initialise import initialise, refuse_uninitialisable
 from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.load import Loaded, allocate, execute
 from shardwise.materialization.meta import refuse_meta
@@ -54,7 +55,7 @@ class FillOptions:
         device: Of the mesh, or of a model without one.
         staging_bytes: Bound of the staging buffers, in bytes.
         cpu_storage: Whether shards in host memory may be pages of the file.
-        dtype: In which floating point shards are kept; None keeps the model's, "auto" takes the checkpoint's.
+        dtype: In which floating point shards are kept, as `kept_dtypes` takes it.
         buffers: Values of buffers that no checkpoint holds.
         show_progress: On this rank; the first rank's counts.
     """
@@ -74,10 +75,14 @@ class FilledFromFiles:
     Args:
         loaded: On this rank.
         predicted: For the job.
+        origins: Of the tensors that it gave values, by fqn.
+        converted: Fqns of those that a conversion of whole tensors made.
     """
 
     loaded: Loaded
     predicted: dict[str, int]
+    origins: dict[str, str]
+    converted: tuple[str, ...]
 
 
 def materialize(
@@ -112,7 +117,8 @@ def materialize(
         missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
             names, lets their modules initialise them, to values that do not depend on the number of ranks.
         dtype: In which floating point parameters on meta are kept: None for their own dtype, `"auto"` for the
-            checkpoint's, or a torch dtype. Values are cast while they are read.
+            checkpoint's, or a torch dtype. Values are cast while they are read. It counts for parameters that are
+            initialised as well; for those `"auto"` is the dtype of most parameters that the checkpoint holds.
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
         cpu_storage: `"map"` and `"auto"` let shards in host memory be private pages of the file where it holds them as
@@ -214,7 +220,8 @@ def materialize(
                 if first_rank_reads
                 else filled.predicted["storage_bytes"] + aliased_bytes(binding),
             },
-            origins=origins_of(entries_of(model), initialised=absent),
+            origins=origins_of(entries_of(model), filled.origins),
+            converted=filled.converted,
             dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
         )
 
@@ -248,13 +255,15 @@ def fill_from_files(
     """
     ranks, rank = agreement.ranks, agreement.rank
     with agreement.phase("compare plans") as compare:
+        refuse_uninitialisable(model, absent)
+        dtype_of = kept_dtypes(entries_of(model), bound, options.dtype)
         wanted = wanted_of(
             model,
             bound,
             layouts=agreed_layouts(entries_of(model), agreement=agreement),
             device=options.device,
             cpu_storage=options.cpu_storage,
-            dtype_of=lambda entry, of: _kept_dtype(entry, of, options.dtype),
+            dtype_of=dtype_of,
         )
         compare.same = comparable_lines(
             "what is to be read",
@@ -281,11 +290,19 @@ def fill_from_files(
         kept = {e.fqn for e in entries_of(model) if e.role == "buffer" and not e.tensor.is_meta}
         given = GivenBuffers(options.buffers)
         with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
-            fill_buffers(model, given.buffers, bound=bound.keys(), device=options.device)
+            filled_buffers = fill_buffers(model, given.buffers, bound=bound.keys(), device=options.device)
         # What a buffer with storage holds is this rank's own affair: a counter of its steps may differ.
         plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
     with agreement.phase("allocate"):
-        plans, targets = allocate(model, plans, device=options.device, staging_bytes=options.staging_bytes)
+        plans, targets = allocate(
+            model, plans, device=options.device, staging_bytes=options.staging_bytes, dtype_of=dtype_of
+        )
+    initialised: tuple[str, ...] = ()
+    if absent:
+        with agreement.phase("initialise"):
+            own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
+            seed = json.loads(agreement.publish("seed", own_seed))
+            initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed)
     with agreement.phase("read"):
         progress = JobProgress(
             agreement,
@@ -305,24 +322,17 @@ def fill_from_files(
             )
         del targets
         refuse_meta(model)
-    if absent:
-        with agreement.phase("initialise"):
-            own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
-            seed = json.loads(agreement.publish("seed", own_seed))
-            initialise(model, absent, ranks=ranks, rank=rank, seed=seed)
     predicted = {
         "storage_bytes": sum(of_rank[0] for of_rank in planned),
         "network_bytes": sum(of_rank[1] for of_rank in planned),
     }
-    return FilledFromFiles(loaded=loaded, predicted=predicted)
-
-
-def _kept_dtype(entry: Entry, of: Bound, dtype: torch.dtype | str | None) -> torch.dtype:
-    if entry.role != "parameter" or not entry.tensor.is_meta or not entry.tensor.is_floating_point():
-        return entry.tensor.dtype
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return of.stored[0].dtype if dtype == "auto" and of.stored else entry.tensor.dtype
+    origins = dict.fromkeys(initialised, "initialised") | dict.fromkeys(bound, "checkpoint")
+    return FilledFromFiles(
+        loaded=loaded,
+        predicted=predicted,
+        origins=origins | dict.fromkeys(filled_buffers, "recomputed"),
+        converted=tuple(tensor.fqn for each in plans for tensor in each.wanted.converted),
+    )
 
 
 def _check_arguments(route: str, cpu_storage: str, dtype: Any) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 _PEFT_PREFIX = "base_model.model."
 _PEFT_WRAPPERS = ("base_layer", "original_module")
+_PEFT_COPIES = "modules_to_save"
 
 
 def clean_fqn(fqn: str) -> str:
@@ -20,13 +21,17 @@ def checkpoint_name_of(fqn: str) -> str:
     """Return the name under which a checkpoint of the base model holds a parameter, given its name in a wrapped model.
 
     PEFT puts the base model under `base_model.model` and a layer that it adapts under `base_layer`, or under
-    `original_module` where a trainable copy stands beside it.
+    `original_module` where trainable copies stand beside it, one per adapter under `modules_to_save`; those start as what they
+    are copies of.
     Source: `peft.tuners.tuners_utils.BaseTuner`, `peft.utils.other.ModulesToSaveWrapper`.
     """
     name = clean_fqn(fqn)
     if not name.startswith(_PEFT_PREFIX):
         return name
     parts = name.removeprefix(_PEFT_PREFIX).split(".")
+    if _PEFT_COPIES in parts:
+        at = parts.index(_PEFT_COPIES)
+        parts = [*parts[:at], *parts[at + 2 :]]  # the adapter's name follows
     return ".".join(part for part in parts if part not in _PEFT_WRAPPERS)
 
 

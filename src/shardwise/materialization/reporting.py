@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -30,6 +30,7 @@ def collect_report(
     network_bytes: int,
     predicted: Mapping[str, int],
     origins: Mapping[str, str],
+    converted: Sequence[str],
     dtypes: Mapping[str, str | None],
 ) -> LoadReport:
     """Gather every rank's cost.
@@ -45,6 +46,7 @@ def collect_report(
         network_bytes: That this rank received.
         predicted: What the plan said for the job.
         origins: Origin by name of tensor; a tied tensor's further names included.
+        converted: Names of tensors that a conversion of whole tensors made.
         dtypes: Stored, compute, reduce and optimizer dtypes.
 
     Returns:
@@ -81,31 +83,27 @@ def collect_report(
         predicted=dict(predicted),
         tensors=counts,
         origins=dict(origins),
+        converted=tuple(converted),
         dtypes=dict(dtypes),
         ranks=reports,
     )
 
 
-def origins_of(entries: tuple[Entry, ...], *, initialised: frozenset[str]) -> dict[str, str]:
+def origins_of(entries: tuple[Entry, ...], known: Mapping[str, str]) -> dict[str, str]:
     """Return where every parameter and buffer has its values from.
 
     Args:
         entries: Of the model.
-        initialised: Names of tensors that no checkpoint held.
+        known: Origins as they were noted where values were set, by the first of a tensor's names. What nobody set is kept.
 
     Returns:
         Origin by name.
     """
     origins: dict[str, str] = {}
     for entry in entries:
-        if entry.role == "attribute":
-            continue
-        names = [slot.fqn for slot in entry.slots]
-        if not initialised.isdisjoint(names):
-            origin = "initialised"
-        else:
-            origin = "checkpoint" if entry.persistent else "recomputed"
-        origins |= dict.fromkeys(names[1:], "tied") | {names[0]: origin}
+        if entry.role != "attribute":
+            origins[entry.fqn] = known.get(entry.fqn, "kept")
+            origins |= dict.fromkeys((slot.fqn for slot in entry.slots[1:]), "tied")
     return origins
 
 

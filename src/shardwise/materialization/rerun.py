@@ -1,153 +1,143 @@
-"""A module's own way to make its values again: what transformers, torch and their users call for it."""
+"""Let modules make values of their own tensors again, whole and on the host, one module at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from shardwise.errors import ModelError
+from shardwise.materialization.rules import Rule
+from shardwise.materialization.shield import Shield, registered
 from shardwise.materialization.structure import Entry
 
 _POISON = (0xFF, 0x55)  # as floats: not a number, and a number that nothing computes
 
-
-def own_rerun(model: nn.Module, fqn: str, *, buffers_only: bool) -> Callable[[], None] | None:
-    """Return what makes the values of a module again, or None if it offers nothing.
-
-    Args:
-        model: That the module is a part of.
-        fqn: Of the module; empty for the model itself.
-        buffers_only: Whether buffers alone are wanted. `reset_parameters` then counts only for a module without
-            parameters of its own: it would make those.
-
-    Returns:
-        `_init_weights` of the transformers model around the module, else the module's `reset_buffers` or
-        `reset_parameters`.
-    """
-    module = model.get_submodule(fqn)
-    parts = fqn.split(".") if fqn else []
-    for depth in range(len(parts), -1, -1):
-        around = model.get_submodule(".".join(parts[:depth]))
-        init_weights = getattr(around, "_init_weights", None)
-        if callable(init_weights):
-            return lambda: init_weights(module)
-    names = ["reset_buffers"] if buffers_only else []
-    if not buffers_only or not any(True for _ in module.parameters(recurse=False)):
-        names.append("reset_parameters")
-    for name in names:
-        method = getattr(module, name, None)
-        if callable(method):
-            return method  # type: ignore[no-any-return]
-    return None
+RulesOf = Callable[[str, Sequence[str]], Sequence[Rule]]
 
 
-def made_by_modules(
-    model: nn.Module, entries: Iterable[Entry], *, buffers_only: bool, seed_of: Callable[[str], int]
-) -> Iterator[tuple[Entry, torch.Tensor | None]]:
-    """Let modules make tensors again, one module at a time.
+def make_again(
+    model: nn.Module,
+    entries: Iterable[Entry],
+    *,
+    rules_of: RulesOf,
+    seed_of: Callable[[str], int],
+    place: Callable[[Entry, torch.Tensor], None],
+) -> list[Entry]:
+    """Let modules make tensors again; the rest of the model cannot change meanwhile.
+
+    Each module runs twice over memory that held different bytes before: what comes out different was not written, or was
+    drawn from random numbers other than torch's own on the host. Of the first run digests alone are kept, so there is
+    never more than one copy of one module's wanted tensors.
 
     Args:
-        model: That the modules are parts of.
+        model: That the modules are parts of; sharded or not.
         entries: What is wanted.
-        buffers_only: As `own_rerun` takes it.
-        seed_of: From a module's fqn to the seed of its random numbers; equal on all ranks.
-
-    Yields:
-        Each entry and its full value on the host, or None where its module does not make it.
-    """
-    by_module: dict[int, list[Entry]] = {}
-    for entry in entries:
-        by_module.setdefault(id(entry.slots[0].module), []).append(entry)
-    fqn_of = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    for of_module in by_module.values():
-        module = of_module[0].slots[0].module
-        fqn = fqn_of[id(module)]
-        rerun = own_rerun(model, fqn, buffers_only=buffers_only)
-        made: dict[str, torch.Tensor] = {}
-        if rerun is not None:
-            names = {entry.slots[0].name: entry.tensor for entry in of_module}
-            made = made_again(module, names, rerun, seed=seed_of(fqn))
-        for entry in of_module:
-            yield entry, made.get(entry.slots[0].name)
-
-
-def made_again(
-    module: nn.Module, names: Mapping[str, torch.Tensor], rerun: Callable[[], None], *, seed: int
-) -> dict[str, torch.Tensor]:
-    """Let a module make some of its own tensors again, whole and on the host.
-
-    It runs twice over memory that held different bytes before: what comes out different was not written.
-
-    Args:
-        module: The others of its parameters are on meta meanwhile, so that nothing happens to them.
-        names: Its own parameters and buffers that are wanted, by their names in the module.
-        rerun: As `own_rerun` returned.
-        seed: Of the random numbers; equal on all ranks.
+        rules_of: From a module's fqn and the names of its wanted tensors to the rules to try in turn.
+        seed_of: From the fqn of a rule's owner to the seed of its random numbers; equal on all ranks.
+        place: Takes the full value of an entry, on the host, and keeps what it wants of it.
 
     Returns:
-        The values by name; what the module did not write is not among them.
+        Those that no rule wrote.
+
+    Raises:
+        ModelError: A module's own code failed, as it does where it needs the values of other tensors.
     """
-    runs = []
-    for poison in _POISON:
-        with _only(module, names, poison) as tensors, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            # What it makes on the way is on the host too, whatever torch's default device is.
-            with torch.no_grad(), torch.device("cpu"):
-                rerun()
-            # A module may put a new tensor in the place of its old one.
-            runs.append({name: _registered(module, name, tensors[name]).detach() for name in names})
-    return {name: value for name, value in runs[1].items() if _same_bytes(runs[0][name], value)}
+    left: list[Entry] = []
+    with Shield(model) as shield:
+        for fqn, module, wanted in _by_module(model, entries):
+            for rule in rules_of(fqn, [entry.slots[0].name for entry in wanted]):
+                if wanted:
+                    made = _made_by(rule, shield, fqn, module, wanted, seed=seed_of(rule.owner))
+                    wanted = [entry for entry in wanted if entry.fqn not in made]
+                    for entry, value in made.values():
+                        place(entry, value)
+                    made.clear()  # before the next one is made
+                    entry = value = None  # type: ignore[assignment]
+            left += wanted
+    return left
+
+
+def owners_of(model: nn.Module, entries: Iterable[Entry]) -> list[tuple[str, list[str]]]:
+    """Return the fqns of the modules that have tensors, and the names that these have there."""
+    return [(fqn, [e.slots[0].name for e in owned]) for fqn, _, owned in _by_module(model, entries)]
+
+
+def _by_module(model: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str, nn.Module, list[Entry]]]:
+    owned: dict[int, list[Entry]] = {}
+    for entry in entries:
+        owned.setdefault(id(entry.slots[0].module), []).append(entry)
+    fqn_of = {id(module): fqn for fqn, module in model.named_modules()}
+    for key, of_module in owned.items():
+        yield fqn_of[key], of_module[0].slots[0].module, of_module
+
+
+def _made_by(
+    rule: Rule, shield: Shield, fqn: str, module: nn.Module, wanted: Sequence[Entry], *, seed: int
+) -> dict[str, tuple[Entry, torch.Tensor]]:
+    """Return what a rule writes, by fqn."""
+    first = {
+        e.fqn: _digest_of(value) for e, value in _run(rule, shield, fqn, module, wanted, _POISON[0], seed)
+    }
+    again = _run(rule, shield, fqn, module, wanted, _POISON[1], seed)
+    return {entry.fqn: (entry, value) for entry, value in again if _digest_of(value) == first[entry.fqn]}
+
+
+def _run(
+    rule: Rule, shield: Shield, fqn: str, module: nn.Module, wanted: Sequence[Entry], poison: int, seed: int
+) -> list[tuple[Entry, torch.Tensor]]:
+    blanks = [(entry, _blank(entry, poison)) for entry in wanted]
+    # Code that names no device means the host here, whatever the caller's default is.
+    with shield.exposing(module, blanks), torch.no_grad(), _seeded(seed), torch.device("cpu"):
+        for call in rule.calls:
+            try:
+                call()
+            except RuntimeError as error:
+                raise _failure(fqn, module, wanted, error) from error
+        found = ((entry, registered(entry)) for entry in wanted)
+        return [(entry, value.detach()) for entry, value in found if value is not None and not value.is_meta]
+
+
+def _failure(fqn: str, module: nn.Module, wanted: Sequence[Entry], error: RuntimeError) -> ModelError:
+    return ModelError(
+        f"{fqn or 'the model'} ({type(module).__name__}): expected its own code to make "
+        f"{', '.join(entry.slots[0].name for entry in wanted)} from shapes and random numbers, got {error}. All other "
+        "tensors are on meta while it runs. If it needs their values, load with load_pretrained(defer=False), or build the "
+        "model with values."
+    )
 
 
 @contextmanager
-def _only(
-    module: nn.Module, names: Mapping[str, torch.Tensor], poison: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    parameters, buffers = dict(module._parameters), dict(module._buffers)
-    attributes = {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}
-    made: dict[str, torch.Tensor] = {}
+def _seeded(seed: int) -> Iterator[None]:
+    # torch.manual_seed would seed the accelerators' generators too, and those are not brought back.
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed)
     try:
-        for name, parameter in parameters.items():
-            if parameter is not None:
-                whole = _blank(parameter, poison) if name in names else _on_meta(parameter)
-                module._parameters[name] = nn.Parameter(whole, requires_grad=False)
-                made[name] = module._parameters[name]  # type: ignore[assignment]
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                module._buffers[name] = _blank(buffer, poison) if name in names else buffer.detach().clone()
-                made[name] = module._buffers[name]  # type: ignore[assignment]
-        yield made
+        yield
     finally:
-        module._parameters.clear()
-        module._parameters.update(parameters)
-        module._buffers.clear()
-        module._buffers.update(buffers)
-        vars(module).update(attributes)
+        generator.set_state(before)
 
 
-def _blank(like: torch.Tensor, poison: int) -> torch.Tensor:
-    blank = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+def _blank(entry: Entry, poison: int) -> torch.Tensor:
+    blank = torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, device="cpu")
     if blank.dtype == torch.bool:
-        return blank.fill_(poison == _POISON[0])
-    blank.view(-1).view(torch.uint8).fill_(poison)
-    return blank
+        blank.fill_(poison == _POISON[0])
+    else:
+        _bytes_of(blank).fill_(poison)
+    return nn.Parameter(blank, requires_grad=False) if entry.role == "parameter" else blank
 
 
-def _on_meta(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device="meta")
-
-
-def _registered(module: nn.Module, name: str, made: torch.Tensor) -> torch.Tensor:
-    found = module._parameters.get(name, module._buffers.get(name))
-    return made if found is None else found
-
-
-def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(_bytes_of(first), _bytes_of(second))
+def _digest_of(tensor: torch.Tensor) -> bytes:
+    kind = f"{tensor.dtype} {tuple(tensor.shape)}"
+    content: Any = _bytes_of(tensor).numpy()  # hashed in place: a copy would double the peak
+    digest = hashlib.sha256(kind.encode())
+    digest.update(content)
+    return digest.digest()
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,7 @@ from shardwise.materialization.convert import (
 )
 from shardwise.materialization.staging import read_bytes_of
 from shardwise.materialization.storage import mappable_parameters
-from shardwise.materialization.structure import Entry, entries_of
+from shardwise.materialization.structure import entries_of
 from shardwise.plan import (
     ExchangePlan,
     Layout,
@@ -104,10 +104,12 @@ class SourcePlan:
     steps: tuple[ConversionStep, ...]
 
     @property
-    def dtype_of(self) -> dict[str, torch.dtype]:
-        """In which each tensor's shard is kept, by fqn."""
-        kept = {tensor.fqn: tensor.dtype for tensor in self.wanted.pieces}
-        return kept | {tensor.fqn: tensor.dtype for tensor in self.wanted.converted}
+    def fqns(self) -> tuple[str, ...]:
+        """Of the model's tensors that it fills."""
+        return (
+            *(tensor.fqn for tensor in self.wanted.pieces),
+            *(tensor.fqn for tensor in self.wanted.converted),
+        )
 
     @property
     def storage_bytes(self) -> int:
@@ -133,7 +135,7 @@ def wanted_of(
     layouts: Mapping[str, Layout],
     device: torch.device,
     cpu_storage: CpuStorage,
-    dtype_of: Callable[[Entry, Bound], torch.dtype],
+    dtype_of: Mapping[str, torch.dtype],
 ) -> list[Wanted]:
     """Describe what of a model comes from which source.
 
@@ -143,7 +145,7 @@ def wanted_of(
         layouts: Of the model's tensors, as all ranks see them.
         device: Of parameters outside of FSDP2.
         cpu_storage: Whether shards in host memory may be pages of the file.
-        dtype_of: In which a shard is kept.
+        dtype_of: In which each shard is kept, by fqn.
 
     Returns:
         One for each source, in the order in which the model names them.
@@ -162,7 +164,7 @@ def wanted_of(
                     fqn=entry.fqn,
                     name=of.name,
                     whole=of.whole,
-                    dtype=dtype_of(entry, of),
+                    dtype=dtype_of[entry.fqn],
                     layout=layouts[entry.fqn],
                 )
             )
@@ -172,7 +174,7 @@ def wanted_of(
             WantedTensor(
                 fqn=entry.fqn,
                 shape=of.shape,
-                dtype=dtype_of(entry, of),
+                dtype=dtype_of[entry.fqn],
                 layout=layouts[entry.fqn],
                 pieces=of.pieces,
                 # Two parameters over the same pages would be one.

@@ -78,7 +78,8 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     """
     found: dict[int, tuple[torch.Tensor, Role, list[Slot], bool]] = {}
     aliases: dict[int, list[Slot]] = {}
-    modules = list(model.named_modules())
+    # A shared module is every name that it has: a checkpoint may hold any one of them.
+    modules = list(model.named_modules(remove_duplicate=False))
     for role in _ROLES:
         for module_name, module in modules:
             for name, tensor in _tensors_of(module, role):

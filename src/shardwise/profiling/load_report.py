@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 from shardwise.errors import ConfigurationError
 
 SCHEMA: Final = "shardwise.load_report/1"
-ORIGINS: Final = ("checkpoint", "tied", "initialised", "recomputed", "derived")
+ORIGINS: Final = ("checkpoint", "tied", "initialised", "recomputed", "derived", "kept")
 DTYPE_ROLES: Final = ("stored", "compute", "reduce", "optimizer")
 
 
@@ -84,6 +84,7 @@ class LoadReport:
         predicted: What the plan had said, under the names of these fields; empty where there was no plan.
         tensors: Number of tensors by origin.
         origins: Origin of each tensor, by name.
+        converted: Names of the tensors that a conversion made which had to see whole stored tensors: one rank held those.
         dtypes: Name of the dtype `stored`, for `compute`, for `reduce` and of the `optimizer` state; None where
             there is none.
         ranks: One entry per rank that reported, in the order of ranks.
@@ -101,6 +102,7 @@ class LoadReport:
     predicted: dict[str, float | int]
     tensors: dict[str, int]
     origins: dict[str, str]
+    converted: tuple[str, ...]
     dtypes: dict[str, str | None]
     ranks: tuple[RankReport, ...]
 
@@ -131,6 +133,10 @@ class LoadReport:
             raise ConfigurationError(
                 f"load report: expected origins among {ORIGINS}, got {strange} in origins"
             )
+        if not all(isinstance(name, str) for name in self.converted):
+            raise ConfigurationError(
+                f"load report: expected names of tensors in converted, got {self.converted}"
+            )
         if set(self.dtypes) != set(DTYPE_ROLES):
             raise ConfigurationError(
                 f"load report: expected dtypes for {DTYPE_ROLES}, got them for {tuple(self.dtypes)}"
@@ -143,7 +149,8 @@ class LoadReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data for `json.dump`."""
-        return {**dataclasses.asdict(self), "ranks": [dataclasses.asdict(report) for report in self.ranks]}
+        ranks = [dataclasses.asdict(report) for report in self.ranks]
+        return {**dataclasses.asdict(self), "ranks": ranks, "converted": list(self.converted)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
@@ -154,7 +161,7 @@ class LoadReport:
         """
         _check_keys("load report", cls, document)
         ranks = tuple(RankReport.from_json(report) for report in document["ranks"])
-        return cls(**{**document, "ranks": ranks})
+        return cls(**{**document, "ranks": ranks, "converted": tuple(document["converted"])})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON, whole or not at all; missing directories are made.

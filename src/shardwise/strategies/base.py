@@ -34,8 +34,8 @@ from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
+from shardwise.strategies.noted import Bindings, Origins
 from shardwise.strategies.pretrained import (
-    Bindings,
     Pretrained,
     load_adapter,
     load_deferred,
@@ -78,6 +78,7 @@ class Strategy(ABC):
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
         self._bindings = Bindings()
         self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+        self._origins = Origins()
 
     def load_pretrained(
         self,
@@ -152,6 +153,7 @@ class Strategy(ABC):
                 source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
                 agreement=agreement,
             )
+            self._origins.add(model, record.absent)
         self._pretrained[model] = record
         return model
 
@@ -280,7 +282,7 @@ class Strategy(ABC):
             optimizers,
             options,
             name=record.name if record is not None else type(model).__name__,
-            initialised=record.initialised if record is not None else frozenset(),
+            origins=self._origins.take(model),
             deferred=with_adapters(self._bindings.take(model), model),
             refuse=partial(self._refuse, model),
             shard=shard,

@@ -28,7 +28,7 @@ def pinned_modules(model: nn.Module) -> list[str]:
     if len(dtypes) < 2:
         return []
     usual = dtypes.most_common(1)[0][0]
-    pinned = pinned_dtypes(model_inside(model), usual)
+    pinned = pinned_dtypes(model_inside(model), usual, stored=True)
     found = []
     for fqn, module in model.named_modules():
         own = {

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwise.conversion import pinned_dtypes
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import (
     Agreement,
     Binding,
-    Bound,
     Entry,
     bind,
     check_bound,
@@ -33,12 +31,12 @@ from shardwise.materialization import (
 from shardwise.strategies.adapters import adapter_name_on_disk, add_adapter
 from shardwise.strategies.empty_model import build_empty
 from shardwise.strategies.load_context import fsdp_pretrained_load_context, without_fsdp_flags
+from shardwise.strategies.noted import Bindings
 from shardwise.strategies.transformers_compat import (
     from_pretrained,
     from_pretrained_on_meta,
     plain_loads_on_meta,
 )
-from shardwise.strategies.wrap import Deferred
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,46 +45,11 @@ class Pretrained:
 
     Args:
         name: Directory or hub id.
-        initialised: Names of parameters that the checkpoint lacked.
+        absent: Names that the checkpoint lacked, of tensors that have values already.
     """
 
     name: str
-    initialised: frozenset[str]
-
-
-class Bindings:
-    """Which tensor of which checkpoint gives a meta tensor its values, by the tensor's identity.
-
-    Identity outlives a new name: a model may become a part of another one before it is wrapped.
-    """
-
-    def __init__(self) -> None:
-        self._bound: MutableMapping[torch.Tensor, Bound | None] = WeakTensorKeyDictionary()
-
-    def add(self, entries: Sequence[Entry], binding: Binding) -> None:
-        """Note where a model's values are; what the checkpoint lacks is noted as permitted to be absent."""
-        for entry in entries:
-            if entry.fqn in binding.bound:
-                self._bound[entry.tensor] = binding.bound[entry.fqn]
-            elif entry.fqn in binding.absent:
-                self._bound[entry.tensor] = None
-
-    def take(self, model: nn.Module) -> Deferred:
-        """Return what is noted of a model's tensors, by the names that they have now, and forget it.
-
-        A weak reference keeps torch from giving a parameter storage under the same object.
-        """
-        bound: dict[str, Bound] = {}
-        absent: set[str] = set()
-        for entry in entries_of(model):
-            if entry.role == "attribute" or not entry.tensor.is_meta or entry.tensor not in self._bound:
-                continue
-            of = self._bound.pop(entry.tensor)
-            if of is None:
-                absent.add(entry.fqn)
-            else:
-                bound[entry.fqn] = of
-        return Deferred(bound=bound, absent=frozenset(absent))
+    absent: frozenset[str]
 
 
 def load_deferred(
@@ -135,7 +98,7 @@ def load_deferred(
             binding, opened.source, agreement=agreement, staging_bytes=staging_bytes, first_rank_reads=False
         )
         opened.source.close()  # until the wrap, which opens what it reads
-    return model, Pretrained(name=str(name), initialised=frozenset()), binding
+    return model, Pretrained(name=str(name), absent=frozenset()), binding
 
 
 def load_adapter(
@@ -197,19 +160,24 @@ def _await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, 
     A constructor may make a tensor past every context, as `torch.Tensor(8).uniform_()` does; and on transformers 4.57
     buffers are built with values.
     """
-    pinned = pinned_dtypes(model, chosen)
+    of_stored = pinned_dtypes(model, chosen, stored=True)
+    of_absent = pinned_dtypes(model, chosen, stored=False)
+    absent = frozenset(binding.absent)
     for entry in entries:
-        if entry.fqn not in binding.bound:
+        awaited = entry.fqn in binding.bound
+        if entry.role == "attribute" or not (awaited or entry.fqn in absent):
             continue
         dtype = entry.tensor.dtype
-        if entry.tensor.is_floating_point():
-            dtype = pinned(binding.bound[entry.fqn].name) or dtype
-        if entry.tensor.is_meta and entry.tensor.dtype == dtype:
+        if entry.tensor.is_floating_point() and (awaited or entry.role == "parameter"):
+            pinned = of_stored(binding.bound[entry.fqn].name) if awaited else of_absent(entry.fqn)
+            dtype = pinned or dtype
+        device = torch.device("meta") if awaited else entry.tensor.device
+        if entry.tensor.device == device and entry.tensor.dtype == dtype:
             continue
-        awaiting = torch.empty_like(entry.tensor, dtype=dtype, device="meta")
+        changed = entry.tensor.detach().to(device=device, dtype=dtype)
         if entry.role == "parameter":
-            awaiting = nn.Parameter(awaiting, requires_grad=entry.tensor.requires_grad)
-        entry.replace(awaiting)
+            changed = nn.Parameter(changed, requires_grad=entry.tensor.requires_grad)
+        entry.replace(changed)
 
 
 def refuse_device_map(config_kwargs: Mapping[str, Any]) -> None:
@@ -264,7 +232,7 @@ def load_on_source(
             absent = source["missing"]
             if not loads:
                 _tie_as_source(model, source["tied"])
-    return model, Pretrained(name=str(name), initialised=frozenset(absent))
+    return model, Pretrained(name=str(name), absent=frozenset(absent))
 
 
 def _tied(model: nn.Module) -> list[list[str]]:

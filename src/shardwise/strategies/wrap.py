@@ -98,12 +98,23 @@ class Deferred:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What filling a model did cost: on this rank, and for the job as planned."""
+    """What filling a model did cost: on this rank, and for the job as planned.
+
+    Args:
+        route: How the values came.
+        storage_bytes: That this rank requested.
+        network_bytes: That this rank received.
+        predicted: For the job.
+        origins: Of the tensors that came from files or were made, by fqn.
+        converted: Fqns of those that a conversion of whole tensors made.
+    """
 
     route: str
     storage_bytes: int
     network_bytes: int
     predicted: dict[str, int]
+    origins: dict[str, str]
+    converted: tuple[str, ...]
 
 
 def wrap(
@@ -112,7 +123,7 @@ def wrap(
     options: WrapOptions,
     *,
     name: str,
-    initialised: frozenset[str],
+    origins: Mapping[str, str],
     deferred: Deferred,
     refuse: Callable[[], None],
     shard: Callable[[], None] | None = None,
@@ -124,7 +135,7 @@ def wrap(
         optimizers: Made on its parameters, not stepped; changed in place.
         options: Of the strategy; equal on all ranks.
         name: Of the model, for the report.
-        initialised: Names of parameters whose values did not come from a checkpoint.
+        origins: Of tensors that have values already, by fqn, where they are known; the source rank's count.
         deferred: Values that are still in files.
         refuse: Raises what the strategy itself has against the model; called once the model is known not to be sharded.
         shard: Shards the model and rebinds its optimizers in place of this module's own way; needs values on every
@@ -147,14 +158,22 @@ def wrap(
             records, units = _check(model, optimizers, options, checkpointing=shard is None)
             # No name here may keep the entries: they hold the full tensors.
             check.same = _comparable_structure(Structure.of(entries_of(model)), units, options)
-            origins = origins_of(entries_of(model), initialised=initialised | deferred.absent)
+            known = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
+            known = agreement.publish("origins", known)
         with _rebinding(records if shard is None else (), model):
             if options.efficient:
                 cost = _shard_and_fill(model, units, options, deferred, agreement, device)
             else:
                 _shard_values(model, agreement, shard or (lambda: _fully_shard(model, units, options)))
                 nothing = {"storage_bytes": 0, "network_bytes": 0}
-                cost = Cost(route="none", storage_bytes=0, network_bytes=0, predicted=nothing)
+                cost = Cost(
+                    route="none",
+                    storage_bytes=0,
+                    network_bytes=0,
+                    predicted=nothing,
+                    origins={},
+                    converted=(),
+                )
         with agreement.phase("finish"):
             pass
     with agreement.phase("report"):
@@ -168,7 +187,8 @@ def wrap(
             storage_bytes=cost.storage_bytes,
             network_bytes=cost.network_bytes,
             predicted=cost.predicted,
-            origins=origins,
+            origins=origins_of(entries_of(model), json.loads(known) | cost.origins),
+            converted=cost.converted,
             dtypes=_dtypes(model, options, optimizers),
         )
 
@@ -231,7 +251,7 @@ def _shard_and_fill(
             source = take_values(model, keep=agreement.rank == source_rank)
         with phase("fully_shard"):
             _fully_shard(model, units, options)
-    cost = Cost(route="direct", storage_bytes=0, network_bytes=0, predicted={})
+    cost = Cost(route="direct", storage_bytes=0, network_bytes=0, predicted={}, origins={}, converted=())
     if held is None or held:
         filled = fill_from_source(
             model,
@@ -248,6 +268,8 @@ def _shard_and_fill(
             storage_bytes=0,
             network_bytes=filled.received_bytes,
             predicted={"storage_bytes": 0, "network_bytes": filled.plan.network_bytes},
+            origins={},
+            converted=(),
         )
     if held is None:
         return cost
@@ -262,6 +284,8 @@ def _shard_and_fill(
         storage_bytes=read.loaded.storage_bytes,
         network_bytes=cost.network_bytes + read.loaded.network_bytes,
         predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + moved},
+        origins=read.origins,
+        converted=read.converted,
     )
 
 

@@ -1,0 +1,105 @@
+"""How PEFT starts an adapter: LoRA's B is zero, whatever the model around it does with linear layers.
+
+PEFT initialises a layer while it builds it, from the adapter's config, and keeps no record but `peft_config`. Its methods
+are called here on blank copies. Checked on peft 0.17 to 0.21; `tests/unit/test_peft_rule.py` compares with what PEFT builds.
+Source: `peft.tuners.lora.layer.LoraLayer.update_layer`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from shardwise.errors import ConfigurationError
+
+# Variants that change the forward alone; the others make A and B, or more parameters, in ways of their own.
+_VARIANTS_THAT_START_AS_LORA = ("ALora", "Dora")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftRule:
+    """What makes parameters of a layer's adapters.
+
+    Args:
+        layer: Fqn of the layer. A and B of one adapter may start from the same random numbers.
+        calls: One adapter at a time.
+    """
+
+    layer: str
+    calls: Sequence[Callable[[], None]]
+
+
+def peft_rule(around: Sequence[nn.Module], fqn: str, names: Sequence[str]) -> PeftRule | None:
+    """Return what makes parameters of a PEFT layer's adapters, or None where they belong to no such layer.
+
+    Args:
+        around: The module that has them and those around it, the innermost first.
+        fqn: Of the module.
+        names: Of the parameters that are wanted, in the module.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ConfigurationError: The adapter starts from values of the base model, from data, or in a way not known here.
+    """
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return None
+    parts = fqn.split(".")
+    for depth, layer in enumerate(around):
+        if not isinstance(layer, tuners.BaseTunerLayer):
+            continue
+        below = parts[len(parts) - depth :] if depth else []
+        paths = [[*below, name] for name in names]
+        if not all(path[0] in layer.adapter_layer_names for path in paths):
+            return None  # the base layer's own
+        calls: dict[str, Sequence[Callable[[], None]]] = {}
+        for path, name in zip(paths, names, strict=True):
+            adapter = path[1] if len(path) > 1 else ""
+            if adapter not in calls:
+                calls[adapter] = _start_of(around[depth:], path[0], adapter, f"{fqn}.{name}")
+        return PeftRule(
+            layer=".".join(parts[: len(parts) - depth]),
+            calls=[call for of_adapter in calls.values() for call in of_adapter],
+        )
+    return None
+
+
+def _start_of(around: Sequence[nn.Module], kind: str, adapter: str, fqn: str) -> Sequence[Callable[[], None]]:
+    from peft.tuners.lora.layer import LoraLayer
+
+    layer: Any = around[0]
+    configs = (getattr(each, "peft_config", None) for each in around)
+    config: Any = next((found[adapter] for found in configs if found and adapter in found), None)
+    is_lora = getattr(type(layer), "reset_lora_parameters", None) is LoraLayer.reset_lora_parameters
+    if not is_lora or config is None:
+        raise _refusal(fqn, f"a {type(layer).__name__} of PEFT's {type(layer).__module__.split('.')[-2]}")
+    variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else ""
+    if kind == "lora_magnitude_vector":
+        raise _refusal(fqn, "a magnitude of DoRA, the norm of the base weight's rows")
+    if variant and not variant.startswith(_VARIANTS_THAT_START_AS_LORA):
+        raise _refusal(fqn, f"an adapter of the variant {variant}")
+    how = config.init_lora_weights
+    if how is False:  # as torch builds the layers that the adapter consists of
+        made = (getattr(layer, name) for name in layer.adapter_layer_names if "embedding" not in name)
+        built = (layers[adapter] for layers in made if adapter in layers)
+        return [each.reset_parameters for each in built if hasattr(each, "reset_parameters")]
+    if how is True or (isinstance(how, str) and how.lower() == "gaussian"):
+        return [partial(layer.reset_lora_parameters, adapter, how)]
+    if how == "orthogonal":
+        return [partial(layer.orthogonal_init, adapter)]
+    raise _refusal(fqn, f"an adapter with init_lora_weights={how!r}")
+
+
+def _refusal(fqn: str, what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{fqn}: expected an adapter of LoRA that starts from random numbers (init_lora_weights=True, 'gaussian' or "
+        f"'orthogonal'), got {what}, which PEFT makes from the base model's values or from data when it is built. Load the "
+        "model with load_pretrained(defer=False) and add the adapter to it, or give materialize a checkpoint of the adapter."
+    )
