@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from shardwise.errors import ConfigurationError
 
 
+@cache  # asked for every tensor of a model
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without its module: `bfloat16`."""
     return str(dtype).removeprefix("torch.")

@@ -82,8 +82,9 @@ def compare_allocation() -> None:
     for fqn, parameter in model.named_parameters():
         like = own[fqn]
         assert isinstance(parameter, DTensor)
-        assert not parameter.is_meta
-        for name in ("shape", "dtype", "placements", "device_mesh", "requires_grad"):
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter._spec == like._spec
+        for name in ("shape", "dtype", "device", "placements", "device_mesh", "requires_grad", "is_leaf"):
             assert getattr(parameter, name) == getattr(like, name), f"{fqn}.{name}"
         assert parameter.stride() == like.stride()
         assert parameter.to_local().shape == like.to_local().shape
@@ -93,6 +94,23 @@ def compare_allocation() -> None:
     assert local_bytes_of(model) == sum(
         record.padded_sharded_param_size.numel() * 4 for record in fsdp_params_of(model)
     )
+
+
+def test_shards_in_another_dtype(pool: RankPool) -> None:
+    pool.run(allocate_in_bfloat16, ranks=2)
+
+
+def allocate_in_bfloat16() -> None:
+    own = dict(sharded(on_meta=False).to(torch.bfloat16).named_parameters())
+    model = sharded(on_meta=True)
+    dtype_of = dict.fromkeys(own, torch.bfloat16)
+    allocate_parameters(model, torch.device("cpu"), dtype_of=dtype_of)
+    for fqn, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.dtype == parameter.to_local().dtype == torch.bfloat16
+        assert parameter._spec == own[fqn]._spec, (
+            f"{CHANGED}{fqn}: {parameter._spec}, torch has {own[fqn]._spec}"
+        )
 
 
 def test_shards_on_another_dim(pool: RankPool) -> None:

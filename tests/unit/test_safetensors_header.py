@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import tracemalloc
 from pathlib import Path
@@ -78,6 +79,36 @@ def test_values_lie_where_the_header_says(tmp_path: Path) -> None:
     for tensor in parse_file(content):
         data = bytearray(content[tensor.start : tensor.stop])
         assert torch.equal(torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape), values[tensor.name])
+
+
+@given(
+    described=st.lists(
+        st.tuples(
+            st.sampled_from([*sorted(DTYPES), "F4", "X9"]),
+            st.lists(st.integers(0, 5) | st.integers(2**62, 2**64), max_size=3),
+            st.integers(-1, 1) | st.integers(2**62, 2**64),
+        ),
+        max_size=4,
+    )
+)
+def test_spaces_change_nothing(described: list[tuple[str, list[int], int]]) -> None:
+    """The usual spelling of an entry is read in a shorter way than any other."""
+    header: dict[str, Any] = {}
+    position = 0
+    for index, (dtype, shape, off_by) in enumerate(described):
+        nbytes = math.prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 1)
+        header[f"t{index}"] = entry(dtype, shape, (position, position + nbytes + off_by))
+        position += nbytes
+    results = []
+    for separators in ((",", ":"), (", ", ": ")):
+        text = json.dumps(header, separators=separators).ljust(
+            2000
+        )  # of one length, so that offsets are the same
+        try:
+            results.append(repr(parse(text, min(position, 10_000))))
+        except CheckpointError as error:
+            results.append(f"{type(error).__name__}: {error}")
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))

@@ -53,6 +53,13 @@ _PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 _SPACE = re.compile(r"[ \t\n\r]*")
 # An entry holds a name, numbers in brackets and three keys: nothing in it nests or needs braces.
 _ENTRY = re.compile(r"\{[^{}]{1,8192}\}")
+# An entry as every known writer has it; anything else takes the slower way, which says what is wrong with it. Numbers of
+# at most 18 digits are below 2^63.
+_NUMBER = "(?:0|[1-9][0-9]{0,17})"
+_USUAL_ENTRY = re.compile(
+    rf'\{{"dtype":"([A-Z0-9_]{{1,16}})","shape":\[((?:{_NUMBER}(?:,{_NUMBER})*)?)\],'
+    rf'"data_offsets":\[({_NUMBER}),({_NUMBER})\]\}}'
+)
 _WHOLE_NUMBERS = re.compile(r"(?:0|[1-9][0-9]{0,18})")
 
 
@@ -161,7 +168,11 @@ def _skip_metadata(text: str, position: int, file: str) -> int:
         position = _skip(text, _expect(text, position, ",", file))
 
 
-def _tensor(name: str, value: str, *, file: str, data_start: int, file_bytes: int) -> StoredTensor:
+def _fields(name: str, value: str, file: str) -> tuple[str, list[int], list[int]]:
+    """Return dtype, shape and offsets of an entry."""
+    usual = _USUAL_ENTRY.fullmatch(value)
+    if usual is not None and usual[1] in DTYPES:
+        return usual[1], [int(size) for size in usual[2].split(",") if size], [int(usual[3]), int(usual[4])]
     try:
         # Digits stay text: a number of a million digits would cost time to convert.
         fields = json.loads(
@@ -185,9 +196,13 @@ def _tensor(name: str, value: str, *, file: str, data_start: int, file_bytes: in
             "one of these."
         )
     shape = _numbers(of["shape"], f"the shape of {name!r}", file)
+    return dtype, shape, _numbers(of["data_offsets"], f"the data_offsets of {name!r}", file)
+
+
+def _tensor(name: str, value: str, *, file: str, data_start: int, file_bytes: int) -> StoredTensor:
+    dtype, shape, offsets = _fields(name, value, file)
     if len(shape) > MAX_DIMS:
         _damaged(file, f"at most {MAX_DIMS} dims in the shape of {name!r}", f"{len(shape)}")
-    offsets = _numbers(of["data_offsets"], f"the data_offsets of {name!r}", file)
     if len(offsets) != 2:
         _damaged(file, f"two data_offsets of {name!r}", f"{len(offsets)}")
     start, stop = offsets

@@ -38,7 +38,7 @@ def fill_buffers(
         ConfigurationError: A value for something that is no buffer of the model.
         ShapeMismatchError: A value of another shape.
     """
-    entries = [entry for entry in entries_of(model) if entry.role == "buffer"]
+    entries = list(entries_of(model, roles=("buffer",)))
     if isinstance(buffers, Mapping):
         _refuse_unknown(buffers, entries)
     values: dict[int, torch.Tensor] = {}
@@ -75,7 +75,7 @@ def equal_buffers(model: nn.Module, *, but: Collection[str]) -> Comparable:
     """Return what makes ranks compare their buffers' values, except those named."""
     digests = {
         entry.fqn: digest_of(entry.tensor, kind=f"{entry.tensor.dtype} {tuple(entry.tensor.shape)} ")
-        for entry in entries_of(model)
+        for entry in entries_of(model, roles=("buffer",))
         if entry.role == "buffer" and entry.fqn not in but and not entry.tensor.is_meta
     }
     return comparable_digests(
@@ -119,10 +119,10 @@ def _refuse_unknown(buffers: Mapping[str, torch.Tensor], entries: list[Entry]) -
 
 def _put(model: nn.Module, values: dict[int, torch.Tensor], device: torch.device) -> None:
     """Replace buffers in all their places, plain attributes that are the same tensor included."""
-    for entry in entries_of(model):
+    for entry in entries_of(model, roles=("buffer", "attribute")):
         if entry.role == "buffer" and not entry.tensor.is_meta:
             values.setdefault(id(entry.tensor), entry.tensor)
     on_device = {key: value.to(device) for key, value in values.items()}
-    for entry in entries_of(model):
+    for entry in entries_of(model, roles=("buffer", "attribute")):
         if entry.role != "parameter" and id(entry.tensor) in on_device:
             entry.replace(on_device[id(entry.tensor)])

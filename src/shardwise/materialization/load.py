@@ -91,7 +91,7 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> S
 
 
 def _allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:
-    for entry in entries_of(model):
+    for entry in entries_of(model, roles=("buffer",)):
         if entry.role == "buffer" and entry.fqn in bound and entry.tensor.is_meta:
             entry.replace(torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, device=device))
 

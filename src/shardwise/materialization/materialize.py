@@ -25,6 +25,7 @@ from shardwise.materialization.arguments import (
 )
 from shardwise.materialization.binding import Binding, Bound, Rename, bind, check_bound, listed, permitted
 from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.device import device_of_model
 from shardwise.materialization.dtypes import kept_dtypes
@@ -176,8 +177,8 @@ def materialize(
             stack.callback(source.close)
         first_rank_reads = isinstance(source, (StateDictSource, RemoteSource))
         with agreement.phase("match names"):
-            entries = entries_of(model)
-            binding = _bind(model, entries, source, rename, conversions)
+            with resting_collector():
+                binding = _bind(model, entries, source, rename, conversions)
             name = source.name if source is not None else type(model).__name__
             allowed = "init" if source is None else missing
             absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
@@ -256,44 +257,48 @@ def fill_from_files(
     ranks, rank = agreement.ranks, agreement.rank
     with agreement.phase("compare plans") as compare:
         refuse_uninitialisable(model, absent)
-        dtype_of = kept_dtypes(entries_of(model), bound, options.dtype)
-        wanted = wanted_of(
-            model,
-            bound,
-            layouts=agreed_layouts(entries_of(model), agreement=agreement),
-            device=options.device,
-            cpu_storage=options.cpu_storage,
-            dtype_of=dtype_of,
-        )
-        compare.same = comparable_lines(
-            "what is to be read",
-            [
-                *(line for each in wanted for line in each.lines()),
-                *(f"{fqn}: initialised" for fqn in sorted(absent)),
-            ],
-            remedy="Pass the same checkpoint, rename, conversions and missing on every rank.",
-        )
+        entries = entries_of(model)
+        dtype_of = kept_dtypes(entries, bound, options.dtype)
+        with resting_collector():
+            wanted = wanted_of(
+                model,
+                entries,
+                bound,
+                layouts=agreed_layouts(entries, agreement=agreement),
+                device=options.device,
+                cpu_storage=options.cpu_storage,
+                dtype_of=dtype_of,
+            )
+            compare.same = comparable_lines(
+                "what is to be read",
+                [
+                    *(line for each in wanted for line in each.lines()),
+                    *(f"{fqn}: initialised" for fqn in sorted(absent)),
+                ],
+                remedy="Pass the same checkpoint, rename, conversions and missing on every rank.",
+            )
     with agreement.phase("plan") as plan:
-        plans = plan_sources(
-            wanted,
-            ranks=ranks,
-            rank=rank,
-            device=options.device,
-            staging_bytes=options.staging_bytes,
-            cpu_storage=options.cpu_storage,
-            first_rank_reads=first_rank_reads,
-        )
+        with resting_collector():
+            plans = plan_sources(
+                wanted,
+                ranks=ranks,
+                rank=rank,
+                device=options.device,
+                staging_bytes=options.staging_bytes,
+                cpu_storage=options.cpu_storage,
+                first_rank_reads=first_rank_reads,
+            )
         storage_bytes = sum(each.storage_bytes for each in plans)
         network_bytes = sum(each.network_bytes for each in plans)
         own = json.dumps([storage_bytes, network_bytes, options.show_progress])
         planned = [json.loads(text) for text in agreement.gather("planned", own)]
-        kept = {e.fqn for e in entries_of(model) if e.role == "buffer" and not e.tensor.is_meta}
+        kept = {e.fqn for e in entries_of(model, roles=("buffer",)) if not e.tensor.is_meta}
         given = GivenBuffers(options.buffers)
         with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
             filled_buffers = fill_buffers(model, given.buffers, bound=bound.keys(), device=options.device)
         # What a buffer with storage holds is this rank's own affair: a counter of its steps may differ.
         plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
-    with agreement.phase("allocate"):
+    with agreement.phase("allocate"), resting_collector():
         plans, targets = allocate(
             model, plans, device=options.device, staging_bytes=options.staging_bytes, dtype_of=dtype_of
         )

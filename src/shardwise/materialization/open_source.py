@@ -26,6 +26,7 @@ from shardwise.checkpoint import (
 )
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization.agreement import Agreement, Comparable
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import comparable_lines
 from shardwise.materialization.packed_text import packed, unpacked
 from shardwise.profiling import phase
@@ -122,7 +123,7 @@ def open_source(
     with agreement.phase("read headers"):
         source = None
         if is_first:
-            with phase("parse headers"):
+            with phase("parse headers"), resting_collector():
                 source = SafetensorsSource.open(path, name=location.name, direct_io=direct_io)
         text = agreement.publish("headers", packed(source.describe()) if source is not None else None)
         if source is None:

@@ -20,7 +20,7 @@ from shardwise.materialization.convert import (
 )
 from shardwise.materialization.staging import read_bytes_of
 from shardwise.materialization.storage import mappable_parameters
-from shardwise.materialization.structure import entries_of
+from shardwise.materialization.structure import Entry
 from shardwise.plan import (
     ExchangePlan,
     Layout,
@@ -130,6 +130,7 @@ class SourcePlan:
 
 def wanted_of(
     model: nn.Module,
+    entries: Sequence[Entry],
     bound: Mapping[str, Bound],
     *,
     layouts: Mapping[str, Layout],
@@ -141,6 +142,7 @@ def wanted_of(
 
     Args:
         model: Sharded, on meta or with storage.
+        entries: Of the model.
         bound: Where values are, by fqn.
         layouts: Of the model's tensors, as all ranks see them.
         device: Of parameters outside of FSDP2.
@@ -150,10 +152,10 @@ def wanted_of(
     Returns:
         One for each source, in the order in which the model names them.
     """
-    may_map = mappable_parameters(model, device) if cpu_storage != "copy" else frozenset()
+    may_map = mappable_parameters(model, entries, device) if cpu_storage != "copy" else frozenset()
     by_source: dict[int, tuple[Source, list[WantedTensor], list[ConvertedTensor]]] = {}
     taken: set[tuple[int, str]] = set()
-    for entry in entries_of(model):
+    for entry in entries:
         if entry.role == "attribute" or entry.fqn not in bound:
             continue
         of = bound[entry.fqn]

@@ -1,6 +1,6 @@
 """Storage for sharded parameters, padded as FSDP2 wants it.
 
-This is the only file that touches private fields of torch's FSDP2. FSDP2 keeps each shard as a view of a flat buffer
+This is the only file that touches private fields of torch's FSDP2 and DTensor. FSDP2 keeps each shard as a view of a flat buffer
 padded to the size of the first rank's shard, so that all ranks send equal sizes. A shard that arrives without padding
 is copied into such a buffer at the first forward. Allocating the padded buffer here, and naming it to FSDP2, saves
 that copy: the first forward leaves every shard where it is.
@@ -10,8 +10,9 @@ Checked on torch 2.13; `tests/distributed/test_storage.py` fails when a release 
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,16 +58,17 @@ def trained_parameters_of(model: nn.Module) -> set[int]:
     return {id(fsdp_param.sharded_param) for fsdp_param in managed} | (registered - gathered)
 
 
-def mappable_parameters(model: nn.Module, device: torch.device) -> frozenset[str]:
+def mappable_parameters(model: nn.Module, entries: Sequence[Entry], device: torch.device) -> frozenset[str]:
     """Return the names of the meta parameters that will lie in plain host memory, which may be pages of a file.
 
     Args:
         model: Sharded or not.
+        entries: Of the model.
         device: Where parameters outside of FSDP2 go.
     """
     managed = {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params_of(model)}
     found = []
-    for entry in entries_of(model):
+    for entry in entries:
         if entry.role != "parameter" or not entry.tensor.is_meta:
             continue
         fsdp_param = managed.get(id(entry.tensor))
@@ -129,7 +131,8 @@ def _allocate_managed(fsdp_param: Any, dtype: torch.dtype, pages: torch.Tensor |
         length = local_size[dim] if math.prod(local_size) > 0 else 0
         if length < shape[dim]:
             padded.narrow(dim, length, shape[dim] - length).zero_()
-    _swap(parameter, _like(parameter, padded.narrow(dim, 0, length)))
+    local = padded if length == shape[dim] else padded.narrow(dim, 0, length)
+    _swap(parameter, _like(parameter, local))
     fsdp_param._sharded_param_data = padded.view(-1)
 
 
@@ -143,20 +146,24 @@ def _allocate_plain(
 
 
 def _like(parameter: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
-    data = local
+    made: Any
     if isinstance(parameter, DTensor):
-        with torch.no_grad():
-            data = DTensor.from_local(
-                local,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-    made = nn.Parameter(data, requires_grad=parameter.requires_grad)
+        # `DTensor.from_local` and `nn.Parameter` come to the same through two dispatched views and a specification worked
+        # out anew, at ten times the cost; a model may have tens of thousands of parameters.
+        made = DTensor(local, _spec_of(parameter, local.dtype), requires_grad=parameter.requires_grad)  # type: ignore[no-untyped-call]
+        made._is_param = True
+    else:
+        made = nn.Parameter(local, requires_grad=parameter.requires_grad)
     made.__dict__.update(parameter.__dict__)
-    return made
+    return made  # type: ignore[no-any-return]
+
+
+def _spec_of(parameter: DTensor, dtype: torch.dtype) -> Any:
+    """Return torch's record of how a parameter is sharded, for elements of a dtype."""
+    spec: Any = parameter._spec
+    if spec.tensor_meta.dtype == dtype:
+        return spec
+    return dataclasses.replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=dtype))
 
 
 def _swap(parameter: torch.Tensor, made: nn.Parameter) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,11 +66,12 @@ class Entry:
                 slot.module.__dict__[slot.name] = tensor
 
 
-def entries_of(model: nn.Module) -> tuple[Entry, ...]:
+def entries_of(model: nn.Module, *, roles: Sequence[Role] = _ROLES) -> tuple[Entry, ...]:
     """Return every tensor of a model once, parameters first, each with all places where it is registered.
 
     Args:
         model: Any module, sharded or not.
+        roles: Which of them; a model of very many parameters is walked faster for its buffers alone.
 
     Returns:
         Parameters, then buffers, then plain tensor attributes; each in module order. An attribute that is the
@@ -80,10 +81,11 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
     aliases: dict[int, list[Slot]] = {}
     # A shared module is every name that it has: a checkpoint may hold any one of them.
     modules = list(model.named_modules(remove_duplicate=False))
-    for role in _ROLES:
+    for role in roles:
         for module_name, module in modules:
-            for name, tensor in _tensors_of(module, role):
-                prefix = clean_fqn(f"{module_name}.") if module_name else ""
+            tensors = _tensors_of(module, role)
+            prefix = clean_fqn(f"{module_name}.") if module_name and tensors else ""
+            for name, tensor in tensors:
                 slot = Slot(module=module, name=name, fqn=prefix + name)
                 key = id(tensor)
                 if key in found and found[key][1] != role:
@@ -105,15 +107,11 @@ def entries_of(model: nn.Module) -> tuple[Entry, ...]:
 
 
 def _tensors_of(module: nn.Module, role: Role) -> list[tuple[str, torch.Tensor]]:
-    registered: Mapping[str, Any]
-    if role == "parameter":
-        registered = module._parameters
-    elif role == "buffer":
-        registered = module._buffers
-    else:
-        registered = module.__dict__
-    # Wraps look at every module many times: most have nothing here.
-    return [(name, value) for name, value in registered.items() if isinstance(value, torch.Tensor)]
+    if role == "attribute":
+        return [(name, value) for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)]
+    # Only tensors are registered, and asking each of a great many for its class takes longer than the walk.
+    registered: Mapping[str, Any] = module._parameters if role == "parameter" else module._buffers
+    return [(name, value) for name, value in registered.items() if value is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
