@@ -402,7 +402,7 @@ def fill_unmapped(path: str, staging_bytes: int) -> None:
     from shardwise.materialization.read import Shards
 
     original, in_place = SafetensorsSource.mapped, Shards.in_place
-    SafetensorsSource.mapped = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+    SafetensorsSource.mapped = lambda _, runs: [None] * len(runs)  # type: ignore[method-assign, assignment]
     Shards.in_place = lambda *_: None  # type: ignore[method-assign, assignment]
     try:
         model = meta_net()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shardwise.checkpoint import Location, locate
+from shardwise.checkpoint import HubAccess, Location, locate
 from shardwise.errors import CheckpointError
 
 
@@ -16,7 +16,9 @@ def test_a_directory_and_a_file_are_local(tmp_path: Path) -> None:
     file.touch()
     for place in (tmp_path, file):
         found = locate(place, revision="v1")
-        assert found == Location(name=str(place), kind="local", path=place, repo_id="", revision=None)
+        assert found == Location(
+            name=str(place), kind="local", path=place, repo_id="", revision=None, access=HubAccess()
+        )
         assert locate(str(place)).path == place
 
 
@@ -103,6 +105,6 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
 def test_one_commit_of_a_place() -> None:
     place = locate("org/name", revision="main")
     assert place.at("0" * 40) == Location(
-        name="org/name", kind="hub", path=None, repo_id="org/name", revision="0" * 40
+        name="org/name", kind="hub", path=None, repo_id="org/name", revision="0" * 40, access=HubAccess()
     )
     assert place.at("") == place

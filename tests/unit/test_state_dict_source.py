@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shardwise.checkpoint import Source, StateDictSource, StoredTensor
+from shardwise.checkpoint import Run, Source, StateDictSource, StoredTensor
 from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.tensors import Region, TensorSpec
 from shardwise.testing.source_tests import SourceTests
@@ -182,7 +182,7 @@ def test_tensors_are_described_once() -> None:
 
 def test_nothing_is_mapped_and_closing_lets_go_of_nothing() -> None:
     source = StateDictSource({"w": torch.ones(2)})
-    assert source.mapped("w", 0, dtype=torch.float32, numel=2) is None
+    assert source.mapped([Run(file="w", start=0, dtype=torch.float32, numel=2)]) == [None]
     source.require_unchanged()
     source.close()
     assert read_bytes(source, "w", 0, 4) == bytes(torch.ones(1).view(torch.uint8).tolist())

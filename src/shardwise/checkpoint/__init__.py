@@ -1,15 +1,18 @@
 """Where tensor bytes come from."""
 
 from shardwise.checkpoint.hub import cached_snapshot, download_snapshot, snapshot_revision
+from shardwise.checkpoint.hub_access import HubAccess
 from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
 from shardwise.checkpoint.safetensors_source import SafetensorsSource
-from shardwise.checkpoint.source import Source
+from shardwise.checkpoint.source import Run, Source
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
 
 __all__ = [
+    "HubAccess",
     "Location",
+    "Run",
     "SafetensorsSource",
     "Source",
     "StateDictSource",

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from shardwise.checkpoint.index_file import INDEX_NAME, read_index
 from shardwise.checkpoint.locate import Location
-from shardwise.errors import CheckpointError, MissingDependencyError
+from shardwise.errors import CheckpointError, ConfigurationError, MissingDependencyError
 
 # Indexes and configs; and the code that a config may name, which transformers runs only where the user trusts it.
 _DESCRIPTIONS = ("*.json", "*.py")
@@ -74,9 +74,17 @@ def download_snapshot(location: Location, *, subfolder: str = "") -> Path:
         The snapshot's directory, without the subfolder.
 
     Raises:
-        CheckpointError: The hub cannot be reached, has no such model, does not give it, or has no safetensors files of it.
+        CheckpointError: The hub cannot be reached, has no such model, does not give it, or has no safetensors files of it; or
+            the user wants files of this machine only.
+        ConfigurationError: The hub's library does not take an argument.
         MissingDependencyError: An `ms://` name without modelscope.
     """
+    if location.access.local_files_only:
+        where = location.access.cache_dir or "the hub's cache"
+        raise CheckpointError(
+            f"{location.name}: local_files_only=True: expected a complete snapshot in {where}, got none, or one that lacks files. "
+            "Check cache_dir and revision, or download the model first (hf download)."
+        )
     path = _fetch(location, _DESCRIPTIONS)
     pinned = location.at(snapshot_revision(path))
     path = _fetch(pinned, (*_DESCRIPTIONS, *_weight_patterns(path, subfolder)))
@@ -111,6 +119,7 @@ def _hub_cached(location: Location) -> Path | None:
                 revision=location.revision,
                 local_files_only=True,
                 allow_patterns=[*_DESCRIPTIONS, _WEIGHTS],
+                **location.access.in_cache(),
             )
         )
     except OSError as error:
@@ -122,7 +131,12 @@ def _hub_cached(location: Location) -> Path | None:
 def _modelscope_cached(modelscope: Any, location: Location) -> Path | None:
     try:
         path = Path(
-            modelscope.snapshot_download(location.repo_id, revision=location.revision, local_files_only=True)
+            modelscope.snapshot_download(
+                location.repo_id,
+                revision=location.revision,
+                local_files_only=True,
+                **location.access.in_cache(),
+            )
         )
     except Exception:  # its errors share no base
         return None
@@ -133,10 +147,14 @@ def _modelscope_cached(modelscope: Any, location: Location) -> Path | None:
 def _fetch(location: Location, patterns: Sequence[str]) -> Path:
     if location.kind == "modelscope":
         modelscope = _modelscope()
+        _refuse_hub_arguments(location)
         try:
             return Path(
                 modelscope.snapshot_download(
-                    location.repo_id, revision=location.revision, allow_patterns=list(patterns)
+                    location.repo_id,
+                    revision=location.revision,
+                    allow_patterns=list(patterns),
+                    **location.access.in_cache(),
                 )
             )
         except Exception as error:  # its errors share no base
@@ -144,9 +162,12 @@ def _fetch(location: Location, patterns: Sequence[str]) -> Path:
                 f"{location.name}: expected a model on ModelScope, got none: {_first_line(error)} Check the name, the revision, "
                 "the network, and your access (modelscope login)."
             ) from error
+    access = location.access.for_download(snapshot_download)
     try:
         return Path(
-            snapshot_download(location.repo_id, revision=location.revision, allow_patterns=list(patterns))
+            snapshot_download(
+                location.repo_id, revision=location.revision, allow_patterns=list(patterns), **access
+            )
         )
     except (
         GatedRepoError,
@@ -158,6 +179,17 @@ def _fetch(location: Location, patterns: Sequence[str]) -> Path:
         raise _explained(location, error) from None
     except Exception as error:  # of requests, httpx or httpx2, as the version has it; they share no base
         raise _explained(location, error) from error
+
+
+def _refuse_hub_arguments(location: Location) -> None:
+    access = location.access
+    given = {"token": access.token, "force_download": access.force_download, "proxies": access.proxies}
+    refused = [name for name, value in given.items() if value]
+    if refused:
+        raise ConfigurationError(
+            f"{location.name}: {', '.join(refused)}: expected a model on the Hugging Face hub, got one on ModelScope. Leave them "
+            "out: modelscope login keeps a token, and the environment's HTTPS_PROXY a proxy."
+        )
 
 
 def _explained(location: Location, error: Exception) -> CheckpointError:
@@ -199,13 +231,12 @@ def _missing(folder: Path) -> list[str]:
     if _SINGLE_NAME in found:
         return []
     # Numbered files say how many there are, also while their index is not here yet.
-    numbered = {
-        f"{match['stem']}-{number:05d}-of-{match['count']}.safetensors"
-        for match in map(_NUMBERED.fullmatch, found)
-        if match is not None
-        for number in range(1, int(match["count"]) + 1)
-    }
-    return sorted(numbered - found) if found else [_SINGLE_NAME]
+    groups = {(m["stem"], m["count"]) for m in map(_NUMBERED.fullmatch, found) if m is not None}
+    for stem, count in sorted(groups):
+        numbered = {f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)}
+        if not numbered <= found:
+            return sorted(numbered - found)
+    return [] if found else [_SINGLE_NAME]
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shardwise.checkpoint.regular_file import read_text
 from shardwise.errors import CheckpointError, DamagedFileError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -22,13 +23,9 @@ def read_index(path: Path) -> dict[str, str]:
         DamagedFileError: It is not an index.
         CheckpointError: It names a path that leads out of its directory.
     """
-    size = path.stat().st_size
-    if size > _MAX_INDEX_BYTES:
-        raise DamagedFileError(
-            f"{path}: expected an index of at most {_MAX_INDEX_BYTES:,} bytes, got {size:,}."
-        )
+    text = read_text(path, most_bytes=_MAX_INDEX_BYTES, what="an index")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        document = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(
             f"{path}: expected an index in JSON, got {error}. Get the file again."
@@ -89,8 +86,9 @@ def resolve_inside(directory: Path, name: str) -> Path:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} twice")
+        found[name] = value
     return found

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from shardwise.checkpoint.index_file import read_index, resolve_inside
+from shardwise.checkpoint.regular_file import require_regular
 from shardwise.errors import CheckpointError, DamagedFileError, UnsupportedFormatError
 
 INDEX_ENDING = ".bin.index.json"
@@ -38,7 +39,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """
     if not path.name.endswith(INDEX_ENDING):
         return _load_one(path)
-    index = _checked_index(path)
+    index = read_index(path)
     tensors: dict[str, torch.Tensor] = {}
     file_of: dict[str, str] = {}
     for file in sorted(set(index.values())):
@@ -57,13 +58,6 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _checked_index(path: Path) -> dict[str, str]:
-    try:
-        return read_index(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
 def _load_one(path: Path) -> dict[str, torch.Tensor]:
     found = _unpickled(path)
     if not isinstance(found, dict):
@@ -75,6 +69,7 @@ def _load_one(path: Path) -> dict[str, torch.Tensor]:
 
 def _unpickled(path: Path) -> Any:
     try:
+        require_regular(path)  # torch.load would wait for a writer of a FIFO
         mapped = _is_mappable(path)
         with warnings.catch_warnings():
             # Of pickle protocols and TorchScript; what matters is raised below.
@@ -95,6 +90,8 @@ def _unpickled(path: Path) -> Any:
                 "(TorchScript, or a torch 0.1 tar file). Convert it to safetensors on a machine you trust."
             ) from None
         raise _damaged(path, error) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # an unpickler fails in any way on bytes that it was not made for
         raise _damaged(path, error) from error
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from shardwise.checkpoint.regular_file import read_text
 from shardwise.errors import DamagedFileError, UnsupportedFormatError
+
+_MAX_CONFIG_BYTES = 20_000_000
 
 
 def refuse_quantised(directory: Path) -> None:
@@ -13,13 +16,13 @@ def refuse_quantised(directory: Path) -> None:
 
     Raises:
         UnsupportedFormatError: Naming the method.
-        DamagedFileError: config.json is not JSON.
+        CheckpointError: config.json is not JSON, or cannot be read.
     """
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_text(path, most_bytes=_MAX_CONFIG_BYTES, what="a config"))
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: expected JSON, got {error}. Get the file again.") from error
     found = config.get("quantization_config") if isinstance(config, dict) else None

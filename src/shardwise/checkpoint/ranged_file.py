@@ -9,12 +9,31 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from shardwise.errors import ChangedFileError, CheckpointError
+from shardwise.checkpoint.regular_file import open_regular, unreadable
+from shardwise.errors import ChangedFileError
 
 _PAGE_BYTES = mmap.PAGESIZE
-_BOUNCE_BYTES = 4 * 2**20
+
+
+class BounceBuffers:
+    """Aligned memory that reads past the page cache go through: one buffer for each thread, whatever file it reads.
+
+    A thread's buffer goes when the thread ends, or with this object.
+
+    Args:
+        nbytes: Of a buffer; a multiple of the page size.
+    """
+
+    def __init__(self, *, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._of_thread = threading.local()
+
+    def own(self) -> memoryview:
+        """Return this thread's buffer."""
+        buffer: mmap.mmap | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None:
+            buffer = self._of_thread.buffer = mmap.mmap(-1, self.nbytes)
+        return memoryview(buffer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +58,22 @@ class RangedFile:
 
     Args:
         path: Of the file.
-        direct_io: Read past the page cache where the file system can; large checkpoints then leave the cache to others.
+        bounce: Buffers to read past the page cache through, where the file system can; None reads through the page cache.
 
     Raises:
-        CheckpointError: It cannot be opened.
+        CheckpointError: It cannot be opened, or is not a regular file.
     """
 
-    def __init__(self, path: Path, *, direct_io: bool) -> None:
+    def __init__(self, path: Path, *, bounce: BounceBuffers | None) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(path, flags=0)
         except OSError as error:
-            raise _unreadable(path, error, what="opening it") from error
+            raise unreadable(path, error, what="opening it") from error
         self.identity = FileIdentity.of(os.fstat(self._fd))
-        self._direct_fd = self._open_direct() if direct_io else None
-        self._bounce = threading.local()
-        self._mapping: mmap.mmap | None = None
+        self._bounce = bounce
+        self._direct_fd = self._open_direct() if bounce is not None else None
+        self._direct_refused = False
         self._lock = threading.Lock()
 
     def read_into(self, offset: int, into: memoryview) -> None:
@@ -72,7 +91,7 @@ class RangedFile:
                 if got is None:
                     got = os.preadv(self._fd, [part], offset + position)
             except OSError as error:
-                raise _unreadable(self.path, error, what=f"reading at byte {offset + position}") from error
+                raise unreadable(self.path, error, what=f"reading at byte {offset + position}") from error
             if got == 0:
                 raise ChangedFileError(
                     f"{self.path}: expected {len(into)} bytes at byte {offset}, got {position}: the file has become shorter since "
@@ -80,21 +99,18 @@ class RangedFile:
                 )
             position += got
 
-    def mapped(self, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
-        """Return private pages of the file as a flat tensor, or None where elements do not lie on their boundary."""
-        if numel == 0 or offset % dtype.itemsize or offset + numel * dtype.itemsize > self.identity.size:
+    def map(self) -> mmap.mmap | None:
+        """Return the file's pages, private to this mapping: what is written is seen neither in the file nor in another one.
+
+        Returns:
+            The mapping; None where the file system cannot, or the file is empty.
+        """
+        # Without a reservation a checkpoint larger than memory can be mapped too; what is written is counted then.
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            return mmap.mmap(self._fd, self.identity.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError):
             return None
-        with self._lock:
-            if self._mapping is None:
-                # Without a reservation a checkpoint larger than memory can be mapped too; what is written is counted then.
-                flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-                try:
-                    self._mapping = mmap.mmap(
-                        self._fd, self.identity.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                    )
-                except (OSError, ValueError):
-                    return None
-        return torch.frombuffer(self._mapping, dtype=dtype, count=numel, offset=offset)
 
     def require_unchanged(self) -> None:
         """Raise unless the file is what it was when it was opened, and still the one at its path.
@@ -114,43 +130,45 @@ class RangedFile:
                 )
 
     def close(self) -> None:
-        """Close the file; mapped tensors stay usable, and Python keeps one descriptor for them."""
-        for name in ("_fd", "_direct_fd"):
-            fd = getattr(self, name)
+        """Close the file. Mapped pages stay usable; Python keeps one descriptor for each mapping."""
+        with self._lock:
+            fds = (self._fd, self._direct_fd)
+            self._fd, self._direct_fd = -1, None
+        for fd in fds:
             if fd is not None and fd >= 0:
-                setattr(self, name, -1 if name == "_fd" else None)
                 os.close(fd)
-        self._mapping = None
 
     def _open_direct(self) -> int | None:
         if not hasattr(os, "O_DIRECT"):
             return None
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            fd = open_regular(self.path, flags=os.O_DIRECT)
         except OSError:  # some file systems have no way around the page cache
             return None
+        if FileIdentity.of(os.fstat(fd)) != self.identity:
+            os.close(fd)  # replaced between the two: require_unchanged says so
+            return None
+        return fd
 
     def _read_direct(self, offset: int, into: memoryview) -> int | None:
         """Read through an aligned buffer of this thread; None where the file system refuses."""
         fd = self._direct_fd
-        if fd is None:
+        if fd is None or self._bounce is None or self._direct_refused:
             return None
-        bounce = getattr(self._bounce, "buffer", None)
-        if bounce is None:
-            bounce = self._bounce.buffer = mmap.mmap(-1, _BOUNCE_BYTES)
+        bounce = self._bounce.own()
         start = offset // _PAGE_BYTES * _PAGE_BYTES
-        wanted = min(offset - start + len(into), _BOUNCE_BYTES)
+        wanted = min(offset - start + len(into), len(bounce))
         length = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
         try:
-            got = os.preadv(fd, [memoryview(bounce)[:length]], start)
+            got = os.preadv(fd, [bounce[:length]], start)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
-            self._direct_fd = None
-            os.close(fd)
+            # Closed with the file: another thread may be reading from it right now.
+            self._direct_refused = True
             return None
         usable = max(0, min(got, wanted) - (offset - start))
-        into[:usable] = memoryview(bounce)[offset - start : offset - start + usable]
+        into[:usable] = bounce[offset - start : offset - start + usable]
         return usable
 
 
@@ -159,10 +177,3 @@ def _stat(path: Path) -> os.stat_result | None:
         return path.stat()
     except OSError:
         return None
-
-
-def _unreadable(path: Path, error: OSError, *, what: str) -> CheckpointError:
-    code = errno.errorcode.get(error.errno or 0, "error")
-    return CheckpointError(
-        f"{path}: {what} failed: {code} ({error.strerror}). Check its permissions, the disk and the mount."
-    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import torch
 
 from shardwise.checkpoint.index_file import INDEX_NAME, check_file_name, read_index, resolve_inside
 from shardwise.checkpoint.quantisation import refuse_quantised
-from shardwise.checkpoint.ranged_file import RangedFile
+from shardwise.checkpoint.ranged_file import BounceBuffers, RangedFile
 from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header
+from shardwise.checkpoint.source import Run
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError, UnsupportedFormatError
 from shardwise.tensors import dtype_name
 
 _SINGLE_NAME = "model.safetensors"
+_BOUNCE_BYTES = 2**20
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -68,7 +71,7 @@ class SafetensorsSource:
         self._tensors = dict(tensors)
         self._files = dict(files)
         self._host = host
-        self._direct_io = direct_io
+        self._bounce = BounceBuffers(nbytes=_BOUNCE_BYTES) if direct_io else None
         self._open: dict[str, RangedFile] = {}
         self._opened: set[str] = set()
         self._lock = threading.Lock()
@@ -183,9 +186,25 @@ class SafetensorsSource:
         """Fill a buffer with the bytes of a file from an offset on; see `Source`."""
         self._file(file).read_into(offset, into)
 
-    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
-        """Return private pages of a file as a flat tensor; see `Source`."""
-        return self._file(file).mapped(offset, dtype=dtype, numel=numel)
+    def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
+        """Return private pages of files as flat tensors, one mapping for each file; see `Source`."""
+        # Not one for each run: a process may have 65,530 mappings, and a mixture of experts has more tensors.
+        of_file: dict[str, mmap.mmap | None] = {}
+        found: list[torch.Tensor | None] = []
+        for run in runs:
+            opened = self._file(run.file)
+            if run.numel == 0 or run.start % run.dtype.itemsize or run.stop > opened.identity.size:
+                found.append(None)
+                continue
+            if run.file not in of_file:
+                of_file[run.file] = opened.map()
+            pages = of_file[run.file]
+            found.append(
+                None
+                if pages is None
+                else torch.frombuffer(pages, dtype=run.dtype, count=run.numel, offset=run.start)
+            )
+        return found
 
     def require_unchanged(self) -> None:
         """Raise unless every open file is still what it was; see `Source`."""
@@ -203,7 +222,7 @@ class SafetensorsSource:
         with self._lock:
             opened = self._open.get(name)
             if opened is None:
-                opened = RangedFile(resolve_inside(self._directory, name), direct_io=self._direct_io)
+                opened = RangedFile(resolve_inside(self._directory, name), bounce=self._bounce)
                 try:
                     self._require_described(name, opened)
                 except BaseException:
@@ -247,7 +266,7 @@ def _fingerprint(opened: RangedFile) -> tuple[DescribedFile, bytes]:
 
 
 def _describe(path: Path, name: str) -> tuple[DescribedFile, tuple[StoredTensor, ...]]:
-    opened = RangedFile(path, direct_io=False)
+    opened = RangedFile(path, bounce=None)
     try:
         described, header = _fingerprint(opened)
         return described, parse_header(header, file=name, file_bytes=described.size)
@@ -274,7 +293,7 @@ def _files_of(path: Path) -> tuple[Path, list[str], dict[str, str] | None]:
                 "safetensors.torch.save_file."
             )
         return _directory_of(path), [path.resolve().name], None
-    if (path / INDEX_NAME).is_file():
+    if (path / INDEX_NAME).exists():
         index = read_index(path / INDEX_NAME)
         return path, sorted(set(index.values())), index
     found = sorted(item.name for item in path.iterdir() if item.suffix == ".safetensors")

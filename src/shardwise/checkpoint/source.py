@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from shardwise.checkpoint.stored_tensor import StoredTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Elements that lie one after the other in a file.
+
+    Args:
+        file: `StoredTensor.file` of a tensor of the source.
+        start: First byte, from the start of the file.
+        dtype: Of the elements.
+        numel: Number of elements.
+    """
+
+    file: str
+    start: int
+    dtype: torch.dtype
+    numel: int
+
+    @property
+    def stop(self) -> int:
+        """Last byte, exclusive."""
+        return self.start + self.numel * self.dtype.itemsize
 
 
 @runtime_checkable
@@ -37,17 +60,17 @@ class Source(Protocol):
             CheckpointError: The file ends before, cannot be read, or is not the one that was described.
         """
 
-    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
-        """Return a flat tensor over a file's bytes that can be written without changing the file.
+    def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
+        """Return flat tensors over the bytes of files, which can be written without changing the files.
+
+        One load asks once for all that it wants: the pages of two calls are never the same memory, so that what one model writes
+        is not seen in another one. Runs of one call that overlap in a file do share memory.
 
         Args:
-            file: `StoredTensor.file` of a tensor of this source.
-            offset: First byte, from the start of the file.
-            dtype: Of the elements.
-            numel: Number of elements.
+            runs: Of any files of this source.
 
         Returns:
-            The tensor; None where this source, or this offset, cannot be mapped.
+            A tensor for each run, in order; None where this source, or this place in a file, cannot be mapped.
         """
 
     def require_unchanged(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from shardwise.checkpoint.source import Run
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.tensors import Region, TensorSpec
@@ -122,9 +123,9 @@ class StateDictSource:
             done += len(content)
             skipped = 0
 
-    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
+    def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         """Nothing: the caller's tensors must not be the model's."""
-        return None
+        return [None] * len(runs)
 
     def require_unchanged(self) -> None:
         """Nothing to compare with."""

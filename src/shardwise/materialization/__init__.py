@@ -23,7 +23,7 @@ from shardwise.materialization.names import clean_fqn, model_inside
 from shardwise.materialization.open_source import open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
-from shardwise.materialization.source_plan import CpuStorage, check_cpu_storage
+from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import local_bytes_of, trained_parameters_of
 from shardwise.materialization.stored_ties import require_equal_aliases
@@ -46,7 +46,7 @@ __all__ = [
     "argument_lines",
     "bind",
     "check_bound",
-    "check_cpu_storage",
+    "checked_cpu_storage",
     "clean_fqn",
     "collect_report",
     "comparable_digests",

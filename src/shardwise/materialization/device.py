@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,3 +26,20 @@ def device_of_model(model: nn.Module) -> torch.device:
         if not tensor.is_meta:
             return tensor.device
     return torch.get_default_device()
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a device is the current one of its kind."""
+    if device.type == "cpu" or device.index is None:
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def copies_to(device: torch.device) -> torch.Event:
+    """Return an event that is reached when the copies to a device that this thread has started so far are done.
+
+    A copy runs on the current stream of the device that it goes to, which need not be the current device.
+    """
+    event = torch.Event(device)
+    event.record(torch.accelerator.current_stream(device))
+    return event

@@ -19,6 +19,7 @@ from shardwise.materialization.meta import refuse_meta
 from shardwise.materialization.scatter import Scatter
 from shardwise.materialization.storage import allocate_parameters, local_of
 from shardwise.materialization.structure import Entry, entries_of
+from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.plan import Layout, PlannedTensor, ScatterPlan, plan_scatter
 from shardwise.tensors import TensorSpec, dtype_name
 
@@ -71,6 +72,7 @@ def fill_from_source(
     """
     is_source = agreement.rank == source_rank
     with agreement.phase("describe"):
+        refuse_unswappable(entries_of(model))
         parameters = [
             entry
             for entry in entries_of(model)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shardwise.checkpoint import Source
+from shardwise.checkpoint import Run
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import open_data_plane
@@ -19,9 +19,9 @@ from shardwise.materialization.layouts import layout_of as layout_of
 from shardwise.materialization.read import Reading, Shards
 from shardwise.materialization.source_plan import SourcePlan
 from shardwise.materialization.staging import read_bytes_of, staging_ring
-from shardwise.materialization.storage import allocate_parameters, local_of
+from shardwise.materialization.storage import allocate_parameters, around_local, local_of
 from shardwise.materialization.structure import entries_of
-from shardwise.plan import LoadPlan, Mapped, plan_load
+from shardwise.plan import LoadPlan, plan_load
 from shardwise.profiling import phase
 
 
@@ -62,8 +62,7 @@ def allocate(
     final: list[SourcePlan] = []
     for plan in plans:
         unmapped: set[str] = set()
-        for item in plan.direct.mapped:
-            found = _map(plan.source, item, dtype_of[item.fqn])
+        for item, found in zip(plan.direct.mapped, _map(plan, dtype_of), strict=True):
             if found is None:
                 unmapped.add(item.fqn)
             else:
@@ -75,8 +74,15 @@ def allocate(
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
-def _map(source: Source, item: Mapped, dtype: torch.dtype) -> torch.Tensor | None:
-    return source.mapped(item.file, item.start, dtype=dtype, numel=item.nbytes // dtype.itemsize)
+def _map(plan: SourcePlan, dtypes: Mapping[str, torch.dtype]) -> list[torch.Tensor | None]:
+    items = plan.direct.mapped
+    if not items:
+        return []
+    of_items = [
+        Run(file=i.file, start=i.start, dtype=dtypes[i.fqn], numel=i.nbytes // dtypes[i.fqn].itemsize)
+        for i in items
+    ]
+    return plan.source.mapped(of_items)  # at once: pages of two calls are never the same
 
 
 def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:
@@ -93,7 +99,9 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> S
 def _allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:
     for entry in entries_of(model, roles=("buffer",)):
         if entry.role == "buffer" and entry.fqn in bound and entry.tensor.is_meta:
-            entry.replace(torch.empty(entry.tensor.shape, dtype=entry.tensor.dtype, device=device))
+            shape = local_of(entry.tensor).shape  # of a DTensor this rank's shard, as of a parameter
+            local = torch.empty(shape, dtype=entry.tensor.dtype, device=device)
+            entry.replace(around_local(entry.tensor, local))
 
 
 def execute(
@@ -145,6 +153,7 @@ def execute(
                     place=shards.place,
                     in_place=shards.in_place,
                 ).run()
+            ring.drain()
             del ring
         for plan in plans:
             with phase("exchange"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,11 +38,12 @@ from shardwise.materialization.meta import refuse_meta
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.progress import JobProgress, shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
-from shardwise.materialization.source_plan import CpuStorage, check_cpu_storage, plan_sources, wanted_of
+from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, plan_sources, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
+from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.profiling import LoadReport, phase, profile_memory
 
 ROUTES = ("auto", "direct")
@@ -102,6 +104,7 @@ def materialize(
     timeout: float | timedelta | None = None,
     progress: bool | None = None,
     device: torch.device | str | None = None,
+    direct_io: bool = False,
 ) -> LoadReport:
     """Fill a model's parameters and buffers from a checkpoint, each rank reading its own bytes only.
 
@@ -124,7 +127,8 @@ def materialize(
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
         cpu_storage: `"map"` and `"auto"` let shards in host memory be private pages of the file where it holds them as
             they are wanted; nothing is read before it is touched then, and truncating the file while the model lives
-            ends the process with SIGBUS. `"copy"` reads everything now.
+            ends the process with SIGBUS, and overwriting it in place changes the values that were not written since.
+            `"copy"` reads everything now.
         rename: From names in the model to names in the checkpoint, as a mapping or a function; each tensor is then stored as
             the model has it.
         conversions: How stored tensors become the model's, as transformers' `WeightRenaming` and `WeightConverter` objects; None
@@ -136,6 +140,9 @@ def materialize(
         timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
         device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
+        direct_io: Read a checkpoint's files past the page cache where the file system can (`O_DIRECT`), so that a large one
+            does not push other files out of it. Shards of CPU ranks are then copied. Takes up to 8 MiB beside the staging
+            buffers: 1 MiB for each thread that reads.
 
     Returns:
         The report: seconds, bytes and memory peaks of all ranks, and the origin of every tensor.
@@ -144,6 +151,7 @@ def materialize(
         CheckpointError: The checkpoint is damaged, lacks tensors or does not fit the model; nothing was allocated.
         ConfigurationError: An argument is unknown or not possible here.
         LeftOnMetaError: A buffer has no values.
+        UnsupportedParameterError: Weak references or a graph hold a parameter on meta; nothing was allocated.
         RankError: Ranks differ, one failed, or one did not arrive.
     """
     agreement = Agreement(
@@ -152,7 +160,9 @@ def materialize(
     target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
-            _check_arguments(route, cpu_storage, dtype)
+            _check_arguments(route, dtype)
+            cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
+            _check_direct_io(checkpoint, direct_io=direct_io)
             reshard(model)
             staging = staging_bytes or default_staging_bytes(target.type)
             kind = kind_of_checkpoint(checkpoint, agreement)
@@ -166,13 +176,16 @@ def materialize(
                 device=target.type,
             )
             entries = entries_of(model)
+            refuse_unswappable(entries)
             check.same = comparable_structure(
                 Structure.of(entries),
                 (*storage_lines(entries), *options),
                 remedy="Build the model from the same config and pass the same arguments on every rank.",
             )
         checkpoint = checkpoint_of(checkpoint, kind)
-        source = open_source(checkpoint, agreement=agreement).source if checkpoint is not None else None
+        source = None
+        if checkpoint is not None:
+            source = open_source(checkpoint, agreement=agreement, direct_io=direct_io).source
         if source is not None and not isinstance(checkpoint, Source):
             stack.callback(source.close)
         first_rank_reads = isinstance(source, (StateDictSource, RemoteSource))
@@ -256,8 +269,9 @@ def fill_from_files(
     """
     ranks, rank = agreement.ranks, agreement.rank
     with agreement.phase("compare plans") as compare:
-        refuse_uninitialisable(model, absent)
         entries = entries_of(model)
+        refuse_unswappable(entries)
+        refuse_uninitialisable(model, absent)
         dtype_of = kept_dtypes(entries, bound, options.dtype)
         with resting_collector():
             wanted = wanted_of(
@@ -340,13 +354,20 @@ def fill_from_files(
     )
 
 
-def _check_arguments(route: str, cpu_storage: str, dtype: Any) -> None:
+def _check_arguments(route: str, dtype: Any) -> None:
     if route not in ROUTES:
         raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-    check_cpu_storage(cpu_storage)
     if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
         raise ConfigurationError(
             f"dtype: expected None, 'auto' or a floating point torch dtype, got {dtype!r}"
+        )
+
+
+def _check_direct_io(checkpoint: Checkpoint | None, *, direct_io: bool) -> None:
+    if direct_io and not isinstance(checkpoint, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"direct_io=True: expected a directory, a file or a hub id, got {type(checkpoint).__name__}. A source says itself how "
+            "it reads: SafetensorsSource.open(path, direct_io=True)."
         )
 
 

@@ -6,14 +6,16 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from shardwise.checkpoint import (
+    HubAccess,
     Location,
+    Run,
     SafetensorsSource,
     Source,
     StateDictSource,
@@ -51,9 +53,9 @@ class RemoteSource:
         """Raise: the values are elsewhere."""
         raise CheckpointError(f"{file}: expected the first rank to read it, got a read on another rank.")
 
-    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
+    def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         """Nothing: the values are elsewhere."""
-        return None
+        return [None] * len(runs)
 
     def require_unchanged(self) -> None:
         """Nothing to compare with."""
@@ -76,6 +78,7 @@ def open_source(
     agreement: Agreement,
     revision: str | None = None,
     subfolder: str = "",
+    access: HubAccess | None = None,
     direct_io: bool = False,
 ) -> Opened:
     """Open a checkpoint. All ranks of the call do this together.
@@ -86,6 +89,7 @@ def open_source(
         agreement: Of the call.
         revision: Of a hub id.
         subfolder: Of a directory or hub id.
+        access: How a hub is reached.
         direct_io: Whether files are read past the page cache, where the file system can.
 
     Returns:
@@ -106,7 +110,7 @@ def open_source(
             )
         return Opened(source=checkpoint, path=Path())
     with agreement.phase("locate") as located:
-        location = locate(checkpoint, revision=revision)
+        location = locate(checkpoint, revision=revision, access=access)
         kind = location.kind if location.path is None else _format(location.path / subfolder)
         located.same = _comparable(location.name, kind)
     path = (
@@ -154,11 +158,12 @@ def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str)
     with agreement.phase("download"):
         path = None
         if is_first:
-            path = cached_snapshot(location, subfolder=subfolder) or download_snapshot(
-                location, subfolder=subfolder
-            )
+            if not location.access.force_download:
+                path = cached_snapshot(location, subfolder=subfolder)
+            path = path or download_snapshot(location, subfolder=subfolder)
         revision = agreement.publish("revision", snapshot_revision(path) if path is not None else None)
-    pinned = location.at(revision)
+    # What the first rank has downloaded again is new to all that see its files.
+    pinned = replace(location.at(revision), access=location.access.without_force())
     with agreement.phase("find download"):
         path = path or cached_snapshot(pinned, subfolder=subfolder)
     found = [

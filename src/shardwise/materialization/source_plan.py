@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -38,16 +38,26 @@ CPU_STORAGE = ("auto", "map", "copy")
 EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
 
 
-def check_cpu_storage(cpu_storage: str) -> None:
-    """Raise unless a text says how shards of CPU ranks are kept.
+def checked_cpu_storage(cpu_storage: str, *, direct_io: bool) -> CpuStorage:
+    """Return how shards of CPU ranks are kept.
+
+    Args:
+        cpu_storage: As the user says.
+        direct_io: Whether files are to be read past the page cache, through which mapped pages come.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: It is no such way, or the two contradict each other.
     """
     if cpu_storage not in CPU_STORAGE:
         raise ConfigurationError(
             f"cpu_storage: expected one of {', '.join(CPU_STORAGE)}, got {cpu_storage!r}"
         )
+    if direct_io and cpu_storage == "map":
+        raise ConfigurationError(
+            "direct_io=True and cpu_storage='map': expected one of them, got both. Mapped pages are pages of the page cache: use "
+            "cpu_storage='copy', or leave direct_io out."
+        )
+    return "copy" if direct_io else cast(CpuStorage, cpu_storage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

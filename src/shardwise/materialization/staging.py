@@ -6,6 +6,8 @@ from collections import deque
 
 import torch
 
+from shardwise.materialization.device import copies_to, current
+
 _MEBIBYTE = 2**20
 _STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
 _STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
@@ -57,11 +59,13 @@ class StagingRing:
         """Return a free buffer: uint8, `nbytes` long. It must be given back."""
         if not self._free and self._made < self.count:
             self._made += 1
-            # One exact allocation each: torch's pinned allocator rounds up to powers of two, which these are.
-            # Named, because torch's default device may be another.
-            return torch.empty(
-                self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._device.type != "cpu"
-            )
+            # One exact allocation each: torch's pinned allocator rounds up to powers of two, which these are. It may open a
+            # context on the current device, which must not be another rank's. The host is named, because torch's default device
+            # may be another.
+            with current(self._device):
+                return torch.empty(
+                    self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._device.type != "cpu"
+                )
         if not self._free:
             buffer, copied = self._busy.popleft()
             copied.synchronize()
@@ -73,6 +77,11 @@ class StagingRing:
         if self._device.type == "cpu":
             self._free.append(buffer)
         else:
-            copied = torch.Event(self._device)
-            copied.record()
-            self._busy.append((buffer, copied))
+            self._busy.append((buffer, copies_to(self._device)))
+
+    def drain(self) -> None:
+        """Wait until all copies out of buffers that were given back are done."""
+        while self._busy:
+            buffer, copied = self._busy.popleft()
+            copied.synchronize()
+            self._free.append(buffer)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.materialization.structure import Entry, entries_of
+from shardwise.materialization.swapping import swap
 
 
 def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
@@ -132,7 +133,7 @@ def _allocate_managed(fsdp_param: Any, dtype: torch.dtype, pages: torch.Tensor |
         if length < shape[dim]:
             padded.narrow(dim, length, shape[dim] - length).zero_()
     local = padded if length == shape[dim] else padded.narrow(dim, 0, length)
-    _swap(parameter, _like(parameter, local))
+    swap(parameter, _parameter_like(parameter, local))
     fsdp_param._sharded_param_data = padded.view(-1)
 
 
@@ -142,10 +143,10 @@ def _allocate_plain(
     parameter = entry.tensor
     shape = local_of(parameter).shape
     local = pages.view(shape) if pages is not None else torch.empty(shape, dtype=dtype, device=device)
-    _swap(parameter, _like(parameter, local))
+    swap(parameter, _parameter_like(parameter, local))
 
 
-def _like(parameter: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
+def _parameter_like(parameter: torch.Tensor, local: torch.Tensor) -> nn.Parameter:
     made: Any
     if isinstance(parameter, DTensor):
         # `DTensor.from_local` and `nn.Parameter` come to the same through two dispatched views and a specification worked
@@ -166,9 +167,24 @@ def _spec_of(parameter: DTensor, dtype: torch.dtype) -> Any:
     return dataclasses.replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=dtype))
 
 
-def _swap(parameter: torch.Tensor, made: nn.Parameter) -> None:
-    # Keeps the Python object, so that FSDP2, tied modules and optimizers that hold it see the storage.
-    torch.utils.swap_tensors(parameter, made)  # type: ignore[no-untyped-call]
+def around_local(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor as that tensor: a DTensor of the same mesh, placements and full shape, or itself.
+
+    Args:
+        like: A DTensor, or a tensor that is whole on every rank.
+        local: This rank's shard, or the whole.
+    """
+    if not isinstance(like, DTensor):
+        return local
+    with torch.no_grad():
+        return DTensor.from_local(
+            local,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:

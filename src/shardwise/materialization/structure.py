@@ -163,8 +163,9 @@ def structure_difference(expected_json: str, got_json: str, *, limit: int) -> st
         Text that names the tensors that only one side has as they are.
     """
     expected, got = json.loads(expected_json), json.loads(got_json)
-    only_expected = [line for line in expected if line not in set(got)]
-    only_got = [line for line in got if line not in set(expected)]
+    of_expected, of_got = set(expected), set(got)
+    only_expected = [line for line in expected if line not in of_got]
+    only_got = [line for line in got if line not in of_expected]
     if not only_expected and not only_got:
         return "the same tensors in another order"
     parts = []

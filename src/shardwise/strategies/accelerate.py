@@ -49,6 +49,7 @@ class AccelerateStrategy(Strategy):
             Without one, the arguments count and Accelerate's environment variables do not.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
             are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
+        direct_io: Read files past the page cache where the file system can. See `shardwise.materialize`.
 
     Raises:
         ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
@@ -68,6 +69,7 @@ class AccelerateStrategy(Strategy):
         timeout: float | timedelta | None = None,
         accelerator: Any | None = None,
         cpu_storage: CpuStorage = "auto",
+        direct_io: bool = False,
     ) -> None:
         compat.require_supported()
         with unchanged_environment():
@@ -99,6 +101,7 @@ class AccelerateStrategy(Strategy):
             route=route,
             timeout=timeout,
             cpu_storage=cpu_storage,
+            direct_io=direct_io,
         )
 
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:

@@ -22,7 +22,7 @@ from shardwise.materialization import (
     Agreement,
     CpuStorage,
     argument_lines,
-    check_cpu_storage,
+    checked_cpu_storage,
     comparable_lines,
     default_staging_bytes,
     entries_of,
@@ -62,6 +62,7 @@ class Strategy(ABC):
         route: str,
         timeout: float | timedelta | None,
         cpu_storage: CpuStorage,
+        direct_io: bool,
     ) -> None:
         if route not in ROUTES:
             raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
@@ -70,8 +71,8 @@ class Strategy(ABC):
         self.fsdp_config = config
         self.memory_efficient_init = memory_efficient_init
         self.route = route
-        check_cpu_storage(cpu_storage)
-        self.cpu_storage = cpu_storage
+        self.cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
+        self.direct_io = direct_io
         self.timeout_seconds = timeout_seconds_of(timeout)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
@@ -139,6 +140,7 @@ class Strategy(ABC):
                 dtype=dtype,
                 missing=missing,
                 config_kwargs=config_kwargs,
+                direct_io=self.direct_io,
                 agreement=agreement,
             )
             self._bindings.add(entries_of(model), binding)

@@ -36,6 +36,7 @@ class NativeFSDPStrategy(Strategy):
         timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
             are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
+        direct_io: Read files past the page cache where the file system can. See `shardwise.materialize`.
 
     Raises:
         ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
@@ -52,6 +53,7 @@ class NativeFSDPStrategy(Strategy):
         route: str = "auto",
         timeout: float | timedelta | None = None,
         cpu_storage: CpuStorage = "auto",
+        direct_io: bool = False,
     ) -> None:
         config = FSDPConfig.from_dict(fsdp_config)
         device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
@@ -69,6 +71,7 @@ class NativeFSDPStrategy(Strategy):
             route=route,
             timeout=timeout,
             cpu_storage=cpu_storage,
+            direct_io=direct_io,
         )
         self.scaler = torch.amp.GradScaler(device_type) if mixed_precision == "fp16" else None
 

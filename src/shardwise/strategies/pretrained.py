@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shardwise.checkpoint import HubAccess
 from shardwise.conversion import pinned_dtypes
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import (
@@ -59,6 +60,7 @@ def load_deferred(
     dtype: Any,
     missing: str | Sequence[str],
     config_kwargs: dict[str, Any],
+    direct_io: bool,
     agreement: Agreement,
 ) -> tuple[nn.Module, Pretrained, Binding]:
     """Build a model on meta on every rank and find its values in the checkpoint's headers.
@@ -69,6 +71,7 @@ def load_deferred(
         dtype: Of the stored parameters, `"auto"` for the checkpoint's own.
         missing: `"error"`, `"init"`, or name patterns of parameters that may be missing.
         config_kwargs: Further arguments of `from_pretrained`.
+        direct_io: Whether files are read past the page cache.
         agreement: Of the call.
 
     Returns:
@@ -81,7 +84,12 @@ def load_deferred(
     """
     subfolder = config_kwargs.pop("subfolder", "")
     opened = open_source(
-        name, agreement=agreement, revision=config_kwargs.get("revision"), subfolder=subfolder
+        name,
+        agreement=agreement,
+        revision=config_kwargs.get("revision"),
+        subfolder=subfolder,
+        access=HubAccess.from_arguments(config_kwargs),
+        direct_io=direct_io,
     )
     with agreement.phase("build"):
         refuse_device_map(config_kwargs)

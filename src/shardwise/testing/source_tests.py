@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from shardwise.checkpoint import Source
+from shardwise.checkpoint import Run, Source
 from shardwise.errors import CheckpointError
 
 
@@ -75,19 +75,49 @@ class SourceTests(ABC):
                 self._equal(content, _bytes_of(self.values[name]))
 
     def test_mapped_tensors_are_private(self, tmp_path: Any) -> None:
-        """Writing to what is mapped changes neither the source nor a second mapping of it."""
+        """Writing to what is mapped changes neither the source nor what another call maps, before or after."""
         source = self.make(self.values, tmp_path)
-        stored = source.tensors["matrix"]
-        mapped = source.mapped(stored.file, stored.start, dtype=stored.dtype, numel=35)
-        if mapped is None:
+        stored, content = source.tensors["matrix"], _bytes_of(self.values["matrix"])
+        run = Run(file=stored.file, start=stored.start, dtype=stored.dtype, numel=35)
+        first, before = source.mapped([run])[0], source.mapped([run])[0]
+        if first is None or before is None:
+            self._equal((first, before), (None, None))
             return
-        self._equal(_bytes_of(mapped), _bytes_of(self.values["matrix"]))
-        mapped.zero_()
+        self._equal(_bytes_of(first), content)
+        first.zero_()
+        after = source.mapped([run])[0]
+        self._equal([_bytes_of(t) if t is not None else None for t in (before, after)], [content, content])
         got = bytearray(stored.nbytes)
         source.read_into(stored.file, stored.start, memoryview(got))
-        self._equal(bytes(got), _bytes_of(self.values["matrix"]))
+        self._equal(bytes(got), content)
         source.close()
-        self._equal(float(mapped.sum()), 0.0)
+        self._equal(float(first.sum()), 0.0)
+
+    def test_what_is_mapped_comes_in_order(self, tmp_path: Any) -> None:
+        """A call answers each run in its place, with None or with the tensor's elements; no run is no answer."""
+        source = self.make(self.values, tmp_path)
+        self._equal(source.mapped([]), [])
+        names = ["half", "matrix", "vector", "half"]
+        runs = [
+            Run(file=s.file, start=s.start, dtype=s.dtype, numel=self.values[s.name].numel())
+            for s in (source.tensors[name] for name in names)
+        ]
+        found = source.mapped(runs)
+        self._equal(len(found), len(runs))
+        for name, got in zip(names, found, strict=True):
+            if got is not None:
+                self._equal(
+                    (got.dtype, tuple(got.shape)), (self.values[name].dtype, (self.values[name].numel(),))
+                )
+                self._equal(_bytes_of(got), _bytes_of(self.values[name]))
+
+    def test_what_no_file_holds_is_not_mapped(self, tmp_path: Any) -> None:
+        """A run beyond the end, and one without elements, has no pages."""
+        source = self.make(self.values, tmp_path)
+        last = max(source.tensors.values(), key=lambda stored: stored.stop)
+        beyond = Run(file=last.file, start=last.start, dtype=torch.uint8, numel=last.nbytes + 1)
+        nothing = Run(file=last.file, start=last.start, dtype=torch.uint8, numel=0)
+        self._equal(source.mapped([beyond, nothing]), [None, None])
 
     def test_closing_twice(self, tmp_path: Any) -> None:
         """Closing is safe to repeat, and nothing has changed without a change."""
