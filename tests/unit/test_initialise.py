@@ -162,13 +162,25 @@ def test_random_numbers_of_the_process_go_on_as_before(monkeypatch: pytest.Monke
     assert seeded == []
 
 
+class Drawn(nn.Module):
+    """Draws into a new tensor, on no device in particular."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(3))
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.a.copy_(torch.randn(3))
+
+
 def test_the_default_device_does_not_matter() -> None:
-    model = on_meta(lambda: nn.Linear(3, 3))
+    model, again = on_meta(Drawn), on_meta(Drawn)
     with torch.device("meta"):
         sw.materialize(model, None, device="cpu")
-    again = on_meta(lambda: nn.Linear(3, 3))
     sw.materialize(again, None)
-    assert torch.equal(model.weight, again.weight)
+    assert torch.equal(model.a, again.a)
+    assert model.a.std() > 0
 
 
 # --- dtype ---

@@ -158,8 +158,6 @@ def wrap(
             records, units = _check(model, optimizers, options, checkpointing=shard is None)
             # No name here may keep the entries: they hold the full tensors.
             check.same = _comparable_structure(Structure.of(entries_of(model)), units, options)
-            known = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
-            known = agreement.publish("origins", known)
         with _rebinding(records if shard is None else (), model):
             if options.efficient:
                 cost = _shard_and_fill(model, units, options, deferred, agreement, device)
@@ -175,7 +173,8 @@ def wrap(
                     converted=(),
                 )
         with agreement.phase("finish"):
-            pass
+            own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
+            known: dict[str, str] = json.loads(agreement.publish("origins", own))
     with agreement.phase("report"):
         return collect_report(
             model,
@@ -187,7 +186,7 @@ def wrap(
             storage_bytes=cost.storage_bytes,
             network_bytes=cost.network_bytes,
             predicted=cost.predicted,
-            origins=origins_of(entries_of(model), json.loads(known) | cost.origins),
+            origins=origins_of(entries_of(model), known | cost.origins),
             converted=cost.converted,
             dtypes=_dtypes(model, options, optimizers),
         )
