@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
-from shardwise.checkpoint import SafetensorsSource, StoredTensor
+from shardwise.checkpoint import Run, SafetensorsSource, StoredTensor
 from shardwise.testing import RankPool
 from tests.distributed.models import TiedNet, check_equal, from_checkpoint
 from tests.distributed.steps import STRATEGIES, Checkpoint, load, make_strategy
@@ -193,8 +193,8 @@ class OneExtent:
         self.bytes += len(into)
         self._source.read_into(file, offset, into)
 
-    def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
-        return None
+    def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
+        return [None] * len(runs)
 
     def require_unchanged(self) -> None:
         self._source.require_unchanged()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
-from shardwise.checkpoint import SafetensorsSource, ranged_file, safetensors_source
+from shardwise.checkpoint import Run, SafetensorsSource, ranged_file, safetensors_source
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, check_equal
 from tests.distributed.steps import by_efficient, by_strategy, every_rank, make_strategy
@@ -43,16 +43,15 @@ def counted() -> Iterator[Requests]:
         requests.reads.append(len(into))
         read_into(self, file, offset, into)
 
-    def mapping(self: Any, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> torch.Tensor | None:
-        found = mapped(self, file, offset, dtype=dtype, numel=numel)
-        if found is not None:
-            requests.mappings.append(found.nbytes)
+    def mapping(self: Any, runs: Sequence[Run]) -> list[torch.Tensor | None]:
+        found = mapped(self, runs)
+        requests.mappings += [tensor.nbytes for tensor in found if tensor is not None]
         return found
 
     class Opening(ranged_file.RangedFile):
-        def __init__(self, path: Path, *, direct_io: bool) -> None:
+        def __init__(self, path: Path, **options: Any) -> None:
             requests.opened.append(path.name)
-            super().__init__(path, direct_io=direct_io)
+            super().__init__(path, **options)
 
     SafetensorsSource.read_into, SafetensorsSource.mapped = reading, mapping  # type: ignore[method-assign]
     original, safetensors_source.RangedFile = safetensors_source.RangedFile, Opening  # type: ignore[misc]
