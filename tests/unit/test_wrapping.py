@@ -49,7 +49,8 @@ def test_t5_keeps_all_places_of_its_shared_embedding_together() -> None:
     (shared,) = [entry for entry in entries_of(model) if len(entry.slots) > 1]
     units = units_of(model)
     assert set(units[:4]) == {(f"{half}.block.{i}",) for half in ("encoder", "decoder") for i in (0, 1)}
-    assert {f"{fqn}.weight" for fqn in units[4]} == {slot.fqn for slot in shared.slots}
+    # On transformers 4.57 one module has several of the names.
+    assert {id(model.get_submodule(fqn)) for fqn in units[4]} == {id(slot.module) for slot in shared.slots}
     assert len(units) == 5
 
 
