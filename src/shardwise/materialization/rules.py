@@ -63,8 +63,9 @@ def buffer_rules(model: nn.Module, fqn: str) -> list[Rule]:
         fqn: Of the module; empty for the model itself.
 
     Returns:
-        In the order of preference: `_init_weights` of the transformers model around it, its `reset_buffers`, and its
-        `reset_parameters` if it has no parameters: otherwise it would make those.
+        In the order of preference: `_init_weights` of the transformers model around it, its `reset_buffers`, its
+        `reset_parameters` if it has no parameters: otherwise it would make those; and `_init_weights` on the modules around
+        it, one by one: Falcon-H1's model makes a buffer of each of its layers.
     """
     around = _outwards(model, fqn)
     module = around[0]
@@ -75,6 +76,7 @@ def buffer_rules(model: nn.Module, fqn: str) -> list[Rule]:
         names.append("reset_parameters")
     methods = (_method(module, name) for name in names)
     choices += [[method] for method in methods if method is not None]
+    choices += [[call] for call in calls[1:]]
     return [Rule(owner=fqn, calls=calls) for calls in choices]
 
 
