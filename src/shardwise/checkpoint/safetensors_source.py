@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length,
 from shardwise.checkpoint.source import Run
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError, UnsupportedFormatError
+from shardwise.profiling import own_node
 from shardwise.tensors import dtype_name
 
 _SINGLE_NAME = "model.safetensors"
@@ -117,7 +117,7 @@ class SafetensorsSource:
             directory=directory,
             tensors=tensors,
             files=files,
-            host=socket.gethostname(),
+            host=own_node(),
             direct_io=direct_io,
         )
 
@@ -150,6 +150,17 @@ class SafetensorsSource:
             host=document["host"],
             direct_io=direct_io,
         )
+
+    def require_as_described(self) -> None:
+        """Open every file once and compare it with its description.
+
+        Raises:
+            CheckpointError: A file is not there, or another one.
+        """
+        for name in self._files:
+            self._file(name)
+        self.close()
+        self._opened.clear()
 
     def describe(self) -> str:
         """Return names, places and digests as text for other ranks."""
@@ -235,7 +246,7 @@ class SafetensorsSource:
     def _require_described(self, name: str, opened: RangedFile) -> None:
         expected = self._files[name]
         got, _ = _fingerprint(opened)
-        same_host = self._host == socket.gethostname()
+        same_host = self._host == own_node()
         differs = [
             f"{field} {getattr(got, field)} in place of {getattr(expected, field)}"
             for field in ("size", "header_bytes", "header_sha256", "mtime_ns")

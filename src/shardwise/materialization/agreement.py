@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Agreement:
         self._calls = f"shardwise/{group}/"
         self._prefix = f"{self._calls}{number}"
         self._phase = ""
-        self._numbered = 0
+        self._numbered: Counter[str] = Counter()
         self._has_forgotten = False
         self._last_check_seconds = 0.0
 
@@ -96,9 +97,9 @@ class Agreement:
         return self._prefix
 
     def numbered(self, what: str) -> str:
-        """Return a text that no other call of this method has; all ranks make these calls in one order."""
-        self._numbered += 1
-        return f"{self._prefix}/{what}/{self._numbered}"
+        """Return a text that no other call of this method has; ranks that make it of one `what` do so in one order."""
+        self._numbered[what] += 1
+        return f"{self._prefix}/{what}/{self._numbered[what]}"
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:

@@ -125,11 +125,11 @@ def open_data_plane(
 ) -> Iterator[DataPlane]:
     """Make a group for one call; drop it in the end, aborting what is in flight if the call failed.
 
-    All ranks call this at one place, right after they have left a phase together: a rank that never comes here is waited for
-    by torch itself, which does not look for its error.
+    All of its ranks call this at one place, right after they have left a phase together: a rank that never comes here is waited
+    for by torch itself, which does not look for its error.
 
     Args:
-        ranks: Global ranks of the call.
+        ranks: Global ranks of the group, this one among them.
         device: The mesh's device on this rank.
         agreement: Of the call; a phase of it is open.
 
@@ -139,7 +139,7 @@ def open_data_plane(
     """
     backend = _backend_of(device)
     # A call may have several planes: two of one name would meet each other's addresses in the store.
-    name = agreement.numbered("data")
+    name = agreement.numbered("data " + "-".join(map(str, ranks)))
     timeout = timedelta(seconds=agreement.timeout_seconds)
     try:
         group = make_group(ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)

@@ -13,10 +13,11 @@ from torch import nn
 from shardwise.checkpoint import Run
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.convert import convert
-from shardwise.materialization.data_plane import open_data_plane
+from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.layouts import layout_of as layout_of
 from shardwise.materialization.read import Reading, Shards
+from shardwise.materialization.replicas import require_equal_replicas
 from shardwise.materialization.source_plan import SourcePlan
 from shardwise.materialization.staging import read_bytes_of, staging_ring
 from shardwise.materialization.storage import allocate_parameters, around_local, local_of
@@ -92,6 +93,7 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> S
         rank=plan.direct.rank,
         mapped=tuple(item for item in plan.direct.mapped if item.fqn not in unmapped),
         reads=(*plan.direct.reads, *extra.reads),
+        shared=plan.direct.shared - unmapped,
     )
     return dataclasses.replace(plan, direct=direct)
 
@@ -108,7 +110,6 @@ def execute(
     plans: Sequence[SourcePlan],
     targets: Mapping[str, torch.Tensor],
     *,
-    ranks: Sequence[int],
     device: torch.device,
     staging_bytes: int,
     agreement: Agreement,
@@ -119,7 +120,6 @@ def execute(
     Args:
         plans: Of this rank.
         targets: This rank's shards by fqn.
-        ranks: Global ranks of the call.
         device: Of the mesh, on this rank.
         staging_bytes: Bound of the staging buffers.
         agreement: Of the call.
@@ -133,13 +133,13 @@ def execute(
         PeerError: Another rank failed.
     """
     with ExitStack() as stack:
-        plane = None
-        if len(ranks) > 1 and any(plan.moves_data for plan in plans):
-            # Before anything is read: all ranks stand here together, and making a group cannot be interrupted. A rank that
-            # fails to read never comes to it later, and the others would wait for it without looking for its error.
-            plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+        # Before anything is read: all ranks stand here together, and making a group cannot be interrupted. A rank that
+        # fails to read never comes to it later, and the others would wait for it without looking for its error.
+        planes: dict[tuple[int, ...], DataPlane] = {}
+        for group in dict.fromkeys(group for plan in plans for group in plan.groups):
+            planes[group] = stack.enter_context(open_data_plane(group, device=device, agreement=agreement))
         for plan in plans:
-            done(sum(item.nbytes for item in plan.direct.mapped))
+            done(plan.direct.mapped_bytes)
         with phase("read"):
             ring = staging_ring(staging_bytes, device)
             for plan in plans:
@@ -157,9 +157,18 @@ def execute(
             del ring
         for plan in plans:
             with phase("exchange"):
-                Exchange(plan.exchange, source=plan.source, targets=targets, plane=plane, done=done).run()
+                for each in plan.exchanges:
+                    plane = planes.get(each.ranks)
+                    Exchange(each, source=plan.source, targets=targets, plane=plane, done=done).run()
             with phase("convert"):
+                plane = planes.get(plan.converters)
                 convert(plan.steps, plan.source, place=targets, plane=plane, done=done)
+            with phase("compare replicas"):
+                for ranks, fqns in plan.replicated.items():
+                    if ranks in planes:
+                        require_equal_replicas(
+                            fqns, targets, ranks=ranks, rank=agreement.rank, plane=planes[ranks]
+                        )
     for plan in plans:
         plan.source.require_unchanged()
     return Loaded(

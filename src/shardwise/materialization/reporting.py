@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
@@ -14,7 +13,7 @@ from torch import nn
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.storage import local_bytes_of
 from shardwise.materialization.structure import Entry
-from shardwise.profiling import LoadReport, MemoryProfile, RankReport
+from shardwise.profiling import LoadReport, MemoryProfile, RankReport, own_node
 from shardwise.tensors import dtype_name
 
 
@@ -26,6 +25,7 @@ def collect_report(
     name: str,
     strategy: str,
     route: str,
+    route_reason: str,
     storage_bytes: int,
     network_bytes: int,
     predicted: Mapping[str, int],
@@ -42,6 +42,7 @@ def collect_report(
         name: Of the model or checkpoint.
         strategy: What sharded the model.
         route: How the values came.
+        route_reason: Why they came that way.
         storage_bytes: That this rank requested.
         network_bytes: That this rank received.
         predicted: What the plan said for the job.
@@ -54,7 +55,7 @@ def collect_report(
     """
     own = RankReport(
         rank=agreement.rank,
-        node=socket.gethostname(),
+        node=own_node(),
         host_anon_peak_bytes=profile.anon_peak_bytes,
         device_peak_bytes=profile.device_peak_bytes,
         shard_bytes=local_bytes_of(model),
@@ -75,6 +76,7 @@ def collect_report(
         model=name,
         strategy=strategy,
         route=route,
+        route_reason=route_reason,
         world_size=dist.get_world_size() if dist.is_initialized() else 1,
         seconds=max(report.seconds for report in reports),
         phases=phases,

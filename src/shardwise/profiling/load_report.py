@@ -76,6 +76,7 @@ class LoadReport:
         model: Directory, hub id or class name.
         strategy: What sharded the model.
         route: Who read what and how it reached the ranks.
+        route_reason: Why it was this route.
         world_size: Number of ranks.
         seconds: Wall-clock time of the slowest rank.
         phases: Wall-clock seconds by phase name.
@@ -94,6 +95,7 @@ class LoadReport:
     model: str
     strategy: str
     route: str
+    route_reason: str
     world_size: int
     seconds: float
     phases: dict[str, float]
@@ -112,7 +114,7 @@ class LoadReport:
             raise ConfigurationError(
                 f"load report: expected schema {SCHEMA!r}, got {self.schema!r}. Write it with this version of shardwise."
             )
-        for name in ("model", "strategy", "route"):
+        for name in ("model", "strategy", "route", "route_reason"):
             _check_text(where, name, getattr(self, name))
         for name in ("world_size", "storage_bytes", "network_bytes"):
             _check_count(where, name, getattr(self, name))

@@ -30,6 +30,7 @@ from shardwise.materialization import (
     timeout_seconds_of,
     trained_parameters_of,
 )
+from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.fsdp_config import FSDPConfig
@@ -43,8 +44,6 @@ from shardwise.strategies.pretrained import (
     plain_load_context,
 )
 from shardwise.strategies.wrap import WrapOptions, wrap
-
-ROUTES = ("auto", "direct", "rank0")
 
 
 class Strategy(ABC):
@@ -119,7 +118,7 @@ class Strategy(ABC):
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
         )
-        is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
+        is_deferred = defer and self.memory_efficient_init
         with agreement.phase("check") as check:
             check.same = comparable_lines(
                 "an argument of load_pretrained",
@@ -277,6 +276,7 @@ class Strategy(ABC):
             efficient=self.memory_efficient_init,
             staging_bytes=default_staging_bytes(self.device_mesh.device_type),
             cpu_storage=self.cpu_storage,
+            route=self.route,
             timeout_seconds=self.timeout_seconds,
         )
         self.last_report = wrap(
