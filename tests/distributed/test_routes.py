@@ -180,7 +180,7 @@ def two_nodes(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
 def test_two_nodes_with_private_files_that_one_rank_each_sees(pool: RankPool, two_nodes: Path) -> None:
     reports = pool.run(load_with_sight, str(two_nodes), {0: "node0", 3: "node1"}, ranks=4)
     assert {report["route"] for report in reports} == {"node"}
-    assert "ranks 1, 2 do not see the files, another rank of their node does" in reports[0]["route_reason"]
+    assert "no access from ranks 1, 2, but from another rank of their node" in reports[0]["route_reason"]
     requested = [of_rank["storage_bytes"] for of_rank in reports[0]["ranks"]]
     assert requested[1:3] == [0, 0]
     assert min(requested[0], requested[3]) > 0
@@ -190,7 +190,7 @@ def test_two_nodes_with_private_files_that_one_rank_each_sees(pool: RankPool, tw
 def test_files_that_one_rank_alone_sees(pool: RankPool, two_nodes: Path, reader: int) -> None:
     reports = pool.run(load_with_sight, str(two_nodes), {reader: "node0"}, ranks=4)
     assert {report["route"] for report in reports} == {"rank0"}
-    assert f"rank {reader} reads them" in reports[0]["route_reason"]
+    assert f"rank {reader} reads for all" in reports[0]["route_reason"]
     assert [r["rank"] for r in reports[0]["ranks"] if r["storage_bytes"] > 0] == [reader]
 
 
@@ -278,7 +278,7 @@ def load_base_and_adapter(base: str, adapter: str) -> None:
     for name, value in expected.items():
         assert torch.equal(got[name.replace(".weight", ".default.weight")], value), name
     assert strategy.last_report is not None
-    assert strategy.last_report.route == "direct + rank0"
+    assert strategy.last_report.route == "direct + node"
 
 
 # --- conversions of whole tensors, and a state dict that needs them ---

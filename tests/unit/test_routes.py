@@ -90,8 +90,8 @@ def sight(nodes: str = "aaaa", blind: tuple[int, ...] = (), *, in_memory: bool =
         (HSDP, sight(), True, "direct", "no two keep"),  # the pages of one node are in its memory once
         (HSDP, sight("aabb"), True, "replicate", "2.00 times"),
         (HSDP, sight("abab"), True, "direct", "no two keep"),  # replicas are on one node
-        (FSDP, sight("aabb", (1, 3)), False, "node", "ranks 1, 3 do not see the files"),
-        (FSDP, sight("aabb", (0, 2, 3)), False, "rank0", "rank 1 reads them"),
+        (FSDP, sight("aabb", (1, 3)), False, "node", "no access from ranks 1, 3, but"),
+        (FSDP, sight("aabb", (0, 2, 3)), False, "rank0", "rank 1 reads for all"),
         (FSDP, sight(blind=(1, 2, 3), in_memory=True), False, "rank0", "rank 0 alone holds the values"),
         (layout_of((1, Shard(0))), sight("a"), False, "direct", "there is one rank"),
     ],
@@ -115,7 +115,7 @@ def test_auto_stripes_where_many_ranks_would_read_little_each() -> None:
 
 @pytest.mark.parametrize("route", ["direct", "replicate", "striped"])
 def test_a_route_that_needs_every_rank_to_read_is_refused_where_one_cannot(route: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"got ranks 1, 3, which do not see it"):
+    with pytest.raises(ConfigurationError, match=r"got no access from ranks 1, 3"):
         choose_route(route, wanted_of(FSDP, LARGE), sight("aabb", (1, 3)), max_read_bytes=2**20)
 
 

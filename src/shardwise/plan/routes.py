@@ -196,14 +196,14 @@ def divide(route: Route, wanted: Sequence[WantedTensor], sight: Sight, *, rank: 
 def _require_sight(asked: str, sight: Sight) -> None:
     if asked in ("direct", "replicate", "striped") and sight.blind:
         raise ConfigurationError(
-            f"route={asked!r}: expected every rank to read the checkpoint, got ranks {_listed(sight.blind)}, which do not see it. "
+            f"route={asked!r}: expected every rank to read the checkpoint, got no access from ranks {_listed(sight.blind)}. "
             "Use route='auto', or pass an absolute path that every rank can read."
         )
     if asked == "node":
         nodes = sorted(set(sight.nodes) - set(sight.reader_of_node))
         if nodes:
             raise ConfigurationError(
-                f"route='node': expected a rank on every node that sees the checkpoint, got none on {', '.join(nodes)}. Use "
+                f"route='node': expected a rank on every node that can read the checkpoint, got none on {', '.join(nodes)}. Use "
                 "route='auto' or 'rank0', or copy the files there."
             )
 
@@ -211,12 +211,10 @@ def _require_sight(asked: str, sight: Sight) -> None:
 def _around_blind_ranks(sight: Sight) -> Route:
     blind = _listed(sight.blind)
     if len(sight.reader_of_node) == len(sight.ranks_of_node):
-        return Route(
-            name="node", reason=f"ranks {blind} do not see the files, another rank of their node does"
-        )
+        return Route(name="node", reason=f"no access from ranks {blind}, but from another rank of their node")
     return Route(
         name="rank0",
-        reason=f"ranks {blind} do not see the files, and not on every node does another; rank {sight.readers[0]} reads them",
+        reason=f"no access from ranks {blind}, nor from every node; rank {sight.readers[0]} reads for all",
     )
 
 
