@@ -35,6 +35,7 @@ from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
+from shardwise.strategies.notices import warn_of_half_masters
 from shardwise.strategies.pretrained import (
     Pretrained,
     load_adapter,
@@ -241,6 +242,8 @@ class Strategy(ABC):
                     "Make the optimizer after wrap_model, on that model's parameters, and not between a forward and its "
                     "backward; or make it before and pass it to wrap_model."
                 )
+        for model in self._wrapped:
+            self._notice(model, [optimizer])
         return self._take_optimizer(optimizer)
 
     @abstractmethod
@@ -290,3 +293,8 @@ class Strategy(ABC):
             shard=shard,
         )
         self._wrapped.add(model)
+        self._notice(model, optimizers)
+
+    def _notice(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        if dist.get_rank() == source_rank_of(self.device_mesh):
+            warn_of_half_masters(model, optimizers, mixed_precision=self.mixed_precision)

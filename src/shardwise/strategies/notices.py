@@ -1,0 +1,50 @@
+"""What works and yet surprises; said once, on the source rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from shardwise.materialization import entries_of
+from shardwise.tensors import dtype_name
+
+_log = logging.getLogger("shardwise")
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def warn_of_half_masters(model: nn.Module, optimizers: Sequence[Optimizer], *, mixed_precision: str) -> None:
+    """Warn if an optimizer updates parameters in the dtype that mixed precision would only compute in.
+
+    A bf16 number has 8 bits of precision: an update below 1/512 of a weight is rounded away.
+
+    Args:
+        model: Wrapped.
+        optimizers: Whose groups hold its parameters.
+        mixed_precision: Of the strategy.
+    """
+    if mixed_precision not in _HALF:
+        return
+    trained = {
+        id(p) for o in optimizers for group in o.param_groups for p in group["params"] if p.requires_grad
+    }
+    half = [
+        entry
+        for entry in entries_of(model)
+        if entry.role == "parameter" and id(entry.tensor) in trained and entry.tensor.dtype in _HALF.values()
+    ]
+    if half:
+        _log.warning(
+            "the optimizer updates %d parameters that are stored in %s (first %s): updates much smaller than a weight, as with "
+            "AdamW and a learning rate of 1e-5, are rounded away. Pass dtype=torch.float32 to load_pretrained; "
+            "mixed_precision=%r still computes in %s.",
+            len(half),
+            dtype_name(half[0].tensor.dtype),
+            half[0].fqn,
+            mixed_precision,
+            dtype_name(_HALF[mixed_precision]),
+        )
