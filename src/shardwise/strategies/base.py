@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -32,6 +31,7 @@ from shardwise.materialization import (
 )
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
+from shardwise.strategies.awaited import Awaited, refuse_edited
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
@@ -79,6 +79,7 @@ class Strategy(ABC):
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
         self._bindings = Bindings()
+        self._awaited = Awaited()
         self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
         self._origins = Origins()
 
@@ -104,7 +105,8 @@ class Strategy(ABC):
             missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or
                 patterns of names such as `"score.*"`, lets the model initialise them.
             defer: True: every rank gets meta parameters, bound to their checkpoint as objects: the model may become a
-                part of another one before the wrap. False: global rank 0 loads the values, which may be edited before
+                part of another one before the wrap; its values cannot be edited before that, which `wrap_model` refuses
+                where it can see it. False: global rank 0 loads the values, which may be edited before
                 the wrap, and the other ranks build on meta.
             **config_kwargs: Further arguments of `from_pretrained`; not `device_map`.
 
@@ -145,6 +147,7 @@ class Strategy(ABC):
                 agreement=agreement,
             )
             self._bindings.add(entries_of(model), binding)
+            self._awaited.add(model)
             self._refusals[model] = refuse_values_for_meta(model)
         else:
             model, record = load_on_source(
@@ -190,7 +193,7 @@ class Strategy(ABC):
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_adapter"
         )
-        return load_adapter(
+        wrapped = load_adapter(
             model,
             directory,
             adapter_name=adapter_name,
@@ -198,6 +201,8 @@ class Strategy(ABC):
             bindings=self._bindings,
             agreement=agreement,
         )
+        self._awaited.add(wrapped)
+        return wrapped
 
     def pretrained_load_context(self) -> AbstractContextManager[None]:
         """Return a context in which a plain `from_pretrained` loads on global rank 0 alone.
@@ -272,6 +277,12 @@ class Strategy(ABC):
         refusal = self._refusals.pop(inside, None)
         if refusal is not None:
             refusal.remove()
+        edited = self._awaited.take(model)
+
+        def refuse() -> None:
+            refuse_edited(edited)
+            self._refuse(model)
+
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,
@@ -289,7 +300,7 @@ class Strategy(ABC):
             name=record.name if record is not None else type(model).__name__,
             origins=self._origins.take(model),
             deferred=with_adapters(self._bindings.take(model), model),
-            refuse=partial(self._refuse, model),
+            refuse=refuse,
             shard=shard,
         )
         self._wrapped.add(model)
