@@ -111,7 +111,8 @@ class AccelerateStrategy(Strategy):
 
         Args:
             model: Not sharded; on the efficient path only global rank 0's values count.
-            *objects: Optimizers made on its parameters and not stepped yet, schedulers and data loaders.
+            *objects: Optimizers made on its parameters and not stepped yet, schedulers and data loaders. An optimizer that was
+                made before the wrap and is not passed here would train nothing: its first step raises `OptimizerError`.
 
         Returns:
             The model alone, or the model and the prepared objects in order.

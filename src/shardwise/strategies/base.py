@@ -32,6 +32,7 @@ from shardwise.materialization import (
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.awaited import Awaited, refuse_edited
+from shardwise.strategies.forgotten import replaced_parameters_marked
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
@@ -293,16 +294,17 @@ class Strategy(ABC):
             cpu_storage=self.cpu_storage,
             timeout_seconds=self.timeout_seconds,
         )
-        self.last_report = wrap(
-            model,
-            optimizers,
-            options,
-            name=record.name if record is not None else type(model).__name__,
-            origins=self._origins.take(model),
-            deferred=with_adapters(self._bindings.take(model), model),
-            refuse=refuse,
-            shard=shard,
-        )
+        with replaced_parameters_marked(model):
+            self.last_report = wrap(
+                model,
+                optimizers,
+                options,
+                name=record.name if record is not None else type(model).__name__,
+                origins=self._origins.take(model),
+                deferred=with_adapters(self._bindings.take(model), model),
+                refuse=refuse,
+                shard=shard,
+            )
         self._wrapped.add(model)
         self._notice(model, optimizers)
 

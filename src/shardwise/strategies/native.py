@@ -82,7 +82,8 @@ class NativeFSDPStrategy(Strategy):
 
         Args:
             model: Not sharded; on the efficient path only global rank 0's values count.
-            *objects: Optimizers made on its parameters and not stepped yet.
+            *objects: Optimizers made on its parameters and not stepped yet. One that was made before the wrap and is not
+                passed here would train nothing: its first step raises `OptimizerError`.
 
         Returns:
             The model alone, or the model and the same optimizer objects in order.
