@@ -17,7 +17,7 @@ from torch import nn
 
 from shardwise.checkpoint import Source, StateDictSource
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import (
     argument_lines,
     checkpoint_of,
@@ -44,6 +44,7 @@ from shardwise.materialization.storage import reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
+from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.profiling import LoadReport, phase, profile_memory
 
 ROUTES = ("auto", "direct")
@@ -137,7 +138,7 @@ def materialize(
             those on meta are made again by their modules. A buffer that has storage keeps its values, also where they differ
             between ranks: after `to_empty`, which leaves garbage in it, pass them here.
         group: Ranks that take part; None is the default group.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
         device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
         direct_io: Read a checkpoint's files past the page cache where the file system can (`O_DIRECT`), so that a large one
@@ -155,7 +156,7 @@ def materialize(
         RankError: Ranks differ, one failed, or one did not arrive.
     """
     agreement = Agreement(
-        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout), call="materialize"
+        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout, group=group), call="materialize"
     )
     target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target) as profile, ExitStack() as stack:

@@ -44,7 +44,8 @@ class AccelerateStrategy(Strategy):
             (False). None: True, unless `fsdp_config` or the adopted Accelerator says otherwise.
         route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
             `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the process
+            group's own timeout. After 20 s the ranks that have not arrived are named in the log.
         accelerator: An Accelerator to adopt, built for example from a launch YAML; its precision and FSDP options count.
             Without one, the arguments count and Accelerate's environment variables do not.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they

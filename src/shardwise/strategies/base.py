@@ -75,7 +75,7 @@ class Strategy(ABC):
         self.route = route
         self.cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
         self.direct_io = direct_io
-        self.timeout_seconds = timeout_seconds_of(timeout)
+        self.timeout_seconds = timeout_seconds_of(timeout, group=None)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()

@@ -33,7 +33,8 @@ class NativeFSDPStrategy(Strategy):
             rank has loaded (False). None: True, unless `fsdp_config` says otherwise.
         route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
             `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the process
+            group's own timeout. After 20 s the ranks that have not arrived are named in the log.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
             are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
         direct_io: Read files past the page cache where the file system can. See `shardwise.materialize`.
