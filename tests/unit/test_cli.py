@@ -182,6 +182,53 @@ def test_without_matplotlib_it_says_how_to_install_it_and_succeeds(
     assert "No picture: matplotlib is not installed. Run `pip install 'shardwise[report]'`." in result.stdout
 
 
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let packages look as if they were not installed."""
+    monkeypatch.setattr(
+        "shardwise.compare.requirements.find_spec", lambda name: None if name in packages else object()
+    )
+
+
+@pytest.mark.parametrize(
+    ("packages", "text"),
+    [
+        (("accelerate",), "expected accelerate, which is not installed."),
+        (("matplotlib",), "expected matplotlib, which is not installed."),
+        (("accelerate", "matplotlib"), "expected accelerate and matplotlib, which are not installed."),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--model", "m"]])
+def test_a_demo_without_its_extra_says_so_before_it_does_anything(
+    fake: FakeCompare,
+    monkeypatch: pytest.MonkeyPatch,
+    packages: tuple[str, ...],
+    text: str,
+    options: list[str],
+) -> None:
+    without(monkeypatch, *packages)
+    monkeypatch.setattr(demo_model, "demo_model", lambda progress: pytest.fail("the model was prepared"))
+    result = runner.invoke(app, ["demo", *options])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"shardwise: shardwise demo: {text} Install what the demo needs with: pip install 'shardwise[demo]'\n"
+    )
+    assert fake.asked == {}
+
+
+def test_modes_without_their_package_are_refused_before_any_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without(monkeypatch, "accelerate")
+    monkeypatch.setattr(
+        "shardwise.compare.experiment.model_directory",
+        lambda *_, **__: pytest.fail("the model was looked for"),
+    )
+    result = runner.invoke(app, ["compare", "m", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "accelerate-eager, accelerate-efficient: expected accelerate, which is not" in result.stderr
+    assert "pip install 'shardwise[accelerate]', or name other modes with --mode" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [

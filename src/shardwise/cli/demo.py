@@ -34,8 +34,10 @@ def demo_command(
     with errors_reported(debug=debug):
         from shardwise.compare.experiment import compare
         from shardwise.compare.launch import refuse_inside_launcher
+        from shardwise.compare.requirements import require_for_demo
 
         refuse_inside_launcher("shardwise demo", environ=os.environ)
+        require_for_demo()
         with terminal_progress() as progress:
             comparison = compare(
                 model or str(_own_model(progress)),
