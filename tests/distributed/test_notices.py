@@ -61,3 +61,13 @@ def join_later(directory: str) -> list[str]:
         assert lines == []
         strategy.wrap_optimizer(torch.optim.AdamW(model.parameters()))
     return lines
+
+
+@by_strategy
+def test_one_rank_is_told_how_to_start_several(pool: RankPool, checkpoint: Checkpoint, strategy: str) -> None:
+    arguments = (checkpoint("qwen3_tied"), strategy, "auto", "no", True)
+    ((line,),) = pool.run(wrap_in, *arguments, ranks=1)
+    assert "the mesh has one rank, which holds the whole model" in line
+    assert "torchrun --nproc-per-node N" in line
+    assert "accelerate launch --use_fsdp --fsdp_version 2 --num_processes N" in line
+    assert "\n" not in line

@@ -36,7 +36,7 @@ from shardwise.strategies.forgotten import replaced_parameters_marked
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
-from shardwise.strategies.notices import warn_of_half_masters
+from shardwise.strategies.notices import warn_of_half_masters, warn_of_one_rank
 from shardwise.strategies.pretrained import (
     Pretrained,
     load_adapter,
@@ -307,6 +307,8 @@ class Strategy(ABC):
             )
         self._wrapped.add(model)
         self._notice(model, optimizers)
+        if self.device_mesh.size() == 1:
+            warn_of_one_rank()
 
     def _notice(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if dist.get_rank() == source_rank_of(self.device_mesh):

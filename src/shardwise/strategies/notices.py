@@ -48,3 +48,11 @@ def warn_of_half_masters(model: nn.Module, optimizers: Sequence[Optimizer], *, m
             mixed_precision,
             dtype_name(_HALF[mixed_precision]),
         )
+
+
+def warn_of_one_rank() -> None:
+    """Say that nothing was sharded, and how to start several ranks."""
+    _log.warning(
+        "wrap_model: the mesh has one rank, which holds the whole model. To shard it, start several: torchrun --nproc-per-node N, or "
+        "accelerate launch --use_fsdp --fsdp_version 2 --num_processes N, which starts one process on the CPU without --use_fsdp."
+    )
