@@ -261,7 +261,11 @@ def test_demo_prepares_its_own_model(
     fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_model, "demo_model", lambda progress: tmp_path / "smol")
-    assert runner.invoke(app, ["demo", "--output-dir", str(tmp_path)]).exit_code == 0
+    result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 0
+    assert result.stdout.endswith(
+        f"Model: {tmp_path / 'smol'}\nTry: python -m shardwise verify {tmp_path / 'smol'} --ranks 4\n"
+    )
     assert fake.asked["model"] == str(tmp_path / "smol")
     assert len(fake.asked["modes"]) == 4
     assert fake.asked["ranks"] == 4
@@ -304,6 +308,16 @@ def test_demo_with_a_model_prepares_none(
     monkeypatch.setattr(demo, "_own_model", not_wanted)
     assert runner.invoke(app, ["demo", "--model", "org/m", "--output-dir", str(tmp_path)]).exit_code == 0
     assert fake.asked["model"] == "org/m"
+
+
+def test_demo_names_the_command_as_it_was_called(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [".venv/bin/shardwise"])
+    result = runner.invoke(
+        app, ["demo", "--model", "my models/m", "--ranks", "2", "--output-dir", str(tmp_path)]
+    )
+    assert "Try: .venv/bin/shardwise verify 'my models/m' --ranks 2\n" in result.stdout
 
 
 def test_agreement_in_words() -> None:
