@@ -132,6 +132,7 @@ def compare(
     for name, value in (("ranks", ranks), ("repeats", repeats)):
         if value < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {value}.")
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
     require_for_modes(modes)

@@ -46,6 +46,7 @@ from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.profiling import LoadReport, phase, profile_memory
+from shardwise.tensors import floating_dtype
 
 ROUTES = ("auto", "direct")
 _log = logging.getLogger("shardwise")
@@ -122,7 +123,7 @@ def materialize(
         missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
             names, lets their modules initialise them, to values that do not depend on the number of ranks.
         dtype: In which floating point parameters on meta are kept: None for their own dtype, `"auto"` for the
-            checkpoint's, or a torch dtype. Values are cast while they are read. It counts for parameters that are
+            checkpoint's, or a torch dtype or its name. Values are cast while they are read. It counts for parameters that are
             initialised as well; for those `"auto"` is the dtype of most parameters that the checkpoint holds.
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
@@ -161,7 +162,8 @@ def materialize(
     target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
-            _check_arguments(route, dtype)
+            _check_route(route)
+            dtype = floating_dtype(dtype, others=(None, "auto"))
             cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
             _check_direct_io(checkpoint, direct_io=direct_io)
             reshard(model)
@@ -355,13 +357,9 @@ def fill_from_files(
     )
 
 
-def _check_arguments(route: str, dtype: Any) -> None:
+def _check_route(route: str) -> None:
     if route not in ROUTES:
         raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-    if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise ConfigurationError(
-            f"dtype: expected None, 'auto' or a floating point torch dtype, got {dtype!r}"
-        )
 
 
 def _check_direct_io(checkpoint: Checkpoint | None, *, direct_io: bool) -> None:

@@ -84,13 +84,14 @@ class VerifyReport:
 
     def summary(self) -> str:
         """Return the result as one line of text, and one line for each shard that differs."""
-        state = "equal" if self.is_equal else f"{len(self.mismatches)} shards differ"
-        lines = [f"{self.checkpoint}: {self.tensors} tensors compared, {state}"]
+        state = "equal" if self.is_equal else _counted(len(self.mismatches), "shard differs", "shards differ")
+        compared = _counted(self.tensors, "tensor", "tensors")
+        lines = [f"{self.checkpoint}: {compared} compared, {state}"]
         if self.absent:
             lines.append(f"not in the checkpoint: {listed(self.absent)}")
         lines += [
-            f"{m.fqn} (rank {m.rank}): {m.elements} elements differ from {m.checkpoint_name} in {m.file}, the first at "
-            f"{m.first_index} of the shard"
+            f"{m.fqn} (rank {m.rank}): {_counted(m.elements, 'element differs', 'elements differ')} from {m.checkpoint_name} "
+            f"in {m.file}, the first at {m.first_index} of the shard"
             for m in self.mismatches
         ]
         return "\n".join(lines)
@@ -252,6 +253,10 @@ def verify_shards(
             for fqn, name, file, count, first in found
         ),
     )
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _differing(shard: torch.Tensor, stored: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from shardwise.strategies import accelerate_compat as compat
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
-from shardwise.strategies.mesh import default_device_type, resolve_mesh
+from shardwise.strategies.mesh import device_type_of, resolve_mesh
 from shardwise.strategies.precision import check_mixed_precision
 
 _log = logging.getLogger("shardwise")
@@ -77,8 +77,9 @@ class AccelerateStrategy(Strategy):
             if accelerator is None:
                 plugin = None
                 config = FSDPConfig.from_dict(fsdp_config)
-                device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
+                device_type = device_type_of(device_mesh)
             else:
+                device_type_of(device_mesh)
                 plugin = compat.plugin_of(accelerator)
                 config = _adopted_config(plugin, fsdp_config, ddp_config)
                 device_type, mixed_precision = accelerator.device.type, accelerator.mixed_precision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, final
@@ -44,7 +44,9 @@ from shardwise.strategies.pretrained import (
     load_on_source,
     plain_load_context,
 )
+from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.wrap import WrapOptions, wrap
+from shardwise.tensors import floating_dtype
 
 ROUTES = ("auto", "direct", "rank0")
 
@@ -102,7 +104,7 @@ class Strategy(ABC):
             model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
             pretrained_model_name_or_path: Directory or hub id.
             dtype: In which shards are stored: `"auto"` for the checkpoint's own on every transformers version, or
-                a torch dtype.
+                a torch dtype or its name, `"bf16"` or `"bfloat16"`.
             missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or
                 patterns of names such as `"score.*"`, lets the model initialise them.
             defer: True: every rank gets meta parameters, bound to their checkpoint as objects: the model may become a
@@ -115,7 +117,7 @@ class Strategy(ABC):
             The model.
 
         Raises:
-            ConfigurationError: An argument that cannot be combined with the strategy.
+            ConfigurationError: An argument that is not what it should be, or cannot be combined with the strategy.
             CheckpointError: Parameters are missing.
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
@@ -125,6 +127,10 @@ class Strategy(ABC):
         )
         is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
         with agreement.phase("check") as check:
+            check_pretrained_arguments(model_cls, pretrained_model_name_or_path, config_kwargs)
+            # transformers takes a dtype for each part of a model as well, where it loads itself.
+            if is_deferred or not isinstance(dtype, Mapping):
+                dtype = floating_dtype(dtype, others=("auto",))
             check.same = comparable_lines(
                 "an argument of load_pretrained",
                 argument_lines(
@@ -272,6 +278,10 @@ class Strategy(ABC):
         *,
         shard: Callable[[], None] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(
+                f"wrap_model: expected a model first, an nn.Module, got {type(model).__name__}. Call wrap_model(model, *optimizers)."
+            )
         model = getattr(model, "_orig_mod", model)  # a compiled module calls the one inside, which is sharded
         inside = model_inside(model)
         record = self._pretrained.get(inside)

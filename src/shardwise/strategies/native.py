@@ -16,7 +16,7 @@ from shardwise.errors import ConfigurationError, ModelError
 from shardwise.materialization import CpuStorage
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
-from shardwise.strategies.mesh import default_device_type, resolve_mesh
+from shardwise.strategies.mesh import device_type_of, resolve_mesh
 from shardwise.strategies.precision import check_mixed_precision, policy_of
 
 
@@ -57,7 +57,7 @@ class NativeFSDPStrategy(Strategy):
         direct_io: bool = False,
     ) -> None:
         config = FSDPConfig.from_dict(fsdp_config)
-        device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
+        device_type = device_type_of(device_mesh)
         check_mixed_precision(mixed_precision, device_type=device_type)
         if mixed_precision == "fp8":
             raise ConfigurationError(

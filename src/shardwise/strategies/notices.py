@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.materialization import entries_of
+from shardwise.materialization import entries_of, listed
 from shardwise.tensors import dtype_name
 
 _log = logging.getLogger("shardwise")
@@ -39,12 +39,11 @@ def warn_of_half_masters(model: nn.Module, optimizers: Sequence[Optimizer], *, m
     ]
     if half:
         _log.warning(
-            "the optimizer updates %d parameters that are stored in %s (first %s): updates much smaller than a weight, as with "
+            "the optimizer updates parameters that are stored in %s (%s): updates much smaller than a weight, as with "
             "AdamW and a learning rate of 1e-5, are rounded away. Pass dtype=torch.float32 to load_pretrained; "
             "mixed_precision=%r still computes in %s.",
-            len(half),
             dtype_name(half[0].tensor.dtype),
-            half[0].fqn,
+            listed([entry.fqn for entry in half]),
             mixed_precision,
             dtype_name(_HALF[mixed_precision]),
         )
