@@ -25,6 +25,9 @@ Each message says what was expected, what was found, where (file, tensor, rank),
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+
 
 class ShardwiseError(Exception):
     """Base of all errors raised by shardwise on purpose."""
@@ -100,3 +103,19 @@ class RankTimeoutError(RankError, TimeoutError):
 
 class CommandError(ShardwiseError):
     """A command could not be carried out; the message says what to do."""
+
+
+def did_you_mean(given: object, known: Iterable[str], *, other_words: Mapping[str, str]) -> str:
+    """Return " Did you mean 'x'?" for a word that is close to a known one, else an empty text; to end a message with.
+
+    Args:
+        given: What was given.
+        known: The words that can be given.
+        other_words: What else a known one is called, in lower case.
+    """
+    word = str(given).lower()
+    words = list(known)
+    close = difflib.get_close_matches(word, [*words, *other_words], n=1)
+    begun = [each for each in words if word and each.startswith(word)]
+    found = close[0] if close else begun[0] if len(begun) == 1 else None
+    return f" Did you mean {other_words.get(found, found)!r}?" if found is not None else ""

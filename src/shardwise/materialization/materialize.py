@@ -17,7 +17,7 @@ from torch import nn
 
 from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import (
     argument_lines,
     checkpoint_of,
@@ -45,8 +45,10 @@ from shardwise.materialization.storage import reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
+from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport, phase, profile_memory
+from shardwise.tensors import floating_dtype
 
 _log = logging.getLogger("shardwise")
 
@@ -131,7 +133,7 @@ def materialize(
         missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
             names, lets their modules initialise them, to values that do not depend on the number of ranks.
         dtype: In which floating point parameters on meta are kept: None for their own dtype, `"auto"` for the
-            checkpoint's, or a torch dtype. Values are cast while they are read. It counts for parameters that are
+            checkpoint's, or a torch dtype or its name. Values are cast while they are read. It counts for parameters that are
             initialised as well; for those `"auto"` is the dtype of most parameters that the checkpoint holds.
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
@@ -147,7 +149,7 @@ def materialize(
             those on meta are made again by their modules. A buffer that has storage keeps its values, also where they differ
             between ranks: after `to_empty`, which leaves garbage in it, pass them here.
         group: Ranks that take part; None is the default group.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
         device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
         direct_io: Read a checkpoint's files past the page cache where the file system can (`O_DIRECT`), so that a large one
@@ -165,12 +167,13 @@ def materialize(
         RankError: Ranks differ, one failed, or one did not arrive.
     """
     agreement = Agreement(
-        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout), call="materialize"
+        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout, group=group), call="materialize"
     )
     target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
-            _check_arguments(route, dtype)
+            _check_route(route)
+            dtype = floating_dtype(dtype, others=(None, "auto"))
             cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
             _check_direct_io(checkpoint, direct_io=direct_io)
             reshard(model)
@@ -368,13 +371,9 @@ def fill_from_files(
     )
 
 
-def _check_arguments(route: str, dtype: Any) -> None:
+def _check_route(route: str) -> None:
     if route not in ROUTES:
         raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-    if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise ConfigurationError(
-            f"dtype: expected None, 'auto' or a floating point torch dtype, got {dtype!r}"
-        )
 
 
 def _check_direct_io(checkpoint: Checkpoint | None, *, direct_io: bool) -> None:

@@ -17,6 +17,8 @@ SCHEMA: Final = "shardwise.load_report/1"
 ORIGINS: Final = ("checkpoint", "tied", "initialised", "recomputed", "derived", "kept")
 DTYPE_ROLES: Final = ("stored", "compute", "reduce", "optimizer")
 
+_MOST_PHASES: Final = 3  # in words
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
@@ -149,6 +151,26 @@ class LoadReport:
                 f"load report: expected each rank below {self.world_size} at most once and in order, got {numbers}"
             )
 
+    def __str__(self) -> str:
+        """Say in a few lines what the load did cost; `to_json` has every figure."""
+        worst: dict[str, int] = {
+            name: max((getattr(report, name) for report in self.ranks), default=0)
+            for name in ("shard_bytes", "host_anon_peak_bytes", "device_peak_bytes")
+        }
+        origins = ", ".join(f"{count} {origin}" for origin, count in self.tensors.items() if count)
+        longest = sorted(self.phases.items(), key=lambda item: -item[1])[:_MOST_PHASES]
+        return "\n".join(
+            (
+                f"{self.model}: {self.strategy}, route {self.route}, {self.world_size} rank{'s' * (self.world_size != 1)}, "
+                f"{self.seconds:.2f} s (longest phases: {', '.join(f'{name} {seconds:.2f}' for name, seconds in longest)})",
+                f"worst rank: shard {_mebibytes(worst['shard_bytes'])}, peak of anonymous host memory "
+                f"{_mebibytes(worst['host_anon_peak_bytes'])}, of device memory {_mebibytes(worst['device_peak_bytes'])}",
+                f"all ranks: {_mebibytes(self.storage_bytes)} read from storage, {_mebibytes(self.network_bytes)} moved between "
+                "ranks",
+                f"tensors: {origins or 'none'}",
+            )
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data for `json.dump`."""
         ranks = [dataclasses.asdict(report) for report in self.ranks]
@@ -179,6 +201,10 @@ class LoadReport:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _mebibytes(count_bytes: int) -> str:
+    return f"{count_bytes / 2**20:,.1f} MiB"
 
 
 def _check_keys(where: str, cls: type[LoadReport] | type[RankReport], document: Mapping[str, Any]) -> None:
