@@ -90,7 +90,7 @@ class SafetensorsSource:
             CheckpointError: A file is damaged, not there, outside of the directory, or of another format.
         """
         directory, names, index = _files_of(path)
-        if path.is_dir():
+        if path.is_dir() or index is not None:
             refuse_quantised(directory)
         tensors: dict[str, StoredTensor] = {}
         files: dict[str, DescribedFile] = {}

@@ -338,22 +338,21 @@ def fill_from_files(
             own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
             seed = json.loads(agreement.publish("seed", own_seed))
             initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed)
-    with agreement.phase("read"):
-        progress = JobProgress(
-            agreement,
-            own_bytes=moved_bytes,
-            job_bytes=sum(of_rank[2] for of_rank in planned),
-            show=planned[0][3],
+    progress = JobProgress(
+        agreement,
+        own_bytes=moved_bytes,
+        job_bytes=sum(of_rank[2] for of_rank in planned),
+        show=planned[0][3],
+    )
+    with progress, agreement.phase("read"):
+        loaded = execute(
+            plans,
+            targets,
+            device=options.device,
+            staging_bytes=options.staging_bytes,
+            agreement=agreement,
+            done=progress.add,
         )
-        with progress:
-            loaded = execute(
-                plans,
-                targets,
-                device=options.device,
-                staging_bytes=options.staging_bytes,
-                agreement=agreement,
-                done=progress.add,
-            )
         del targets
         refuse_meta(model)
     predicted = {
