@@ -80,6 +80,7 @@ def load_report(ranks: int) -> dict[str, Any]:
                 "shard_bytes": 50 + rank,
                 "storage_bytes": 5,
                 "network_bytes": 10,
+                "retried_reads": 0,
                 "seconds": 99.0,
             }
             for rank in range(ranks)

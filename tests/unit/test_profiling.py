@@ -560,6 +560,7 @@ def rank_report(**changes: Any) -> RankReport:
         "shard_bytes": 2,
         "storage_bytes": 3,
         "network_bytes": 4,
+        "retried_reads": 0,
         "seconds": 0.5,
     }
     return RankReport(**{**values, **changes})

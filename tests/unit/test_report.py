@@ -86,6 +86,7 @@ def run(mode: str, *, ranks: int, peak_mib: int, device_mib: int) -> dict[str, A
                 "shard_bytes": 131 * MIB,
                 "storage_bytes": 0,
                 "network_bytes": 0,
+                "retried_reads": 0,
                 "seconds": 4.0,
             }
             for rank in range(ranks)

@@ -74,6 +74,7 @@ class SafetensorsSource:
         self._bounce = BounceBuffers(nbytes=_BOUNCE_BYTES) if direct_io else None
         self._open: dict[str, RangedFile] = {}
         self._opened: set[str] = set()
+        self._retries = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -189,6 +190,11 @@ class SafetensorsSource:
         return self._tensors
 
     @property
+    def retries(self) -> int:
+        """How many reads were tried again, since the source was made."""
+        return self._retries + sum(opened.retries for opened in self._open.values())
+
+    @property
     def opened_files(self) -> frozenset[str]:
         """The files that were opened so far to read tensors."""
         return frozenset(self._opened)
@@ -226,6 +232,7 @@ class SafetensorsSource:
         """Close files; a later read opens them again."""
         with self._lock:
             for opened in self._open.values():
+                self._retries += opened.retries
                 opened.close()
             self._open.clear()
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.own_group import make_group
+from shardwise.materialization.patience import Patience
 
 _SECONDS_FOR_THE_CAUSE = 2.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
@@ -93,18 +94,19 @@ class DataPlane:
             RankTimeoutError: The transfer did not complete in time.
             RankError: The transfer broke off.
         """
-        started = time.monotonic()
+        patience = Patience(self._agreement)
         pause = _SHORTEST_PAUSE_SECONDS
         while not work.is_completed():
             self._agreement.check()
-            if time.monotonic() - started > self._agreement.timeout_seconds:
+            if patience.is_over():
                 raise RankTimeoutError(
-                    f"rank {self._agreement.rank}: {what} did not complete within "
+                    f"rank {self._agreement.rank}: {what} did not complete, and no rank made a step for "
                     f"{self._agreement.timeout_seconds:g} s. Check the other ranks' logs and the network between "
                     "the ranks, or pass a longer timeout."
                 )
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
+        self._agreement.step()
         try:
             work.wait()
         except RuntimeError as error:

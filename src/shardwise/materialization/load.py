@@ -16,6 +16,7 @@ from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.layouts import layout_of as layout_of
+from shardwise.materialization.out_of_memory import naming_out_of_memory
 from shardwise.materialization.read import Reading, Shards
 from shardwise.materialization.replicas import require_equal_replicas
 from shardwise.materialization.source_plan import SourcePlan
@@ -33,10 +34,12 @@ class Loaded:
     Args:
         storage_bytes: Requested from storage, mapped ones included.
         network_bytes: Received from other ranks.
+        retried_reads: Reads that were tried again after an error that was over in a moment.
     """
 
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
 
 
 def allocate(
@@ -46,6 +49,7 @@ def allocate(
     device: torch.device,
     staging_bytes: int,
     dtype_of: Mapping[str, torch.dtype],
+    rank: int,
 ) -> tuple[list[SourcePlan], dict[str, torch.Tensor]]:
     """Give every meta parameter storage: pages of the file where the plan says so, else memory.
 
@@ -55,6 +59,7 @@ def allocate(
         device: Of parameters outside of FSDP2.
         staging_bytes: Bound of the staging buffers.
         dtype_of: In which each shard is kept, by fqn; also of parameters that no plan has.
+        rank: This one, global.
 
     Returns:
         The plans, in which what could not be mapped after all is read, and this rank's shards by fqn.
@@ -69,9 +74,10 @@ def allocate(
             else:
                 pages[item.fqn] = found
         final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
-    allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
     planned = {fqn for plan in plans for fqn in plan.fqns}
-    _allocate_buffers(model, planned, device)
+    with naming_out_of_memory("the shards", device=device, rank=rank):
+        allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
+        _allocate_buffers(model, planned, device)
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
@@ -132,6 +138,7 @@ def execute(
         CheckpointError: A file cannot be read, or has changed.
         PeerError: Another rank failed.
     """
+    retried_before = sum(getattr(plan.source, "retries", 0) for plan in plans)
     with ExitStack() as stack:
         # Before anything is read: all ranks stand here together, and making a group cannot be interrupted. A rank that
         # fails to read never comes to it later, and the others would wait for it without looking for its error.
@@ -174,4 +181,5 @@ def execute(
     return Loaded(
         storage_bytes=sum(plan.storage_bytes for plan in plans),
         network_bytes=sum(plan.network_bytes for plan in plans),
+        retried_reads=sum(getattr(plan.source, "retries", 0) for plan in plans) - retried_before,
     )

@@ -239,6 +239,7 @@ def materialize(
             route_reason=filled.reason,
             storage_bytes=filled.loaded.storage_bytes + compared_bytes,
             network_bytes=filled.loaded.network_bytes,
+            retried_reads=filled.loaded.retried_reads,
             predicted={
                 **filled.predicted,
                 "storage_bytes": filled.predicted["storage_bytes"] + aliased_bytes(binding, source),
@@ -330,14 +331,19 @@ def fill_from_files(
         plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
     with agreement.phase("allocate"), resting_collector():
         plans, targets = allocate(
-            model, plans, device=options.device, staging_bytes=options.staging_bytes, dtype_of=dtype_of
+            model,
+            plans,
+            device=options.device,
+            staging_bytes=options.staging_bytes,
+            dtype_of=dtype_of,
+            rank=rank,
         )
     initialised: tuple[str, ...] = ()
     if absent:
         with agreement.phase("initialise"):
             own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
             seed = json.loads(agreement.publish("seed", own_seed))
-            initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed)
+            initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed, step=agreement.step)
     progress = JobProgress(
         agreement,
         own_bytes=moved_bytes,

@@ -68,6 +68,7 @@ class JobProgress:
     def add(self, nbytes: int) -> None:
         """Note that this rank has read so many more bytes."""
         self._read_bytes += nbytes
+        self._agreement.step()
         now = time.monotonic()
         is_last = self._read_bytes >= self._own_bytes
         if self._show and (is_last or now - self._last_seconds > _SECONDS_BETWEEN_REPORTS):

@@ -28,6 +28,7 @@ def collect_report(
     route_reason: str,
     storage_bytes: int,
     network_bytes: int,
+    retried_reads: int,
     predicted: Mapping[str, int],
     origins: Mapping[str, str],
     converted: Sequence[str],
@@ -45,6 +46,7 @@ def collect_report(
         route_reason: Why they came that way.
         storage_bytes: That this rank requested.
         network_bytes: That this rank received.
+        retried_reads: Of this rank.
         predicted: What the plan said for the job.
         origins: Origin by name of tensor; a tied tensor's further names included.
         converted: Names of tensors that a conversion of whole tensors made.
@@ -61,6 +63,7 @@ def collect_report(
         shard_bytes=local_bytes_of(model),
         storage_bytes=storage_bytes,
         network_bytes=network_bytes,
+        retried_reads=retried_reads,
         seconds=profile.seconds,
     )
     gathered = agreement.gather("report", json.dumps(asdict(own)))

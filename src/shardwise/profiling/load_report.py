@@ -32,6 +32,7 @@ class RankReport:
         shard_bytes: Bytes of the parameters and buffers that this rank keeps.
         storage_bytes: Bytes that this rank requested from storage.
         network_bytes: Bytes that this rank received from other ranks.
+        retried_reads: Reads that were tried again after an error that was over in a moment.
         seconds: Wall-clock time on this rank.
     """
 
@@ -42,6 +43,7 @@ class RankReport:
     shard_bytes: int
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
     seconds: float
 
     def __post_init__(self) -> None:
@@ -54,6 +56,7 @@ class RankReport:
             "shard_bytes",
             "storage_bytes",
             "network_bytes",
+            "retried_reads",
         ):
             _check_count(where, name, getattr(self, name))
         _check_figure(where, "seconds", self.seconds)

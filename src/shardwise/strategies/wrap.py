@@ -107,6 +107,7 @@ class Cost:
         reason: Why they came that way.
         storage_bytes: That this rank requested.
         network_bytes: That this rank received.
+        retried_reads: Of this rank.
         predicted: For the job.
         origins: Of the tensors that came from files or were made, by fqn.
         converted: Fqns of those that a conversion of whole tensors made.
@@ -116,6 +117,7 @@ class Cost:
     reason: str
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
     predicted: dict[str, int]
     origins: dict[str, str]
     converted: tuple[str, ...]
@@ -126,6 +128,7 @@ _NOTHING_MOVED = Cost(
     reason="every rank had loaded the values",
     storage_bytes=0,
     network_bytes=0,
+    retried_reads=0,
     predicted={"storage_bytes": 0, "network_bytes": 0},
     origins={},
     converted=(),
@@ -193,6 +196,7 @@ def wrap(
             route_reason=cost.reason,
             storage_bytes=cost.storage_bytes,
             network_bytes=cost.network_bytes,
+            retried_reads=cost.retried_reads,
             predicted=cost.predicted,
             origins=origins_of(entries_of(model), known | cost.origins),
             converted=cost.converted,
@@ -277,6 +281,7 @@ def _shard_and_fill(
             reason="the source rank had loaded the values",
             storage_bytes=0,
             network_bytes=sent.received_bytes,
+            retried_reads=0,
             predicted={"storage_bytes": 0, "network_bytes": sent.plan.network_bytes},
             origins={},
             converted=(),
@@ -292,6 +297,7 @@ def _shard_and_fill(
         reason=read.reason if sent is None else f"{read.reason}; the source rank had values of the rest",
         storage_bytes=read.loaded.storage_bytes,
         network_bytes=read.loaded.network_bytes + (sent.received_bytes if sent is not None else 0),
+        retried_reads=read.loaded.retried_reads,
         predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + sent_bytes},
         origins=read.origins,
         converted=read.converted,
