@@ -13,7 +13,9 @@
     │   ├── ShapeMismatchError        a tensor is not of the shape that the model expects
     │   ├── DamagedFileError          truncated, or not what its format says
     │   ├── ChangedFileError          not the file any more that was described when the load began
+    │   ├── StalledReadError          a read does not return
     │   └── UnsupportedFormatError    a format, dtype or quantisation that is not read
+    ├── OutOfMemoryError              host or device memory for a shard could not be had
     ├── RankError                     ranks do not agree
     │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
     │   ├── PeerError                 another rank failed; its first error is in the message
@@ -81,8 +83,16 @@ class ChangedFileError(CheckpointError):
     """A file is not the one any more that was described when the load began."""
 
 
+class StalledReadError(CheckpointError, TimeoutError):
+    """A read has not returned within the timeout; the message names the file and the rank."""
+
+
 class UnsupportedFormatError(CheckpointError):
     """A file format, dtype or quantisation that shardwise does not read; the message names the remedy."""
+
+
+class OutOfMemoryError(ShardwiseError, MemoryError):
+    """Host or device memory for a shard or a buffer could not be had; the message says how much, and where."""
 
 
 class RankError(ShardwiseError):

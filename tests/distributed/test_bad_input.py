@@ -306,7 +306,7 @@ def stay_away(name: str, late: int) -> str:
         ({"mixed_precision": "bf61"}, ["'bf61'", "no, bf16, fp16, fp8"]),
         ({"mixed_precision": "fp16"}, ["fp16", "CPU", "'bf16' or 'no'"]),
         ({"mixed_precision": "fp8"}, ["fp8", "'bf16'"]),
-        ({"route": "teleport"}, ["route", "auto, direct, rank0", "'teleport'"]),
+        ({"route": "teleport"}, ["route", "auto, direct, replicate, node, rank0, striped", "'teleport'"]),
         ({"timeout": "15"}, ["timeout: expected seconds as a number", "got '15'"]),
         ({"device_mesh": (2,)}, ["device_mesh: expected a torch DeviceMesh or None, got (2,)"]),
     ],

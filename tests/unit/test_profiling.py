@@ -560,6 +560,7 @@ def rank_report(**changes: Any) -> RankReport:
         "shard_bytes": 2,
         "storage_bytes": 3,
         "network_bytes": 4,
+        "retried_reads": 0,
         "seconds": 0.5,
     }
     return RankReport(**{**values, **changes})
@@ -570,6 +571,7 @@ def load_report(**changes: Any) -> LoadReport:
         "model": "org/model",
         "strategy": "native_fsdp",
         "route": "rank0",
+        "route_reason": "it was asked for",
         "world_size": 2,
         "seconds": 1.5,
         "phases": {"from_pretrained": 1.0},
@@ -614,6 +616,7 @@ def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
         "model",
         "strategy",
         "route",
+        "route_reason",
         "world_size",
         "seconds",
         "phases",

@@ -14,6 +14,7 @@ import json
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
 from shardwise.materialization.call_store import CallStore
+from shardwise.materialization.patience import Patience
 from shardwise.profiling import phase as record_phase
 
 _log = logging.getLogger("shardwise")
@@ -31,6 +33,7 @@ _OK = "ok"
 _WARN_AFTER_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
+_SECONDS_BETWEEN_STEPS = 1.0
 _MOST_SECONDS_TO_TELL = 5.0  # how long the store's host stays for ranks that do not know of a failure yet
 
 
@@ -69,7 +72,7 @@ class Agreement:
 
     Args:
         ranks: Global ranks that take part, in one order on all of them.
-        timeout_seconds: How long to wait for a rank that does not arrive, or for data that does not move.
+        timeout_seconds: How long to wait while no rank makes a step.
         call: Name of the call, for messages.
     """
 
@@ -90,9 +93,10 @@ class Agreement:
         self._calls = f"shardwise/{group}/"
         self._prefix = f"{self._calls}{number}"
         self._phase = ""
-        self._numbered = 0
+        self._numbered: Counter[str] = Counter()
         self._has_forgotten = False
         self._last_check_seconds = 0.0
+        self._last_step_seconds = 0.0
 
     @property
     def name(self) -> str:
@@ -100,9 +104,21 @@ class Agreement:
         return self._prefix
 
     def numbered(self, what: str) -> str:
-        """Return a text that no other call of this method has; all ranks make these calls in one order."""
-        self._numbered += 1
-        return f"{self._prefix}/{what}/{self._numbered}"
+        """Return a text that no other call of this method has; ranks that make it of one `what` do so in one order."""
+        self._numbered[what] += 1
+        return f"{self._prefix}/{what}/{self._numbered[what]}"
+
+    def step(self) -> None:
+        """Say that this rank has moved on: read something, received something, initialised a module."""
+        seconds = time.monotonic()
+        if seconds - self._last_step_seconds >= _SECONDS_BETWEEN_STEPS:
+            self._last_step_seconds = seconds
+            with suppress(RankError):  # whoever waits for another rank next says that the store is lost
+                self._store.add(f"{self._prefix}/steps", 1)
+
+    def steps(self) -> int:
+        """Return how many steps all ranks have told so far; see `Patience`."""
+        return self._store.add(f"{self._prefix}/steps", 0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -261,10 +277,11 @@ class Agreement:
     def _wait(self, keys: list[str], *, what: str, key_of_rank: Mapping[int, str]) -> None:
         """Wait until all keys are there; name the ranks whose own key is not in a warning, and in the error at the timeout."""
         started = time.monotonic()
+        patience = Patience(self)
         has_warned = False
         while not self._store.has(keys):
             waited = time.monotonic() - started
-            if waited > self.timeout_seconds:
+            if patience.is_over():
                 raise RankTimeoutError(self._timeout_message(what, key_of_rank))
             if waited > self.warn_after_seconds and not has_warned:
                 has_warned = True

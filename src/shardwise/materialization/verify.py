@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,6 +30,7 @@ from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
+from shardwise.materialization.sight import is_in_memory
 from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
 from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
 from shardwise.materialization.storage import local_of, reshard
@@ -147,9 +148,10 @@ def verify_shards(
     opened = open_source(checkpoint, agreement=agreement)
     source = opened.source
     with agreement.phase("match names") as match:
-        if isinstance(source, RemoteSource) or isinstance(checkpoint, Mapping):
+        if isinstance(source, RemoteSource) or is_in_memory(source):
+            what = "values in memory" if is_in_memory(source) else "some that this rank does not see"
             raise ConfigurationError(
-                "verify_shards: expected files that every rank can read, got values in memory. Save them as safetensors."
+                f"verify_shards: expected safetensors files that every rank can read, got {what}."
             )
         entries = entries_of(model)
         layouts = agreed_layouts(entries, agreement=agreement)
@@ -220,7 +222,11 @@ def verify_shards(
         storage_bytes = plan.storage_bytes
         if converted:
             steps = plan_conversions(
-                converted, ranks=ranks, rank=agreement.rank, buffer_bytes=staging // EXCHANGE_BUFFERS
+                converted,
+                ranks=ranks,
+                readers=ranks,
+                rank=agreement.rank,
+                buffer_bytes=staging // EXCHANGE_BUFFERS,
             )
             for step in steps:
                 made = {fqn: torch.empty_like(targets[fqn]) for fqn in step.exchange.arriving}

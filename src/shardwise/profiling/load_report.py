@@ -32,6 +32,7 @@ class RankReport:
         shard_bytes: Bytes of the parameters and buffers that this rank keeps.
         storage_bytes: Bytes that this rank requested from storage.
         network_bytes: Bytes that this rank received from other ranks.
+        retried_reads: Reads that were tried again after an error that was over in a moment.
         seconds: Wall-clock time on this rank.
     """
 
@@ -42,6 +43,7 @@ class RankReport:
     shard_bytes: int
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
     seconds: float
 
     def __post_init__(self) -> None:
@@ -54,6 +56,7 @@ class RankReport:
             "shard_bytes",
             "storage_bytes",
             "network_bytes",
+            "retried_reads",
         ):
             _check_count(where, name, getattr(self, name))
         _check_figure(where, "seconds", self.seconds)
@@ -78,6 +81,7 @@ class LoadReport:
         model: Directory, hub id or class name.
         strategy: What sharded the model.
         route: Who read what and how it reached the ranks.
+        route_reason: Why it was this route.
         world_size: Number of ranks.
         seconds: Wall-clock time of the slowest rank.
         phases: Wall-clock seconds by phase name.
@@ -96,6 +100,7 @@ class LoadReport:
     model: str
     strategy: str
     route: str
+    route_reason: str
     world_size: int
     seconds: float
     phases: dict[str, float]
@@ -114,7 +119,7 @@ class LoadReport:
             raise ConfigurationError(
                 f"load report: expected schema {SCHEMA!r}, got {self.schema!r}. Write it with this version of shardwise."
             )
-        for name in ("model", "strategy", "route"):
+        for name in ("model", "strategy", "route", "route_reason"):
             _check_text(where, name, getattr(self, name))
         for name in ("world_size", "storage_bytes", "network_bytes"):
             _check_count(where, name, getattr(self, name))

@@ -42,8 +42,8 @@ class AccelerateStrategy(Strategy):
         fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
         memory_efficient_init: Shard on meta and give each rank its own rows (True, the default), or stock Accelerate
             (False). None: True, unless `fsdp_config` or the adopted Accelerator says otherwise.
-        route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
-            `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
+        route: Who reads what of a model that was loaded with `defer=True`: `"auto"`, `"direct"`, `"replicate"`, `"node"`,
+            `"rank0"` or `"striped"`. See `shardwise.materialize`.
         timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the process
             group's own timeout. After 20 s the ranks that have not arrived are named in the log.
         accelerator: An Accelerator to adopt, built for example from a launch YAML; its precision and FSDP options count.

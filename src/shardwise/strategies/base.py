@@ -29,6 +29,7 @@ from shardwise.materialization import (
     timeout_seconds_of,
     trained_parameters_of,
 )
+from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.awaited import Awaited, refuse_edited
@@ -47,8 +48,6 @@ from shardwise.strategies.pretrained import (
 from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.wrap import WrapOptions, wrap
 from shardwise.tensors import floating_dtype
-
-ROUTES = ("auto", "direct", "rank0")
 
 
 class Strategy(ABC):
@@ -125,7 +124,7 @@ class Strategy(ABC):
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
         )
-        is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
+        is_deferred = defer and self.memory_efficient_init
         with agreement.phase("check") as check:
             check_pretrained_arguments(model_cls, pretrained_model_name_or_path, config_kwargs)
             # transformers takes a dtype for each part of a model as well, where it loads itself.
@@ -302,6 +301,7 @@ class Strategy(ABC):
             efficient=self.memory_efficient_init,
             staging_bytes=default_staging_bytes(self.device_mesh.device_type),
             cpu_storage=self.cpu_storage,
+            route=self.route,
             timeout_seconds=self.timeout_seconds,
         )
         with replaced_parameters_marked(model):

@@ -31,8 +31,8 @@ class NativeFSDPStrategy(Strategy):
         fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
         memory_efficient_init: Shard on meta and give each rank its own rows (True, the default), or shard what every
             rank has loaded (False). None: True, unless `fsdp_config` says otherwise.
-        route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
-            `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
+        route: Who reads what of a model that was loaded with `defer=True`: `"auto"`, `"direct"`, `"replicate"`, `"node"`,
+            `"rank0"` or `"striped"`. See `shardwise.materialize`.
         timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the process
             group's own timeout. After 20 s the ranks that have not arrived are named in the log.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
