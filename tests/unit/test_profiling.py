@@ -595,7 +595,8 @@ def test_load_report_in_words() -> None:
         ranks=(rank_report(shard_bytes=2 << 20), rank_report(rank=1, host_anon_peak_bytes=5 << 20)),
     )
     assert str(report) == (
-        "org/model: native_fsdp, route rank0, 2 ranks, 1.50 s (longest phases: read 1.00, plan 0.50, check 0.25)\n"
+        "org/model: native_fsdp, route rank0 (it was asked for), 2 ranks, 1.50 s (longest phases: read 1.00, plan 0.50, "
+        "check 0.25)\n"
         "worst rank: shard 2.0 MiB, peak of anonymous host memory 5.0 MiB, of device memory 0.0 MiB\n"
         "all ranks: 3.0 MiB read from storage, 0.0 MiB moved between ranks\n"
         "tensors: 3 checkpoint, 1 tied"

@@ -164,7 +164,7 @@ class LoadReport:
         longest = sorted(self.phases.items(), key=lambda item: -item[1])[:_MOST_PHASES]
         return "\n".join(
             (
-                f"{self.model}: {self.strategy}, route {self.route}, {self.world_size} rank{'s' * (self.world_size != 1)}, "
+                f"{self.model}: {self.strategy}, route {self.route} ({self.route_reason}), {self.world_size} rank{'s' * (self.world_size != 1)}, "
                 f"{self.seconds:.2f} s (longest phases: {', '.join(f'{name} {seconds:.2f}' for name, seconds in longest)})",
                 f"worst rank: shard {_mebibytes(worst['shard_bytes'])}, peak of anonymous host memory "
                 f"{_mebibytes(worst['host_anon_peak_bytes'])}, of device memory {_mebibytes(worst['device_peak_bytes'])}",

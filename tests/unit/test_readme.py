@@ -1,0 +1,47 @@
+"""The README names every option with its default, and its examples are Python."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import shardwise as sw
+from shardwise.strategies.base import Strategy
+from shardwise.strategies.fsdp_config import FSDPConfig
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, flags=re.MULTILINE))
+# Left out: the model's class and name, which are no options, and what both strategies do not share.
+NO_ROWS = {"self", "model_cls", "pretrained_model_name_or_path", "config_kwargs", "accelerator", "ddp_config"}
+IN_WORDS = {"sharding_strategy", "backward_prefetch", "cpu_ram_efficient_loading"}
+
+
+def options_of(function: Any) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in NO_ROWS}
+
+
+@pytest.mark.parametrize(
+    "function", [sw.NativeFSDPStrategy.__init__, sw.AccelerateStrategy.__init__, Strategy.load_pretrained]
+)
+def test_every_option_has_a_row_with_its_default(function: Any) -> None:
+    for name, default in options_of(function).items():
+        written = "`True`" if name == "memory_efficient_init" else f"`{default!r}`".replace("'", '"')
+        assert ROWS[name].startswith(written), name
+
+
+def test_every_key_of_fsdp_config_is_named() -> None:
+    for field in fields(FSDPConfig):
+        assert field.name in ROWS or (field.name in IN_WORDS and f"`{field.name}`" in README), field.name
+
+
+def test_the_examples_are_python() -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(examples) >= 6
+    for example in examples:
+        compile(example, "README.md", "exec")
