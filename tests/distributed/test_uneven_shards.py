@@ -119,7 +119,9 @@ def compare_two_axes(path: str, sizes: tuple[int, ...]) -> None:
         assert torch.equal(local_of(got), local_of(expected)), (name, dist.get_rank())
     report = sw.verify_shards(model, path)
     assert report.is_equal, report.summary()
-    if sizes[1] % 2 == 0:  # torch's layers cannot compute with a hidden dim that tensor parallelism cuts unevenly
+    if (
+        sizes[1] % 2 == 0
+    ):  # torch's layers cannot compute with a hidden dim that tensor parallelism cuts unevenly
         before = pointers_of(model)
         logits = model(batch(sizes[0]))
         assert pointers_of(model) == before

@@ -304,7 +304,8 @@ def fill_from_files(
             )
         storage_bytes = sum(each.storage_bytes for each in plans)
         network_bytes = sum(each.network_bytes for each in plans)
-        own = json.dumps([storage_bytes, network_bytes, options.show_progress])
+        whole_tensor_bytes = max((each.whole_tensor_bytes for each in plans), default=0)
+        own = json.dumps([storage_bytes, network_bytes, whole_tensor_bytes, options.show_progress])
         planned = [json.loads(text) for text in agreement.gather("planned", own)]
         kept = {e.fqn for e in entries_of(model, roles=("buffer",)) if not e.tensor.is_meta}
         given = GivenBuffers(options.buffers)
@@ -326,7 +327,7 @@ def fill_from_files(
         agreement,
         own_bytes=storage_bytes,
         job_bytes=sum(of_rank[0] for of_rank in planned),
-        show=planned[0][2],
+        show=planned[0][3],
     )
     with progress, agreement.phase("read"):
         loaded = execute(
@@ -343,6 +344,7 @@ def fill_from_files(
     predicted = {
         "storage_bytes": sum(of_rank[0] for of_rank in planned),
         "network_bytes": sum(of_rank[1] for of_rank in planned),
+        "whole_tensor_bytes": max(of_rank[2] for of_rank in planned),
     }
     origins = dict.fromkeys(initialised, "initialised") | dict.fromkeys(bound, "checkpoint")
     return FilledFromFiles(

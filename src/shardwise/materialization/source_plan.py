@@ -15,6 +15,7 @@ from shardwise.materialization.binding import Bound
 from shardwise.materialization.convert import (
     ConversionStep,
     ConvertedTensor,
+    held_bytes_of,
     plan_conversions,
     source_bytes_of,
 )
@@ -131,6 +132,11 @@ class SourcePlan:
     def network_bytes(self) -> int:
         """Bytes of messages that this rank receives from others."""
         return self.exchange.network_bytes + sum(step.exchange.network_bytes for step in self.steps)
+
+    @property
+    def whole_tensor_bytes(self) -> int:
+        """Most bytes that this rank holds at a time, beside its shards and staging, to convert whole tensors."""
+        return max((held_bytes_of(step, self.source) for step in self.steps), default=0)
 
     @property
     def moves_data(self) -> bool:
