@@ -126,9 +126,9 @@ def materialize(
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
         cpu_storage: `"map"` and `"auto"` let shards in host memory be private pages of the file where it holds them as
-            they are wanted; nothing is read before it is touched then, and truncating the file while the model lives
-            ends the process with SIGBUS, and overwriting it in place changes the values that were not written since.
-            `"copy"` reads everything now.
+            they are wanted; nothing is read before it is touched then. While the model lives, truncating the file ends the
+            process with SIGBUS, and overwriting it in place changes the values that were not written since; replacing it by
+            a rename is safe. `"copy"` reads everything now.
         rename: From names in the model to names in the checkpoint, as a mapping or a function; each tensor is then stored as
             the model has it.
         conversions: How stored tensors become the model's, as transformers' `WeightRenaming` and `WeightConverter` objects; None
