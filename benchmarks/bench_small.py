@@ -2,8 +2,10 @@
 
     python benchmarks/bench_small.py [--tensors 20000] [--large 64] [--ranks 2] [--repeats 3]
 
-Both checkpoints are generated, 1 GB each in bf16, and filled in turn in fresh processes, copied and mapped. The reads are
-the calls of the busiest rank; the model is built and sharded before the clock starts.
+The checkpoints are generated, 1 GB each in bf16, and filled in turn in fresh processes, copied and mapped. Rows that the ranks
+divide can be mapped; of others the last rank's shard needs padding, so that many small tensors of them are exchanged even where
+mapping is allowed. The small ones are taken with both kinds of rows. The reads are the calls of the busiest rank; the model is
+built and sharded before the clock starts.
 """
 
 from __future__ import annotations
@@ -42,9 +44,13 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-small-") as folder:
         kinds = {}
-        for name, count in (("small", options.tensors), ("large", options.large)):
-            rows = _ELEMENTS // _COLUMNS // count
-            directory = Path(folder) / name
+        for name, count, spare in (
+            ("small", options.tensors, 0),
+            ("small, uneven", options.tensors, 1),
+            ("large", options.large, 0),
+        ):
+            rows = _rows(count, ranks=options.ranks, spare=spare)
+            directory = Path(folder) / name.replace(", ", "-")
             directory.mkdir()
             values = {f"w{i}": torch.empty(rows, _COLUMNS, dtype=torch.bfloat16) for i in range(count)}
             save_file(values, directory / "model.safetensors")
@@ -53,13 +59,13 @@ def main() -> None:
         for repeat in range(options.repeats):
             for name, arguments in kinds.items():
                 for cpu_storage in ("copy", "auto"):
-                    key = f"{arguments['count']} tensors, {'copied' if cpu_storage == 'copy' else 'mapped'}"
+                    key = _key(arguments, cpu_storage, ranks=options.ranks)
                     console.print(f"run {repeat + 1} of {options.repeats}: {key}")
                     by_rank = run_ranks(
                         small_workers.measure,
                         {**arguments, "cpu_storage": cpu_storage},
                         ranks=options.ranks,
-                        log_directory=Path(folder) / f"{name}-{cpu_storage}-{repeat}",
+                        log_directory=Path(folder) / f"{name.replace(', ', '-')}-{cpu_storage}-{repeat}",
                         progress=lambda _text: None,
                     )
                     runs.setdefault(key, []).append(
@@ -78,6 +84,25 @@ def main() -> None:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in results[0]["phases"].items())
         console.print(f"{key}: {parts}", soft_wrap=True)
     write_figures(options.json, "small", options, runs=runs)
+
+
+def _rows(count: int, *, ranks: int, spare: int) -> int:
+    """Return how many rows each of `count` tensors has, so that together they have about the asked number of elements.
+
+    Args:
+        count: Of tensors.
+        ranks: That shard the rows.
+        spare: Rows beyond what the ranks divide.
+    """
+    even = _ELEMENTS // _COLUMNS // count // ranks * ranks
+    return max(even, ranks) + spare % ranks
+
+
+def _key(arguments: dict[str, Any], cpu_storage: str, *, ranks: int) -> str:
+    """Return what a run is called: by what happens to its tensors, not by what it asked for."""
+    is_even = arguments["rows"] % ranks == 0
+    how = "copied" if cpu_storage == "copy" else "mapped" if is_even else "mapping allowed, exchanged"
+    return f"{arguments['count']} tensors of {arguments['rows']} rows, {how}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -318,14 +318,23 @@ def test_a_few_small_tensors_between_large_ones_are_read_by_their_owners() -> No
     assert exchanged(wanted, ranks=range(2)) == frozenset()
 
 
-def test_a_gap_above_the_bound_is_skipped() -> None:
-    wanted = wanted_tensors(
-        3, (2, MAX_GAP_BYTES // 2), Shard(0), ranks=2
-    )  # a gap of one row, just at the bound
-    joined = plan_load(wanted, rank=0, max_read_bytes=2**20)
-    assert len(joined.reads) == 1
-    apart = plan_load(wanted, rank=0, max_read_bytes=2**20, max_gap_bytes=MAX_GAP_BYTES - 1)
-    assert [read.nbytes for read in apart.reads] == [MAX_GAP_BYTES] * 3
+def test_a_gap_is_read_along_where_it_is_small_against_what_is_wanted() -> None:
+    fits, too_much = wanted_around_a_gap(rows=25), wanted_around_a_gap(rows=24)
+    assert [read.nbytes for read in plan_load(fits, rank=0, max_read_bytes=2**20).reads] == [51 * 4096]
+    apart = plan_load(fits, rank=0, max_read_bytes=2**20, max_gap_bytes=4095)
+    assert [read.nbytes for read in apart.reads] == [25 * 4096] * 2
+    assert [read.nbytes for read in plan_load(too_much, rank=0, max_read_bytes=2**20).reads] == [
+        24 * 4096
+    ] * 2
+
+
+def wanted_around_a_gap(*, rows: int) -> list[WantedTensor]:
+    """Two tensors of some pages, and one page between them that belongs to nobody."""
+    assert MAX_GAP_BYTES == 4096
+    first, second = wanted_tensors(2, (rows, 2048), Shard(0), ranks=1)
+    (piece,) = second.pieces
+    moved = replace(piece.stored, start=piece.stored.start + 4096, stop=piece.stored.stop + 4096)
+    return [first, replace(second, pieces=(replace(piece, stored=moved),))]
 
 
 def test_a_short_shard_is_copied_because_it_needs_padding() -> None:

@@ -37,7 +37,8 @@ class BounceBuffers:
         """Return this thread's buffer."""
         buffer: mmap.mmap | None = getattr(self._of_thread, "buffer", None)
         if buffer is None:
-            buffer = self._of_thread.buffer = mmap.mmap(-1, self.nbytes)
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared pages are in no count of this process
+            buffer = self._of_thread.buffer = mmap.mmap(-1, self.nbytes, flags=private)
         return memoryview(buffer)
 
 

@@ -27,7 +27,10 @@ def verify_command(
     json_file: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Load MODEL on several ranks, each its own bytes, and compare every tensor by value with a checkpoint."""
+    """Load MODEL on several ranks, each its own bytes, and compare every tensor by value with a checkpoint.
+
+    Leaves with status 0 if all are equal, 1 if a shard differs or the comparison failed, 2 for wrong options.
+    """
     with errors_reported(debug=debug):
         from shardwise.compare.launch import run_ranks
         from shardwise.compare.verify_worker import verify_model

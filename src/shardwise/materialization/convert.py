@@ -6,6 +6,8 @@ ranks exchange the results; so a rank holds the sources and results of one group
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -141,6 +143,7 @@ def convert(
         Exchange(
             step.exchange, source=StateDictSource(results), targets=place, plane=plane, done=lambda _: None
         ).run()
+        del results  # else they would live on while the next step reads its sources
 
 
 def source_bytes_of(whole: WholeGroup, source: Source) -> int:
@@ -148,26 +151,53 @@ def source_bytes_of(whole: WholeGroup, source: Source) -> int:
     return sum(source.tensors[name].nbytes for name in whole.group.source_names)
 
 
+def held_bytes_of(step: ConversionStep, source: Source) -> int:
+    """Return the most bytes that a step holds at a time: its sources, as the conversion takes them, and its results.
+
+    What an operation keeps for itself while it runs is not known here.
+    """
+    if step.whole is None:
+        return 0
+    dtype = _source_dtype(step)
+    sources = sum(
+        math.prod(source.tensors[name].shape) * _taken_as(source.tensors[name], dtype).itemsize
+        for name in step.whole.group.source_names
+    )
+    return sources + sum(each.stored.nbytes for each in step.results)
+
+
+def _source_dtype(step: ConversionStep) -> torch.dtype:
+    """Return the dtype in which a conversion takes floating point sources: that of its first result."""
+    target = step.whole.group.target if step.whole is not None else None
+    return next((t for t in step.results if t.name == target), step.results[0]).dtype
+
+
+def _taken_as(stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
+    is_plain = stored.dtype.is_floating_point and stored.dtype.itemsize > 1
+    return dtype if is_plain else stored.dtype
+
+
 def _results(step: ConversionStep, source: Source, done: Callable[[int], None]) -> dict[str, torch.Tensor]:
     whole = step.whole
     if whole is None or whole.group.convert is None:
         return {}
-    first = next((t for t in step.results if t.name == whole.group.target), step.results[0])
+    dtype = _source_dtype(step)
     tensors = {
-        pattern: [_read_whole(source, name, first.dtype, done) for name in names]
+        pattern: [_read_whole(source, name, dtype, done) for name in names]
         for pattern, names in whole.group.sources.items()
     }
     try:
         with torch.no_grad():
-            made = whole.group.convert(tensors)
+            made = dict(whole.group.convert(tensors))
     except Exception as error:
         raise CheckpointError(
             f"{whole.group.target}: the conversion {whole.group.operations} failed: {type(error).__name__}: {error}. If transformers "
             "itself loads this checkpoint, use load_pretrained(defer=False)."
         ) from error
+    del tensors  # what the results do not refer to makes room for their copies
     results = {}
     for tensor in step.results:
-        value = made.get(tensor.name)
+        value = made.pop(tensor.name, None)
         expected = whole.shapes[tensor.name]
         if value is None or tuple(value.shape) != expected:
             got = "none" if value is None else f"{tuple(value.shape)}"
@@ -180,9 +210,11 @@ def _results(step: ConversionStep, source: Source, done: Callable[[int], None]) 
 
 def _read_whole(source: Source, name: str, dtype: torch.dtype, done: Callable[[int], None]) -> torch.Tensor:
     stored = source.tensors[name]
-    tensor = torch.empty(stored.shape, dtype=stored.dtype)
-    if stored.nbytes:
-        source.read_into(stored.file, stored.start, as_memory(tensor))
+    if not stored.nbytes:
+        return torch.empty(stored.shape, dtype=_taken_as(stored, dtype))
+    # Pages that go back to the system at once: malloc would keep some of them, and the next group's would come on top.
+    pages = mmap.mmap(-1, stored.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(pages, dtype=stored.dtype).view(stored.shape)
+    source.read_into(stored.file, stored.start, as_memory(tensor))
     done(stored.nbytes)
-    floating = stored.dtype.is_floating_point and stored.dtype.itemsize > 1
-    return tensor.to(dtype) if floating else tensor
+    return tensor.to(_taken_as(stored, dtype))

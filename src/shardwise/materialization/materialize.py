@@ -138,9 +138,9 @@ def materialize(
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
         cpu_storage: `"map"` and `"auto"` let shards in host memory be private pages of the file where it holds them as
-            they are wanted; nothing is read before it is touched then, and truncating the file while the model lives
-            ends the process with SIGBUS, and overwriting it in place changes the values that were not written since.
-            `"copy"` reads everything now.
+            they are wanted; nothing is read before it is touched then. While the model lives, truncating the file ends the
+            process with SIGBUS, and overwriting it in place changes the values that were not written since; replacing it by
+            a rename is safe. `"copy"` reads everything now.
         rename: From names in the model to names in the checkpoint, as a mapping or a function; each tensor is then stored as
             the model has it.
         conversions: How stored tensors become the model's, as transformers' `WeightRenaming` and `WeightConverter` objects; None
@@ -321,8 +321,14 @@ def fill_from_files(
         storage_bytes = sum(each.storage_bytes for each in plans)
         network_bytes = sum(each.network_bytes for each in plans)
         moved_bytes = sum(each.moved_bytes for each in plans)
-        own = json.dumps([storage_bytes, network_bytes, moved_bytes, options.show_progress])
-        planned = [json.loads(text) for text in agreement.gather("planned", own)]
+        own = {
+            "storage": storage_bytes,
+            "network": network_bytes,
+            "whole tensors": max((each.whole_tensor_bytes for each in plans), default=0),
+            "moved": moved_bytes,
+            "shown": options.show_progress,
+        }
+        planned = [json.loads(text) for text in agreement.gather("planned", json.dumps(own))]
         kept = {e.fqn for e in entries_of(model, roles=("buffer",)) if not e.tensor.is_meta}
         given = GivenBuffers(options.buffers)
         with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
@@ -347,8 +353,8 @@ def fill_from_files(
     progress = JobProgress(
         agreement,
         own_bytes=moved_bytes,
-        job_bytes=sum(of_rank[2] for of_rank in planned),
-        show=planned[0][3],
+        job_bytes=sum(of_rank["moved"] for of_rank in planned),
+        show=planned[0]["shown"],
     )
     with progress, agreement.phase("read"):
         loaded = execute(
@@ -362,8 +368,9 @@ def fill_from_files(
         del targets
         refuse_meta(model)
     predicted = {
-        "storage_bytes": sum(of_rank[0] for of_rank in planned),
-        "network_bytes": sum(of_rank[1] for of_rank in planned),
+        "storage_bytes": sum(of_rank["storage"] for of_rank in planned),
+        "network_bytes": sum(of_rank["network"] for of_rank in planned),
+        "whole_tensor_bytes": max(of_rank["whole tensors"] for of_rank in planned),
     }
     origins = dict.fromkeys(initialised, "initialised") | dict.fromkeys(bound, "checkpoint")
     return FilledFromFiles(

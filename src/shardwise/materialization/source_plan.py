@@ -15,6 +15,7 @@ from shardwise.materialization.binding import Bound
 from shardwise.materialization.convert import (
     ConversionStep,
     ConvertedTensor,
+    held_bytes_of,
     plan_conversions,
     source_bytes_of,
 )
@@ -156,6 +157,11 @@ class SourcePlan:
         if self.steps:
             exchanging.append(self.converters)
         return tuple(dict.fromkeys(group for group in exchanging if len(group) > 1))
+
+    @property
+    def whole_tensor_bytes(self) -> int:
+        """Most bytes that this rank holds at a time, beside its shards and staging, to convert whole tensors."""
+        return max((held_bytes_of(step, self.source) for step in self.steps), default=0)
 
 
 def wanted_of(

@@ -23,12 +23,12 @@ def exchanged(wanted: Sequence[WantedTensor], *, ranks: Sequence[int]) -> frozen
         ranks: Global ranks that take part.
 
     Returns:
-        The same on every rank.
+        The same on every rank. One rank reads so what would be read several times, as the interleaved halves of one tensor.
     """
-    if len(ranks) == 1:
-        return frozenset()
     judge = _Judge(ranks)
     chosen = {index for index, tensor in enumerate(wanted) if judge.is_wasteful(tensor)}
+    if len(ranks) == 1:  # small tensors of one rank lie side by side, and become few reads anyway
+        return frozenset(chosen)
     small: list[int] = []
     runs = 0
     # A tensor of several pieces stands where its first one does: those of one layer lie near each other.

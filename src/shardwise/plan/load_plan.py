@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import Piece
 from shardwise.errors import ConfigurationError
+from shardwise.plan.chosen import MAX_WASTE
 from shardwise.plan.wanted import Mapped, WantedTensor
 
 MAX_GAP_BYTES = 4096
@@ -38,6 +39,11 @@ class Fragment:
     start: int
     stop: int
     piece: Piece
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of its elements."""
+        return self.piece.numel * self.stored.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,31 +147,34 @@ def plan_load(
 def coalesce(
     fragments: Sequence[tuple[str, Fragment]], *, max_read_bytes: int, max_gap_bytes: int
 ) -> Iterator[Read]:
-    """Join fragments that lie close together in one file.
+    """Join fragments that lie close together in one file, as long as little is read that nobody wants.
 
     Args:
         fragments: With their file, in any order.
         max_read_bytes: Largest read, in bytes.
-        max_gap_bytes: Largest number of unwanted bytes between two fragments of one read.
+        max_gap_bytes: Largest number of unwanted bytes between two fragments of one read; all of them together are at most
+            what `MAX_WASTE` allows.
 
     Yields:
         Reads in file order.
     """
     pending: list[Fragment] = []
-    file, start, stop = "", 0, 0
+    file, start, stop, needed = "", 0, 0, 0  # bytes
     for name, fragment in sorted(fragments, key=lambda item: (item[0], item[1].start, item[1].stop)):
         joins = (
             bool(pending)
             and name == file
             and fragment.start - stop <= max_gap_bytes
-            and max(stop, fragment.stop) - start <= max_read_bytes
+            and max(stop, fragment.stop) - start
+            <= min(max_read_bytes, MAX_WASTE * (needed + fragment.needed_bytes))
             and min(stop - start, fragment.stop - fragment.start) < LARGE_FRAGMENT_BYTES
         )
         if not joins:
             if pending:
                 yield Read(file=file, start=start, stop=stop, fragments=tuple(pending))
-            pending, file, start, stop = [], name, fragment.start, fragment.start
+            pending, file, start, stop, needed = [], name, fragment.start, fragment.start, 0
         pending.append(fragment)
+        needed += fragment.needed_bytes
         stop = max(stop, fragment.stop)
     if pending:
         yield Read(file=file, start=start, stop=stop, fragments=tuple(pending))

@@ -87,7 +87,9 @@ class LoadReport:
         phases: Wall-clock seconds by phase name.
         storage_bytes: Bytes requested from storage, by all ranks together.
         network_bytes: Bytes moved between ranks, by all ranks together.
-        predicted: What the plan had said, under the names of these fields; empty where there was no plan.
+        predicted: What the plan had said, under the names of these fields; empty where there was no plan. `whole_tensor_bytes` is
+            the most that one rank holds at a time, beside shard and staging, to make what `converted` names: sources and results
+            of one conversion.
         tensors: Number of tensors by origin.
         origins: Origin of each tensor, by name.
         converted: Names of the tensors that a conversion made which had to see whole stored tensors: one rank held those.

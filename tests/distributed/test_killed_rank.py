@@ -1,0 +1,98 @@
+"""A rank that is killed in the middle of `materialize`: who is named, by the ranks that are left and by the launcher."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import shardwise as sw
+from shardwise.checkpoint import SafetensorsSource
+from shardwise.compare.launch import run_ranks
+from shardwise.errors import CommandError, RankError, RankTimeoutError
+from shardwise.testing import RankPool
+
+pytestmark = pytest.mark.distributed
+
+SMALL = 70  # tensors, enough of them to be exchanged
+TIMEOUT_SECONDS = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _collect_launchers() -> Iterator[None]:
+    """Let go of each launcher here: torch's keep-alive timer fails when its own thread is the one that collects it."""
+    yield
+    gc.collect()
+
+
+def write(directory: Path, *, exchanged: bool) -> str:
+    tensors = {f"{i}.weight": torch.ones(6, 64) for i in range(SMALL)} if exchanged else {}
+    save_file(tensors or {"0.weight": torch.ones(6, 64)}, directory / "model.safetensors")
+    return str(directory)
+
+
+def die_while_reading(directory: str, count: int) -> None:
+    """Rank 1 is killed when it reads; the others wait for it at the end of the phase, or for its data."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(64, 6, bias=False) for _ in range(count)))
+    fully_shard(model)
+    original = SafetensorsSource.read_into
+
+    def killed(self: SafetensorsSource, file: str, offset: int, into: memoryview) -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, file, offset, into)
+
+    SafetensorsSource.read_into = killed  # type: ignore[method-assign]
+    try:
+        sw.materialize(model, directory, cpu_storage="copy", staging_bytes=64 * 1024, timeout=TIMEOUT_SECONDS)
+    finally:
+        SafetensorsSource.read_into = original  # type: ignore[method-assign]
+
+
+def test_the_ranks_that_are_left_name_it_at_the_timeout(pool: RankPool, tmp_path: Path) -> None:
+    directory = write(tmp_path, exchanged=False)
+    errors = pool.run_to_errors(die_while_reading, directory, 1, ranks=3, timeout_seconds=60)
+    assert "rank 1 ended with exit code -9" in str(errors[1])
+    for rank in (0, 2):
+        # The first of the two to give up tells the other.
+        assert isinstance(errors[rank], (RankTimeoutError, sw.PeerError))
+        assert "phase 'read'" in str(errors[rank])
+        assert "ranks that did not arrive: 1 of 3" in str(errors[rank])
+
+
+def test_a_rank_that_waits_for_its_data_says_that_a_rank_has_ended(pool: RankPool, tmp_path: Path) -> None:
+    directory = write(tmp_path, exchanged=True)
+    first, second = pool.run_to_errors(die_while_reading, directory, SMALL, ranks=2, timeout_seconds=60)
+    assert "rank 1 ended with exit code -9" in str(second)
+    assert isinstance(first, RankError)
+    assert "A rank has ended or lost its connection" in str(first)
+    assert "the kernel's out-of-memory killer" in str(first)
+
+
+def die_under_a_launcher(arguments: Mapping[str, Any]) -> None:
+    dist.init_process_group("gloo")
+    die_while_reading(arguments["directory"], arguments["count"])
+
+
+@pytest.mark.parametrize("exchanged", [False, True], ids=["waiting for a phase", "waiting for data"])
+def test_the_launcher_names_it_and_not_a_rank_that_was_left(tmp_path: Path, exchanged: bool) -> None:
+    arguments = {"directory": write(tmp_path, exchanged=exchanged), "count": SMALL if exchanged else 1}
+    with pytest.raises(CommandError, match=r"rank 1 of 2 failed first: it was ended by SIGKILL\."):
+        run_ranks(
+            die_under_a_launcher,
+            arguments,
+            ranks=2,
+            log_directory=tmp_path / "logs",
+            progress=lambda message: None,
+        )
