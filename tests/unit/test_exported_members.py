@@ -12,6 +12,7 @@ from shardwise import errors
 PUBLIC = [
     "AccelerateStrategy",
     "AlreadyWrappedError",
+    "CallOrderError",
     "ChangedFileError",
     "CheckpointError",
     "CommandError",
@@ -32,6 +33,7 @@ PUBLIC = [
     "RankTimeoutError",
     "ShapeMismatchError",
     "ShardwiseError",
+    "TransformersModel",
     "UnsupportedFormatError",
     "UnsupportedParameterError",
     "UnsupportedVersionError",

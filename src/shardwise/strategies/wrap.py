@@ -162,16 +162,8 @@ def wrap(
             if options.efficient:
                 cost = _shard_and_fill(model, units, options, deferred, agreement, device)
             else:
+                cost = _fill_whole(model, options, deferred, agreement)
                 _shard_values(model, agreement, shard or (lambda: _fully_shard(model, units, options)))
-                nothing = {"storage_bytes": 0, "network_bytes": 0}
-                cost = Cost(
-                    route="none",
-                    storage_bytes=0,
-                    network_bytes=0,
-                    predicted=nothing,
-                    origins={},
-                    converted=(),
-                )
         with agreement.phase("finish"):
             own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
             known: dict[str, str] = json.loads(agreement.publish("origins", own))
@@ -273,16 +265,31 @@ def _shard_and_fill(
     if held is None:
         return cost
     del source
-    with ExitStack() as stack:
-        for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
-            stack.callback(source_of_files.close)
-        read = _read_deferred(model, options, deferred, held, agreement, device)
+    read = _read_deferred(model, options, deferred, held, agreement, device)
     moved = cost.predicted.get("network_bytes", 0)
     return Cost(
         route=cost.route,
         storage_bytes=read.loaded.storage_bytes,
         network_bytes=cost.network_bytes + read.loaded.network_bytes,
         predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + moved},
+        origins=read.origins,
+        converted=read.converted,
+    )
+
+
+def _fill_whole(model: nn.Module, options: WrapOptions, deferred: Deferred, agreement: Agreement) -> Cost:
+    """Give every rank the whole values of what is still on meta: new models, and adapters."""
+    if not deferred.bound and not deferred.absent:
+        nothing = {"storage_bytes": 0, "network_bytes": 0}
+        return Cost(
+            route="none", storage_bytes=0, network_bytes=0, predicted=nothing, origins={}, converted=()
+        )
+    read = _read_deferred(model, options, deferred, frozenset(), agreement, torch.device("cpu"))
+    return Cost(
+        route="none",
+        storage_bytes=read.loaded.storage_bytes,
+        network_bytes=read.loaded.network_bytes,
+        predicted=read.predicted,
         origins=read.origins,
         converted=read.converted,
     )
@@ -296,20 +303,23 @@ def _read_deferred(
     agreement: Agreement,
     device: torch.device,
 ) -> FilledFromFiles:
-    return fill_from_files(
-        model,
-        {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
-        deferred.absent - held,
-        FillOptions(
-            device=device,
-            staging_bytes=options.staging_bytes,
-            cpu_storage=options.cpu_storage,
-            dtype=None,
-            buffers=None,
-            show_progress=shown_by_default(),
-        ),
-        agreement=agreement,
-    )
+    with ExitStack() as stack:
+        for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
+            stack.callback(source_of_files.close)
+        return fill_from_files(
+            model,
+            {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
+            deferred.absent - held,
+            FillOptions(
+                device=device,
+                staging_bytes=options.staging_bytes,
+                cpu_storage=options.cpu_storage,
+                dtype=None,
+                buffers=None,
+                show_progress=shown_by_default(),
+            ),
+            agreement=agreement,
+        )
 
 
 def _held_by_source(
