@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import shardwise as sw
@@ -216,6 +217,33 @@ def compare_checkpointing(directory: str, name: str) -> None:
     assert len(saved) == 2
 
 
+@by_efficient
+def test_class_and_config_may_be_given(pool: RankPool, checkpoint: Checkpoint, efficient: bool) -> None:
+    pool.run(give_class_and_config, checkpoint("qwen3_untied"), efficient, ranks=2)
+
+
+def give_class_and_config(directory: str, efficient: bool) -> None:
+    from transformers import AutoConfig, Qwen3Model
+
+    config = AutoConfig.from_pretrained(directory)
+    config.use_cache = False
+    for given in (config, directory):
+        model = facade(
+            directory,
+            "native_fsdp",
+            model_cls="Qwen3ForCausalLM",
+            config=given,
+            memory_efficient_init=efficient,
+        )
+        assert model.model.config.use_cache is (given is directory)
+        assert mean_of_ranks(model.forward(own(batch(0))).loss) > 0
+    inner = facade(directory, "native_fsdp", model_cls=Qwen3Model, memory_efficient_init=efficient)
+    outputs = inner.forward(input_ids=batch(0))
+    with pytest.raises(sw.CallOrderError, match="its outputs have no loss"):
+        inner.backward()
+    inner.backward(outputs.last_hidden_state.square().mean())
+
+
 # --- the optimizer's groups ---
 
 
@@ -302,6 +330,16 @@ def step_late(directory: str, name: str) -> None:
     model.zero_grad(gradient_accumulation_steps=3)  # two of three: they are kept
     torch.testing.assert_close(model.clip_grad_norm(1e9, gradient_accumulation_steps=2), alone)
     model.zero_grad(gradient_accumulation_steps=1)
+    model.forward_backward(own(batch(1)))
+    model.step()
+    model.forward(own(batch(0)))  # the head stays gathered, and the shards still have the step's gradients
+    model.zero_grad()
+    model.backward()
+    norm = model.clip_grad_norm(1e9)
+    model.zero_grad()
+    model.forward_backward(own(batch(0)))
+    torch.testing.assert_close(norm, model.clip_grad_norm(1e9))
+    model.zero_grad()
     with pytest.raises(sw.CallOrderError, match="no backward was run"):
         model.step()
 
@@ -330,9 +368,13 @@ def save_halfway(directory: str, saved: str, name: str) -> list[float]:
 
 
 def go_on(directory: str, saved: str, name: str) -> list[float]:
-    other = "native_fsdp" if name == "accelerate" else "accelerate"
-    model = with_optimizer(facade(directory, other if dist.get_world_size() == 4 else name))
+    mesh = None
+    if dist.get_world_size() == 4:  # the other strategy, and two replicas of two shards
+        name = "native_fsdp" if name == "accelerate" else "accelerate"
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    model = with_optimizer(facade(directory, name, device_mesh=mesh))
     model.load(saved)
+    assert model.is_wrapped
     assert model.global_step == 2
     return train(model, range(2, 5))
 
@@ -480,7 +522,13 @@ def train_adapter(directory: str, name: str, efficient: bool) -> list[float]:
     from peft import LoraConfig
 
     torch.manual_seed(11 + dist.get_rank())
-    model = facade(directory, name, memory_efficient_init=efficient)
+    # On one rank with gradient checkpointing, so that the losses say that it changes nothing.
+    model = facade(
+        directory,
+        name,
+        memory_efficient_init=efficient,
+        gradient_checkpointing=dist.get_world_size() == 1,
+    )
     with quiet_peft():
         model.add_adapter_to_model("mine", LoraConfig(target_modules=["q_proj", "v_proj"], r=3))
     assert not model.is_wrapped
@@ -591,7 +639,8 @@ def call_out_of_order(directory: str, saved: str, name: str) -> None:
     for call, first in (
         (lambda: model.add_adapter_to_model("late", adapter), "Add it before the first forward"),
         (lambda: model.set_optimizer("SGD", lr=0.1), "Set it before the first forward"),
-        (lambda: model.save(saved), "Save after step"),
+        (lambda: model.save(saved), "Call save after step"),
+        (lambda: model.load(saved), "Call load after step"),
         (model.backward, "no forward was run since the last backward"),
     ):
         with pytest.raises(sw.CallOrderError, match=first):

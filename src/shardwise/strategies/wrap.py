@@ -242,7 +242,8 @@ def _shard_and_fill(
             source = take_values(model, keep=agreement.rank == source_rank)
         with phase("fully_shard"):
             _fully_shard(model, units, options)
-    cost = Cost(route="direct", storage_bytes=0, network_bytes=0, predicted={}, origins={}, converted=())
+    route = "direct" if deferred.bound else "none"  # a new model's values come from nowhere
+    cost = Cost(route=route, storage_bytes=0, network_bytes=0, predicted={}, origins={}, converted=())
     if held is None or held:
         filled = fill_from_source(
             model,

@@ -267,7 +267,7 @@ class TransformersModel(Stepping):
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write model, optimizer, scheduler, random numbers and step, each rank its shards, to go on from there.
 
-        All ranks call this together. The directory appears under its name when it is complete; it is for `load`, not for
+        Frozen parameters are written too. All ranks call this together. The directory appears under its name when it is complete; it is for `load`, not for
         `from_pretrained`.
 
         Args:
@@ -282,12 +282,10 @@ class TransformersModel(Stepping):
                 "save: expected a wrapped model, got one before its first forward: there is nothing to save that the "
                 "checkpoint does not hold."
             )
-        if self._accumulation.passes:
-            raise CallOrderError(
-                f"save: expected no gradients that wait for a step, got those of {self._accumulation.passes} backward passes, "
-                "which would be lost. Save after step or clip_grad_and_step."
-            )
-        save_training(self._training(), Path(directory), step=self.global_step, agreement=self._agree("save"))
+        self._refuse_waiting_gradients("save")
+        save_training(
+            self._training(), Path(directory).absolute(), step=self.global_step, agreement=self._agree("save")
+        )
 
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote, on the same number of ranks or another; wraps the model if no forward has.
@@ -299,12 +297,15 @@ class TransformersModel(Stepping):
             directory: On a file system that all ranks share.
 
         Raises:
+            CallOrderError: Between the backward passes of a step.
             CheckpointError: It is damaged, or not the state of this training.
         """
+        self._refuse_waiting_gradients("load")
         self._wrap()
-        self.global_step = load_training(self._training(), Path(directory), agreement=self._agree("load"))
-        self.model.zero_grad(set_to_none=True)
-        self._accumulation.restart()
+        self.global_step = load_training(
+            self._training(), Path(directory).absolute(), agreement=self._agree("load")
+        )
+        self._drop_gradients()
         self._loss, self._has_stepped = None, False
 
     # --- alongside ---
@@ -334,6 +335,13 @@ class TransformersModel(Stepping):
         else:
             self.model, self.optimizer = self.strategy.wrap_model(self.model, self._torch_optimizer)
         self._is_wrapped = True
+
+    def _refuse_waiting_gradients(self, call: str) -> None:
+        if self._accumulation.passes:
+            raise CallOrderError(
+                f"{call}: expected no gradients that wait for a step, got those of {self._accumulation.passes} backward passes, "
+                f"which would be lost. Call {call} after step or clip_grad_and_step."
+            )
 
     def _training(self) -> Training:
         reshard(self.model)

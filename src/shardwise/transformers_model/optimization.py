@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from shardwise.errors import ConfigurationError, OptimizerError
 
@@ -81,8 +81,18 @@ def make_scheduler(
             `scheduler_specific_kwargs`.
 
     Raises:
-        ConfigurationError: No scheduler has that name.
+        ConfigurationError: No scheduler has that name, or it steps by a metric.
     """
+    made = _scheduler(optimizer, scheduler_cls, arguments)
+    if isinstance(made, ReduceLROnPlateau):
+        raise ConfigurationError(
+            "set_lr_scheduler: ReduceLROnPlateau steps by a metric, which clip_grad_and_step does not have. Make it on "
+            "model.optimizer and step it yourself."
+        )
+    return made
+
+
+def _scheduler(optimizer: Optimizer, scheduler_cls: Any, arguments: Mapping[str, Any]) -> Any:
     if not isinstance(scheduler_cls, str):
         return scheduler_cls(optimizer, **arguments)
     from transformers import SchedulerType, get_scheduler
@@ -90,10 +100,7 @@ def make_scheduler(
     known = [str(kind.value) for kind in SchedulerType]
     if scheduler_cls in known:
         return get_scheduler(scheduler_cls, optimizer, **arguments)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    make = _named(
-        scheduler_cls, torch.optim.lr_scheduler, (LRScheduler, plateau), what="scheduler_cls", known=known
-    )
+    make = _named(scheduler_cls, torch.optim.lr_scheduler, LRScheduler, what="scheduler_cls", known=known)
     return make(optimizer, **arguments)  # type: ignore[misc]
 
 

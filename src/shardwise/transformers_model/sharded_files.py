@@ -118,7 +118,7 @@ class _Reader(filesystem.FileSystemReader):
             )
         for stored in read.storage_data.values():
             name = stored.relative_path
-            if not isinstance(name, str) or PurePath(name).name != name:
+            if not isinstance(name, str) or PurePath(name).name != name or name in ("", ".."):
                 raise DamagedFileError(f"{path}: expected names of files beside it, got {name!r}")
         if read.storage_meta is None:
             read.storage_meta = metadata.StorageMeta()

@@ -26,6 +26,7 @@ class Stepping(ABC):
     _accumulation: Accumulation
     _engine: Engine
     _device: torch.device
+    _torch_optimizer: Optimizer | None
     _loss: torch.Tensor | None
     _has_stepped: bool
 
@@ -140,11 +141,14 @@ class Stepping(ABC):
         return self._has_stepped
 
     def zero_grad(self, gradient_accumulation_steps: int | None = None) -> None:
-        """Drop gradients; nothing while they are gathered for a step. With 1 for the number they go in any case."""
+        """Drop gradients; nothing while they add up to a step.
+
+        Args:
+            gradient_accumulation_steps: In place of the number that the model was made with; 1 drops what is there.
+        """
         accumulation = self._accumulation
         if accumulation.passes == 0 or accumulation.is_complete(gradient_accumulation_steps):
-            self.model.zero_grad(set_to_none=True)
-            accumulation.restart()
+            self._drop_gradients()
 
     def lr_step(self) -> None:
         """Advance the scheduler, once for each optimizer step that was really taken; else nothing.
@@ -199,6 +203,14 @@ class Stepping(ABC):
             )
         reshard(self.model)  # after a forward without a backward: gradients are those of the shards
         return self.optimizer
+
+    def _drop_gradients(self) -> None:
+        if (
+            self._torch_optimizer is not None
+        ):  # its shards, also where a forward has put gathered parameters in their place
+            self._torch_optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        self._accumulation.restart()
 
     def _on_device(self, inputs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
         together = {**(inputs or {}), **more}
