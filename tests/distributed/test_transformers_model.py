@@ -144,6 +144,8 @@ def wrap_lazily(directory: str, name: str, efficient: bool | None) -> None:
     on_meta = {p.is_meta for p in before.parameters()}
     assert on_meta == {efficient is not False}  # nothing was read, or everything on every rank
     assert (wrapped, model.is_wrapped, model.last_report) == ([], False, None)
+    modes = []
+    before.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     model.forward_only(own(batch(0)))
     assert wrapped == [(before, optimizer)]
     assert model.is_wrapped
@@ -152,6 +154,7 @@ def wrap_lazily(directory: str, name: str, efficient: bool | None) -> None:
     assert torch_optimizer(model.optimizer) is optimizer
     assert model.model.training  # forward_only leaves the mode
     model.forward(own(batch(0)))
+    assert modes == [False, True]
     assert len(wrapped) == 1
 
 
@@ -194,6 +197,25 @@ def compare_training(directory: str, name: str, efficient: bool) -> None:
     got = gathered(model.model)
     for fqn, parameter in reference.named_parameters():
         torch.testing.assert_close(got[fqn], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+@by_strategy
+def test_float32_shards_compute_in_bf16(pool: RankPool, checkpoint: Checkpoint, strategy: str) -> None:
+    pool.run(train_in_bf16, checkpoint("qwen3_tied"), strategy, ranks=2)
+
+
+def train_in_bf16(directory: str, name: str) -> None:
+    model = with_optimizer(facade(directory, name, mixed_precision="bf16"))
+    outputs = model.forward_only(own(batch(0)))
+    assert outputs.logits.dtype == torch.bfloat16
+    assert model.last_report.dtypes == {
+        "stored": "float32",
+        "compute": "bfloat16",
+        "reduce": "float32",
+        "optimizer": "float32",
+    }
+    losses = train(model, range(5))
+    assert losses[4] < losses[0] - 0.05
 
 
 @by_strategy
@@ -338,6 +360,7 @@ def step_late(directory: str, name: str) -> None:
     norm = model.clip_grad_norm(1e9)
     model.zero_grad()
     model.forward_backward(own(batch(0)))
+    model.forward(own(batch(1)))  # without a backward: the gradients are the shards' all the same
     torch.testing.assert_close(norm, model.clip_grad_norm(1e9))
     model.zero_grad()
     with pytest.raises(sw.CallOrderError, match="no backward was run"):
@@ -362,6 +385,7 @@ def test_a_saved_training_goes_on_on_any_number_of_ranks(
 def save_halfway(directory: str, saved: str, name: str) -> list[float]:
     model = with_optimizer(facade(directory, name))
     train(model, range(2))
+    model.forward(own(batch(0)))  # the head stays gathered
     model.save(saved)
     torch.rand(3)
     return train(model, range(2, 5))
@@ -629,8 +653,10 @@ def call_out_of_order(directory: str, saved: str, name: str) -> None:
     model.set_optimizer("SGD", lr=0.1)
     with pytest.raises(sw.CallOrderError, match="Add adapters before set_optimizer"):
         model.add_adapter_to_model("late", adapter)
-    model.set_optimizer(lr=0.1)  # in place of the first
+    model.set_lr_scheduler("constant")
+    model.set_optimizer(lr=0.1)  # in place of the first, and of its scheduler
     assert type(model.optimizer).__name__ == "AdamW"
+    assert model.lr_scheduler is None
     for call in (model.step, model.clip_grad_and_step, model.clip_grad_norm):
         with pytest.raises(sw.CallOrderError, match="no backward was run since the last step"):
             call()
@@ -656,7 +682,7 @@ def test_an_optimizer_may_come_after_the_first_forward(
 
 def optimizer_after_forward(directory: str, name: str) -> None:
     model = facade(directory, name)
-    model.forward_only(own(batch(0)))
+    model.forward(own(batch(0)))  # the head stays gathered
     with_optimizer(model)
     reference = from_checkpoint(directory, dtype=torch.float32)
     close(train(model, range(3)), plain_losses(reference, range(3)))
