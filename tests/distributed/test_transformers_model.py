@@ -526,6 +526,24 @@ def change_config() -> None:
         facade(None, "native_fsdp")
 
 
+def test_ranks_that_build_different_models_are_told(pool: RankPool) -> None:
+    pool.run(build_differently, ranks=2)
+
+
+def build_differently() -> None:
+    config = causal_model("qwen3_tied").config
+    with pytest.raises(sw.RankMismatchError, match="Pass the same class, config and dtype on every rank"):
+        facade(None, "native_fsdp", config=config, num_hidden_layers=1 + dist.get_rank())
+    for arguments, message in (
+        ({"config": {"hidden_size": 8}}, "from_config: expected a config of transformers, got dict"),
+        ({"config": config, "model_cls": nn.Linear}, "from_config: expected a transformers model or auto"),
+        ({"config": config, "model_cls": "Qwen33"}, "model_cls: expected a class, or the name of one in"),
+        ({"config": config, "device_map": "cpu"}, "Leave device_map out"),
+    ):
+        with pytest.raises(sw.ConfigurationError, match=message):
+            facade(None, "native_fsdp", **arguments)
+
+
 # --- adapters ---
 
 
@@ -593,6 +611,39 @@ def use_adapter(directory: str, adapter: str, name: str, efficient: bool) -> lis
     with quiet_peft():
         model.add_adapter_to_model("mine", adapter)
     return [mean_of_ranks(model.forward_only(own(batch(0))).loss)]
+
+
+def test_an_adapter_s_training_goes_on(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    directory, saved = checkpoint("qwen3_tied"), str(tmp_path / "saved")
+    expected = pool.run(save_adapter_halfway, directory, saved, ranks=2)[0]
+    close(pool.run(go_on_with_adapter, directory, saved, ranks=1)[0], expected)
+
+
+def with_adapter(directory: str) -> sw.TransformersModel:
+    """Return a model with an adapter beside a tied embedding, and a trainable copy of a norm."""
+    from peft import LoraConfig
+
+    model = facade(directory, "accelerate")
+    config = LoraConfig(target_modules=["q_proj"], r=3, modules_to_save=["norm"])
+    with quiet_peft():
+        model.add_adapter_to_model("mine", config)
+    return with_optimizer(model)
+
+
+def save_adapter_halfway(directory: str, saved: str) -> list[float]:
+    torch.manual_seed(1)
+    model = with_adapter(directory)
+    train(model, range(2))
+    model.save(saved)
+    return train(model, range(2, 5))
+
+
+def go_on_with_adapter(directory: str, saved: str) -> list[float]:
+    torch.manual_seed(2)  # what it starts from does not count
+    model = with_adapter(directory)
+    model.load(saved)
+    return train(model, range(2, 5))
 
 
 # --- alongside ---

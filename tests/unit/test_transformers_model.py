@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from functools import partial
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 import shardwise as sw
 from shardwise.strategies.precision import check_grad_scaler
 from shardwise.transformers_model.accumulation import Accumulation
+from shardwise.transformers_model.adapters import put_adapter
 from shardwise.transformers_model.arguments import make_strategy
 from shardwise.transformers_model.engines import AccelerateEngine, TorchEngine
 from shardwise.transformers_model.optimization import decaying_names, make_optimizer, make_scheduler
@@ -36,6 +38,13 @@ class Layer(nn.Module):
 
 def test_only_matrices_that_are_no_norm_decay() -> None:
     assert decaying_names(Layer()) == {"linear.weight", "table"}
+
+
+def test_without_accelerate_the_number_of_dims_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert decaying_names(Layer()) == {"linear.weight", "q_norm.weight", "table"}
+    with pytest.raises(sw.MissingDependencyError, match="add_adapter_to_model needs peft"):
+        put_adapter(None, Layer(), "mine", "directory", is_trainable=True, kwargs={})  # type: ignore[arg-type]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
