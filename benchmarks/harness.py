@@ -17,6 +17,7 @@ from shardwise.compare.generated import generate_checkpoint
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which checkpoint a benchmark runs on."""
     parser.add_argument("--parameters", type=int, default=1_000_000_000)
+    parser.add_argument("--kind", choices=("dense", "moe"), default="dense", help="of the generated one")
     parser.add_argument("--model", help="a checkpoint directory, in place of a generated one")
 
 
@@ -25,10 +26,10 @@ def checkpoint_of(options: argparse.Namespace, folder: str, console: Console) ->
     if options.model is not None:
         return str(options.model)
     model = Path(folder) / "model"
-    console.print(f"writing a checkpoint of {options.parameters:,} parameters")
+    console.print(f"writing a {options.kind} checkpoint of {options.parameters:,} parameters")
     generate_checkpoint(
         model,
-        config_kind="dense",
+        config_kind=options.kind,
         parameters=options.parameters,
         dtype=torch.bfloat16,
         seed=0,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -33,12 +32,16 @@ from shardwise.materialization import (
     timeout_seconds_of,
     trained_parameters_of,
 )
+from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
+from shardwise.strategies.awaited import Awaited, refuse_edited
 from shardwise.strategies.empty_model import build_from_config
+from shardwise.strategies.forgotten import replaced_parameters_marked
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
+from shardwise.strategies.notices import warn_of_half_masters, warn_of_one_rank
 from shardwise.strategies.pretrained import (
     Pretrained,
     load_adapter,
@@ -47,9 +50,9 @@ from shardwise.strategies.pretrained import (
     plain_load_context,
     refuse_device_map,
 )
+from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.wrap import WrapOptions, wrap
-
-ROUTES = ("auto", "direct", "rank0")
+from shardwise.tensors import floating_dtype
 
 
 class Strategy(ABC):
@@ -78,11 +81,12 @@ class Strategy(ABC):
         self.route = route
         self.cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
         self.direct_io = direct_io
-        self.timeout_seconds = timeout_seconds_of(timeout)
+        self.timeout_seconds = timeout_seconds_of(timeout, group=None)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
         self._bindings = Bindings()
+        self._awaited = Awaited()
         self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
         self._origins = Origins()
 
@@ -104,11 +108,12 @@ class Strategy(ABC):
             model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
             pretrained_model_name_or_path: Directory or hub id.
             dtype: In which shards are stored: `"auto"` for the checkpoint's own on every transformers version, or
-                a torch dtype.
+                a torch dtype or its name, `"bf16"` or `"bfloat16"`.
             missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or
                 patterns of names such as `"score.*"`, lets the model initialise them.
             defer: True: every rank gets meta parameters, bound to their checkpoint as objects: the model may become a
-                part of another one before the wrap. False: global rank 0 loads the values, which may be edited before
+                part of another one before the wrap; its values cannot be edited before that, which `wrap_model` refuses
+                where it can see it. False: global rank 0 loads the values, which may be edited before
                 the wrap, and the other ranks build on meta.
             **config_kwargs: Further arguments of `from_pretrained`; not `device_map`.
 
@@ -116,7 +121,7 @@ class Strategy(ABC):
             The model.
 
         Raises:
-            ConfigurationError: An argument that cannot be combined with the strategy.
+            ConfigurationError: An argument that is not what it should be, or cannot be combined with the strategy.
             CheckpointError: Parameters are missing.
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
@@ -124,8 +129,12 @@ class Strategy(ABC):
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
         )
-        is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
+        is_deferred = defer and self.memory_efficient_init
         with agreement.phase("check") as check:
+            check_pretrained_arguments(model_cls, pretrained_model_name_or_path, config_kwargs)
+            # transformers takes a dtype for each part of a model as well, where it loads itself.
+            if is_deferred or not isinstance(dtype, Mapping):
+                dtype = floating_dtype(dtype, others=("auto",))
             check.same = comparable_lines(
                 "an argument of load_pretrained",
                 argument_lines(
@@ -149,6 +158,7 @@ class Strategy(ABC):
                 agreement=agreement,
             )
             self._bindings.add(entries_of(model), binding)
+            self._awaited.add(model)
             self._refusals[model] = refuse_values_for_meta(model)
         else:
             model, record = load_on_source(
@@ -176,7 +186,7 @@ class Strategy(ABC):
         Args:
             model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
             config: Of transformers; it is copied.
-            dtype: In which shards are stored: `"auto"` for the config's own, else float32; or a torch dtype.
+            dtype: In which shards are stored: `"auto"` for the config's own, else float32; or a torch dtype or its name.
             **config_kwargs: Attributes of the config to change, and further arguments of the class's `from_config`.
 
         Returns:
@@ -191,12 +201,14 @@ class Strategy(ABC):
         )
         with agreement.phase("build") as build:
             refuse_device_map(config_kwargs)
+            dtype = floating_dtype(dtype, others=("auto",))
             model = build_from_config(model_cls, config, dtype=dtype, **config_kwargs)
             entries = entries_of(model)
             build.same = comparable_structure(
                 Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
             )
         self._bindings.add(entries, nothing_bound(entries))
+        self._awaited.add(model)
         self._refusals[model] = refuse_values_for_meta(model)
         self._pretrained[model] = Pretrained(name=type(model).__name__, absent=frozenset())
         return model
@@ -231,7 +243,7 @@ class Strategy(ABC):
         agreement = Agreement(
             ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_adapter"
         )
-        return load_adapter(
+        wrapped = load_adapter(
             model,
             directory,
             adapter_name=adapter_name,
@@ -239,6 +251,8 @@ class Strategy(ABC):
             bindings=self._bindings,
             agreement=agreement,
         )
+        self._awaited.add(wrapped)
+        return wrapped
 
     def pretrained_load_context(self) -> AbstractContextManager[None]:
         """Return a context in which a plain `from_pretrained` loads on global rank 0 alone.
@@ -283,6 +297,8 @@ class Strategy(ABC):
                     "Make the optimizer after wrap_model, on that model's parameters, and not between a forward and its "
                     "backward; or make it before and pass it to wrap_model."
                 )
+        for model in self._wrapped:
+            self._notice(model, [optimizer])
         return self._take_optimizer(optimizer)
 
     @abstractmethod
@@ -305,12 +321,22 @@ class Strategy(ABC):
         *,
         shard: Callable[[], None] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(
+                f"wrap_model: expected a model first, an nn.Module, got {type(model).__name__}. Call wrap_model(model, *optimizers)."
+            )
         model = getattr(model, "_orig_mod", model)  # a compiled module calls the one inside, which is sharded
         inside = model_inside(model)
         record = self._pretrained.get(inside)
         refusal = self._refusals.pop(inside, None)
         if refusal is not None:
             refusal.remove()
+        edited = self._awaited.take(model)
+
+        def refuse() -> None:
+            refuse_edited(edited)
+            self._refuse(model)
+
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,
@@ -319,16 +345,27 @@ class Strategy(ABC):
             efficient=self.memory_efficient_init,
             staging_bytes=default_staging_bytes(self.device_mesh.device_type),
             cpu_storage=self.cpu_storage,
+            route=self.route,
             timeout_seconds=self.timeout_seconds,
         )
-        self.last_report = wrap(
-            model,
-            optimizers,
-            options,
-            name=record.name if record is not None else type(model).__name__,
-            origins=self._origins.take(model),
-            deferred=with_adapters(self._bindings.take(model), model, always=not self.memory_efficient_init),
-            refuse=partial(self._refuse, model),
-            shard=shard,
-        )
+        with replaced_parameters_marked(model):
+            self.last_report = wrap(
+                model,
+                optimizers,
+                options,
+                name=record.name if record is not None else type(model).__name__,
+                origins=self._origins.take(model),
+                deferred=with_adapters(
+                    self._bindings.take(model), model, always=not self.memory_efficient_init
+                ),
+                refuse=refuse,
+                shard=shard,
+            )
         self._wrapped.add(model)
+        self._notice(model, optimizers)
+        if self.device_mesh.size() == 1:
+            warn_of_one_rank()
+
+    def _notice(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        if dist.get_rank() == source_rank_of(self.device_mesh):
+            warn_of_half_masters(model, optimizers, mixed_precision=self.mixed_precision)
