@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardwise.errors import (
     AlreadyWrappedError,
+    CallOrderError,
     ChangedFileError,
     CheckpointError,
     CommandError,
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
     from shardwise.materialization import Mismatch, VerifyReport, materialize, verify_shards
     from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
     from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
+    from shardwise.transformers_model import TransformersModel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccelerateStrategy",
     "AlreadyWrappedError",
+    "CallOrderError",
     "ChangedFileError",
     "CheckpointError",
     "CommandError",
@@ -67,6 +70,7 @@ __all__ = [
     "ShapeMismatchError",
     "ShardwiseError",
     "StalledReadError",
+    "TransformersModel",
     "UnsupportedFormatError",
     "UnsupportedParameterError",
     "UnsupportedVersionError",
@@ -85,6 +89,7 @@ _LAZY = {
     "Mismatch": "shardwise.materialization",
     "NativeFSDPStrategy": "shardwise.strategies",
     "RankReport": "shardwise.profiling",
+    "TransformersModel": "shardwise.transformers_model",
     "VerifyReport": "shardwise.materialization",
     "fsdp_pretrained_load_context": "shardwise.strategies",
     "materialize": "shardwise.materialization",

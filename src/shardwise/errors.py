@@ -20,6 +20,7 @@
     │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
     │   ├── PeerError                 another rank failed; its first error is in the message
     │   └── RankTimeoutError          a rank did not arrive within the timeout
+    ├── CallOrderError                a method of the facade was called before or after its time
     └── CommandError                  a command line run could not be carried out
 
 Each message says what was expected, what was found, where (file, tensor, rank), and what to do about it.
@@ -109,6 +110,10 @@ class PeerError(RankError):
 
 class RankTimeoutError(RankError, TimeoutError):
     """A rank did not arrive, or made no progress, within the timeout."""
+
+
+class CallOrderError(ShardwiseError, RuntimeError):
+    """A method of the facade was called before or after its time; the message says which call comes first."""
 
 
 class CommandError(ShardwiseError):

@@ -12,6 +12,7 @@ from shardwise import errors
 PUBLIC = [
     "AccelerateStrategy",
     "AlreadyWrappedError",
+    "CallOrderError",
     "ChangedFileError",
     "CheckpointError",
     "CommandError",
@@ -34,6 +35,7 @@ PUBLIC = [
     "ShapeMismatchError",
     "ShardwiseError",
     "StalledReadError",
+    "TransformersModel",
     "UnsupportedFormatError",
     "UnsupportedParameterError",
     "UnsupportedVersionError",

@@ -2,7 +2,15 @@
 
 from shardwise.materialization.agreement import Agreement, Comparable
 from shardwise.materialization.arguments import argument_lines
-from shardwise.materialization.binding import Binding, Bound, bind, check_bound, listed, permitted
+from shardwise.materialization.binding import (
+    Binding,
+    Bound,
+    bind,
+    check_bound,
+    listed,
+    nothing_bound,
+    permitted,
+)
 from shardwise.materialization.comparing import (
     comparable_digests,
     comparable_lines,
@@ -25,7 +33,7 @@ from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage
 from shardwise.materialization.staging import default_staging_bytes
-from shardwise.materialization.storage import local_bytes_of, trained_parameters_of
+from shardwise.materialization.storage import local_bytes_of, reshard, trained_parameters_of
 from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
@@ -63,10 +71,12 @@ __all__ = [
     "local_bytes_of",
     "materialize",
     "model_inside",
+    "nothing_bound",
     "open_source",
     "origins_of",
     "permitted",
     "require_equal_aliases",
+    "reshard",
     "shown_by_default",
     "stored_dtypes",
     "take_values",

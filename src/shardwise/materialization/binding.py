@@ -236,6 +236,12 @@ def check_bound(entries: Sequence[Entry], bound: Mapping[str, Bound]) -> None:
             )
 
 
+def nothing_bound(entries: Sequence[Entry]) -> Binding:
+    """Return what is on record of a model that has no checkpoint: all of its values are absent from it."""
+    names = tuple(entry.fqn for entry in entries if entry.persistent)
+    return Binding(bound={}, aliases=(), absent=names, optional=frozenset(), unexpected=())
+
+
 def permitted(
     absent: Sequence[str],
     missing: str | Sequence[str],

@@ -24,7 +24,16 @@ from shardwise.materialization.arguments import (
     kind_of_checkpoint,
     storage_lines,
 )
-from shardwise.materialization.binding import Binding, Bound, Rename, bind, check_bound, listed, permitted
+from shardwise.materialization.binding import (
+    Binding,
+    Bound,
+    Rename,
+    bind,
+    check_bound,
+    listed,
+    nothing_bound,
+    permitted,
+)
 from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
 from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
@@ -404,8 +413,7 @@ def _bind(
     conversions: Sequence[Any] | None,
 ) -> Binding:
     if source is None:
-        names = tuple(entry.fqn for entry in entries if entry.persistent)
-        return Binding(bound={}, aliases=(), absent=names, optional=frozenset(), unexpected=())
+        return nothing_bound(entries)
     return bind(model, entries, source, rename=rename, conversions=conversions)
 
 

@@ -22,7 +22,7 @@ from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
 from shardwise.strategies.mesh import device_type_of, resolve_mesh
-from shardwise.strategies.precision import check_mixed_precision
+from shardwise.strategies.precision import check_grad_scaler, check_mixed_precision
 
 _log = logging.getLogger("shardwise")
 
@@ -51,6 +51,8 @@ class AccelerateStrategy(Strategy):
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
             are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
         direct_io: Read files past the page cache where the file system can. See `shardwise.materialize`.
+        grad_scaler_config: Arguments of `accelerate.utils.GradScalerKwargs`, for `mixed_precision="fp16"`; an adopted
+            Accelerator has its own.
 
     Raises:
         ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
@@ -71,6 +73,7 @@ class AccelerateStrategy(Strategy):
         accelerator: Any | None = None,
         cpu_storage: CpuStorage = "auto",
         direct_io: bool = False,
+        grad_scaler_config: Mapping[str, Any] | None = None,
     ) -> None:
         compat.require_supported()
         with unchanged_environment():
@@ -81,15 +84,18 @@ class AccelerateStrategy(Strategy):
             else:
                 device_type_of(device_mesh)
                 plugin = compat.plugin_of(accelerator)
-                config = _adopted_config(plugin, fsdp_config, ddp_config)
+                config = _adopted_config(plugin, fsdp_config, ddp_config, grad_scaler_config)
                 device_type, mixed_precision = accelerator.device.type, accelerator.mixed_precision
                 device_mesh = device_mesh if device_mesh is not None else _mesh_of(accelerator)
             check_mixed_precision(mixed_precision, device_type=device_type)
+            check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
             efficient = efficient_switch(memory_efficient_init, config)
             _check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
             mesh = resolve_mesh(device_mesh)
             if accelerator is None:
-                accelerator, plugin = _build(config, mixed_precision, ddp_config, device_type)
+                accelerator, plugin = _build(
+                    config, mixed_precision, ddp_config, grad_scaler_config, device_type
+                )
             elif plugin is None:
                 plugin = compat.make_plugin(config, mixed_precision=mixed_precision)
             compat.enable_fsdp2(accelerator, plugin)
@@ -183,9 +189,14 @@ def _preparation_order(obj: Any) -> int:
 
 
 def _build(
-    config: FSDPConfig, mixed_precision: str, ddp_config: Mapping[str, Any] | None, device_type: str
+    config: FSDPConfig,
+    mixed_precision: str,
+    ddp_config: Mapping[str, Any] | None,
+    grad_scaler_config: Mapping[str, Any] | None,
+    device_type: str,
 ) -> tuple[Any, Any]:
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import GradScalerKwargs
 
     overridden = sorted(
         name
@@ -201,7 +212,9 @@ def _build(
         for name in overridden:
             del os.environ[name]  # restored by the caller
     plugin = compat.make_plugin(config, mixed_precision=mixed_precision)
-    handlers = []
+    handlers: list[Any] = []
+    if grad_scaler_config is not None:
+        handlers.append(GradScalerKwargs(**grad_scaler_config))
     if ddp_config is not None:
         try:
             handlers.append(DistributedDataParallelKwargs(**ddp_config))
@@ -224,11 +237,19 @@ def _build(
 
 
 def _adopted_config(
-    plugin: Any | None, fsdp_config: Mapping[str, Any] | None, ddp_config: Mapping[str, Any] | None
+    plugin: Any | None,
+    fsdp_config: Mapping[str, Any] | None,
+    ddp_config: Mapping[str, Any] | None,
+    grad_scaler_config: Mapping[str, Any] | None,
 ) -> FSDPConfig:
     if ddp_config is not None:
         raise ConfigurationError(
             "AccelerateStrategy: ddp_config and accelerator= were both given. Pass DistributedDataParallelKwargs to the "
+            "Accelerator instead."
+        )
+    if grad_scaler_config is not None:
+        raise ConfigurationError(
+            "AccelerateStrategy: grad_scaler_config and accelerator= were both given. Pass GradScalerKwargs to the "
             "Accelerator instead."
         )
     if plugin is None:

@@ -27,17 +27,19 @@ from shardwise.strategies.wrap import Deferred
 _COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # `score.modules_to_save.default.weight`
 
 
-def with_adapters(deferred: Deferred, model: nn.Module) -> Deferred:
+def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Deferred:
     """Add what PEFT made of a deferred model: adapters that begin anew, and trainable copies.
 
     Args:
         deferred: What is on record of the model.
         model: The same, perhaps with adapters; on meta.
+        always: Also where nothing is deferred. Not where the source rank holds the values: the other ranks have all of the
+            model on meta there, adapters included.
 
     Returns:
         The record with copies bound to where their originals are, and new adapters permitted to be absent.
     """
-    if not deferred.bound and not deferred.absent:
+    if not always and not deferred.bound and not deferred.absent:
         return deferred
     bound, absent = dict(deferred.bound), set(deferred.absent)
     new = _parameters_of_tuners(model)

@@ -20,12 +20,15 @@ from shardwise.errors import ConfigurationError, OptimizerError
 from shardwise.materialization import (
     Agreement,
     CpuStorage,
+    Structure,
     argument_lines,
     checked_cpu_storage,
     comparable_lines,
+    comparable_structure,
     default_staging_bytes,
     entries_of,
     model_inside,
+    nothing_bound,
     timeout_seconds_of,
     trained_parameters_of,
 )
@@ -33,6 +36,7 @@ from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.awaited import Awaited, refuse_edited
+from shardwise.strategies.empty_model import build_from_config
 from shardwise.strategies.forgotten import replaced_parameters_marked
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
@@ -44,6 +48,7 @@ from shardwise.strategies.pretrained import (
     load_deferred,
     load_on_source,
     plain_load_context,
+    refuse_device_map,
 )
 from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.wrap import WrapOptions, wrap
@@ -167,6 +172,45 @@ class Strategy(ABC):
             )
             self._origins.add(model, record.absent)
         self._pretrained[model] = record
+        return model
+
+    def from_config(
+        self, model_cls: Any, config: Any, *, dtype: Any = "auto", **config_kwargs: Any
+    ) -> nn.Module:
+        """Build a new model, whose values its own initialisation makes at the wrap, on shards.
+
+        They depend on global rank 0's `torch.initial_seed()` and the names of the modules, not on the number of ranks. All
+        ranks of the strategy's mesh call this together. Without `memory_efficient_init` every rank makes the whole model's
+        values before it is sharded; they are the same.
+
+        Args:
+            model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
+            config: Of transformers; it is copied.
+            dtype: In which shards are stored: `"auto"` for the config's own, else float32; or a torch dtype or its name.
+            **config_kwargs: Attributes of the config to change, and further arguments of the class's `from_config`.
+
+        Returns:
+            The model, on meta.
+
+        Raises:
+            ConfigurationError: An argument that does not fit.
+            RankError: Ranks build different models, another rank failed, or one did not arrive.
+        """
+        agreement = Agreement(
+            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="from_config"
+        )
+        with agreement.phase("build") as build:
+            refuse_device_map(config_kwargs)
+            dtype = floating_dtype(dtype, others=("auto",))
+            model = build_from_config(model_cls, config, dtype=dtype, **config_kwargs)
+            entries = entries_of(model)
+            build.same = comparable_structure(
+                Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
+            )
+        self._bindings.add(entries, nothing_bound(entries))
+        self._awaited.add(model)
+        self._refusals[model] = refuse_values_for_meta(model)
+        self._pretrained[model] = Pretrained(name=type(model).__name__, absent=frozenset())
         return model
 
     def load_adapter(
@@ -311,7 +355,9 @@ class Strategy(ABC):
                 options,
                 name=record.name if record is not None else type(model).__name__,
                 origins=self._origins.take(model),
-                deferred=with_adapters(self._bindings.take(model), model),
+                deferred=with_adapters(
+                    self._bindings.take(model), model, always=not self.memory_efficient_init
+                ),
                 refuse=refuse,
                 shard=shard,
             )

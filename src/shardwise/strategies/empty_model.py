@@ -6,6 +6,7 @@ builds and cannot make them again, so there they are kept real, through accelera
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,30 +80,68 @@ def build_empty(
             f"load_pretrained(defer=True) does not take {what}: it changes how values are found or made. Use defer=False, "
             "where transformers loads on global rank 0."
         )
-    if not hasattr(model_cls, "from_config") and not hasattr(model_cls, "_from_config"):
-        raise ConfigurationError(
-            f"load_pretrained(defer=True): expected a transformers model or auto class, got {model_cls!r}. Use defer=False, "
-            "or build the model yourself and call shardwise.materialize."
-        )
+    _require_transformers_class(model_cls, "load_pretrained(defer=True)", remedy="Use defer=False")
     kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_MEANING}
     of_model = {key: kwargs.pop(key) for key in _OF_MODEL if key in kwargs}
     if "trust_remote_code" in kwargs:
         of_model["trust_remote_code"] = kwargs["trust_remote_code"]
     config, unused = _config_of(model_cls, directory, kwargs)
     config._name_or_path = name
-    # As from_pretrained sets it: on 4.57 a head builds the model under it from the config alone.
     chosen = _dtype_of(config, source, dtype)
-    config.dtype = chosen
+    model = _construct(model_cls, config, chosen, of_model | unused)
+    _add_generation_config(model, directory)
+    return model, chosen
+
+
+def build_from_config(model_cls: Any, config: Any, *, dtype: Any, **kwargs: Any) -> nn.Module:
+    """Build a model of a config, with its parameters on meta and no checkpoint behind them.
+
+    Args:
+        model_cls: A transformers model or auto class.
+        config: Of transformers; it is copied.
+        dtype: Of the parameters; `"auto"` is the config's, else float32.
+        **kwargs: Attributes of the config to change, `attn_implementation`, `trust_remote_code`, and arguments of the class.
+
+    Returns:
+        The model, in eval mode as those of `build_empty` are.
+
+    Raises:
+        ConfigurationError: It is not a class of transformers, or the config is not a config.
+    """
+    warn_of_untested_version()
+    _require_transformers_class(model_cls, "from_config", remedy="Build the model on meta yourself")
+    if not hasattr(config, "to_dict"):
+        raise ConfigurationError(
+            f"from_config: expected a config of transformers, got {type(config).__name__}. AutoConfig.from_pretrained reads one."
+        )
+    config = copy.deepcopy(config)
+    of_model = {key: kwargs.pop(key) for key in (*_OF_MODEL, "trust_remote_code") if key in kwargs}
+    for key in [key for key in kwargs if hasattr(config, key)]:
+        setattr(config, key, kwargs.pop(key))
+    return _construct(model_cls, config, _dtype_of(config, None, dtype), of_model | kwargs)
+
+
+def _require_transformers_class(model_cls: Any, call: str, *, remedy: str) -> None:
+    if not hasattr(model_cls, "from_config") and not hasattr(model_cls, "_from_config"):
+        raise ConfigurationError(
+            f"{call}: expected a transformers model or auto class, got {model_cls!r}. {remedy}, or build the model yourself and "
+            "call shardwise.materialize."
+        )
+
+
+def _construct(model_cls: Any, config: Any, dtype: torch.dtype, arguments: dict[str, Any]) -> nn.Module:
+    # As from_pretrained sets it: on 4.57 a head builds the model under it from the config alone.
+    config.dtype = dtype
+    make = getattr(model_cls, "from_config", None)
+    if make is None:
+        make = model_cls._from_config
+        arguments.pop("trust_remote_code", None)  # which says something to auto classes alone
     with _parameters_on_meta():
-        make = model_cls.from_config if hasattr(model_cls, "from_config") else model_cls._from_config
-        if not hasattr(model_cls, "from_config"):
-            of_model.pop("trust_remote_code", None)
-        model: nn.Module = make(config, dtype=chosen, **of_model, **unused)
+        model: nn.Module = make(config, dtype=dtype, **arguments)
     if not _builds_on_meta():
         model.tie_weights()  # type: ignore[operator]  # the context registers each name of a tied weight as a parameter of its own
     model.eval()
-    _add_generation_config(model, directory)
-    return model, chosen
+    return model
 
 
 def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -120,14 +159,16 @@ def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple
     return AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **trust, **kwargs)  # type: ignore[no-any-return]
 
 
-def _dtype_of(config: Any, source: Source, dtype: Any) -> torch.dtype:
+def _dtype_of(config: Any, source: Source | None, dtype: Any) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     of_config = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if isinstance(of_config, str):
         of_config = getattr(torch, of_config)
     floating = (
-        t.dtype for t in source.tensors.values() if t.dtype.is_floating_point and t.dtype.itemsize > 1
+        t.dtype
+        for t in (source.tensors.values() if source is not None else ())
+        if t.dtype.is_floating_point and t.dtype.itemsize > 1
     )
     return of_config if isinstance(of_config, torch.dtype) else next(floating, torch.float32)
 

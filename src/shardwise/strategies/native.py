@@ -17,7 +17,7 @@ from shardwise.materialization import CpuStorage
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.mesh import device_type_of, resolve_mesh
-from shardwise.strategies.precision import check_mixed_precision, policy_of
+from shardwise.strategies.precision import check_grad_scaler, check_mixed_precision, policy_of
 
 
 @final
@@ -38,6 +38,7 @@ class NativeFSDPStrategy(Strategy):
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
             are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
         direct_io: Read files past the page cache where the file system can. See `shardwise.materialize`.
+        grad_scaler_config: Arguments of `torch.amp.GradScaler`, for `mixed_precision="fp16"`.
 
     Raises:
         ConfigurationError: An argument that is unknown, contradictory or not possible on the device.
@@ -55,10 +56,12 @@ class NativeFSDPStrategy(Strategy):
         timeout: float | timedelta | None = None,
         cpu_storage: CpuStorage = "auto",
         direct_io: bool = False,
+        grad_scaler_config: Mapping[str, Any] | None = None,
     ) -> None:
         config = FSDPConfig.from_dict(fsdp_config)
         device_type = device_type_of(device_mesh)
         check_mixed_precision(mixed_precision, device_type=device_type)
+        check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
         if mixed_precision == "fp8":
             raise ConfigurationError(
                 "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels. Use AccelerateStrategy with an fp8 backend "
@@ -74,7 +77,9 @@ class NativeFSDPStrategy(Strategy):
             cpu_storage=cpu_storage,
             direct_io=direct_io,
         )
-        self.scaler = torch.amp.GradScaler(device_type) if mixed_precision == "fp16" else None
+        self.scaler: torch.amp.GradScaler | None = None
+        if mixed_precision == "fp16":
+            self.scaler = torch.amp.GradScaler(device_type, **(grad_scaler_config or {}))
 
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
         """Shard a model in place, fill it, restore buffers and ties, and rebind optimizers.

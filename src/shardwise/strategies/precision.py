@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -36,6 +40,27 @@ def check_mixed_precision(mixed_precision: str, *, device_type: str) -> None:
     if mixed_precision == "fp16" and device_type == "cpu":
         raise ConfigurationError(
             "mixed_precision='fp16': needs an accelerator and its gradient scaler, got a mesh on the CPU. Use 'bf16' or 'no'."
+        )
+
+
+def check_grad_scaler(grad_scaler_config: Mapping[str, Any] | None, *, mixed_precision: str) -> None:
+    """Refuse options of a gradient scaler where there is none, and unknown ones.
+
+    Raises:
+        ConfigurationError: With the remedy.
+    """
+    if grad_scaler_config is None:
+        return
+    if mixed_precision != "fp16":
+        raise ConfigurationError(
+            f"grad_scaler_config: expected mixed_precision='fp16', got {mixed_precision!r}, where gradients are not scaled. "
+            "Leave grad_scaler_config out."
+        )
+    known = [name for name in inspect.signature(torch.amp.GradScaler).parameters if name != "device"]
+    unknown = sorted(set(grad_scaler_config) - set(known))
+    if unknown:
+        raise ConfigurationError(
+            f"grad_scaler_config: unknown keys {', '.join(unknown)}. Known keys: {', '.join(known)}."
         )
 
 

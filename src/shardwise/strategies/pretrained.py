@@ -201,7 +201,7 @@ def refuse_device_map(config_kwargs: Mapping[str, Any]) -> None:
     """Raise if the user places the model, which is the strategy's part."""
     if "device_map" in config_kwargs:
         raise ConfigurationError(
-            f"load_pretrained: device_map={config_kwargs['device_map']!r} places the model itself; the strategy "
+            f"device_map={config_kwargs['device_map']!r} places the model itself; the strategy "
             "does that. Leave device_map out."
         )
 

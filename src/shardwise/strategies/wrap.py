@@ -180,8 +180,8 @@ def wrap(
             if options.efficient:
                 cost = _shard_and_fill(model, units, options, deferred, agreement, device)
             else:
+                cost = _fill_whole(model, options, deferred, agreement)
                 _shard_values(model, agreement, shard or (lambda: _fully_shard(model, units, options)))
-                cost = _NOTHING_MOVED
         with agreement.phase("finish"):
             own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
             known: dict[str, str] = json.loads(agreement.publish("origins", own))
@@ -287,18 +287,35 @@ def _shard_and_fill(
             converted=(),
         )
     del source
-    with ExitStack() as stack:
-        for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
-            stack.callback(source_of_files.close)
-        read = _read_deferred(model, options, deferred, held or frozenset(), agreement, device)
+    read = _read_deferred(model, options, deferred, held or frozenset(), agreement, device)
+    route, reason = read.route, read.reason
+    if not deferred.bound:
+        route, reason = "none", "no checkpoint holds the model's values: they were made"
     sent_bytes = sent.plan.network_bytes if sent is not None else 0
     return Cost(
-        route=read.route if sent is None else f"{read.route} + rank0",
-        reason=read.reason if sent is None else f"{read.reason}; the source rank had values of the rest",
+        route=route if sent is None else f"{route} + rank0",
+        reason=reason if sent is None else f"{reason}; the source rank had values of the rest",
         storage_bytes=read.loaded.storage_bytes,
         network_bytes=read.loaded.network_bytes + (sent.received_bytes if sent is not None else 0),
         retried_reads=read.loaded.retried_reads,
         predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + sent_bytes},
+        origins=read.origins,
+        converted=read.converted,
+    )
+
+
+def _fill_whole(model: nn.Module, options: WrapOptions, deferred: Deferred, agreement: Agreement) -> Cost:
+    """Give every rank the whole values of what is still on meta: new models, and adapters."""
+    if not deferred.bound and not deferred.absent:
+        return _NOTHING_MOVED
+    read = _read_deferred(model, options, deferred, frozenset(), agreement, torch.device("cpu"))
+    return dataclasses.replace(
+        _NOTHING_MOVED,
+        reason="every rank had loaded or made the values",
+        storage_bytes=read.loaded.storage_bytes,
+        network_bytes=read.loaded.network_bytes,
+        retried_reads=read.loaded.retried_reads,
+        predicted=read.predicted,
         origins=read.origins,
         converted=read.converted,
     )
@@ -312,21 +329,24 @@ def _read_deferred(
     agreement: Agreement,
     device: torch.device,
 ) -> FilledFromFiles:
-    return fill_from_files(
-        model,
-        {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
-        deferred.absent - held,
-        FillOptions(
-            device=device,
-            staging_bytes=options.staging_bytes,
-            cpu_storage=options.cpu_storage,
-            dtype=None,
-            buffers=None,
-            route=options.route,
-            show_progress=shown_by_default(),
-        ),
-        agreement=agreement,
-    )
+    with ExitStack() as stack:
+        for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
+            stack.callback(source_of_files.close)
+        return fill_from_files(
+            model,
+            {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
+            deferred.absent - held,
+            FillOptions(
+                device=device,
+                staging_bytes=options.staging_bytes,
+                cpu_storage=options.cpu_storage,
+                dtype=None,
+                buffers=None,
+                route=options.route,
+                show_progress=shown_by_default(),
+            ),
+            agreement=agreement,
+        )
 
 
 def _held_by_source(

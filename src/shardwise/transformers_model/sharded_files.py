@@ -1,0 +1,138 @@
+"""Write and read tensors through torch's distributed checkpoint, without running what a file says.
+
+torch keeps its index (`.metadata`) as a pickle and unpickles it freely; values that are not tensors too. Here only tensors are
+written, which torch reads with `weights_only=True`; and the index is unpickled with the few classes that it needs.
+
+Source: `FileSystemWriter` and `FileSystemReader` in torch/distributed/checkpoint/filesystem.py, torch 2.11 to 2.13.
+`tests/unit/test_sharded_files.py` fails when the index needs other classes.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from shardwise.errors import DamagedFileError
+
+INDEX_NAME = ".metadata"
+_CLASSES = {
+    (metadata.__name__, name)
+    for name in (
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    (filesystem.__name__, "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+def write_tensors(
+    tensors: dict[str, torch.Tensor], directory: Path, *, group: dist.ProcessGroup | None
+) -> None:
+    """Write tensors, each rank its shards. All ranks of the group call this together.
+
+    Args:
+        tensors: By name; a plain tensor is the same on all ranks that have its name.
+        directory: Empty or not there.
+        group: None is the default one.
+
+    Raises:
+        DamagedFileError: A file could not be written.
+    """
+    try:
+        save(dict(tensors), storage_writer=filesystem.FileSystemWriter(directory), process_group=group)
+    except CheckpointException as error:
+        raise DamagedFileError(f"{directory}: could not be written: {_causes(error)}") from error
+
+
+def read_tensors(
+    tensors: dict[str, torch.Tensor], directory: Path, *, group: dist.ProcessGroup | None
+) -> None:
+    """Read into tensors in place, each rank its shards. All ranks of the group call this together.
+
+    Args:
+        tensors: By name, with storage; of the shapes that the directory has, sharded in any way.
+        directory: As `write_tensors` left it.
+        group: None is the default one.
+
+    Raises:
+        DamagedFileError: A file is missing or cut short.
+    """
+    try:
+        load(dict(tensors), storage_reader=_Reader(directory), process_group=group)
+    except CheckpointException as error:
+        raise DamagedFileError(
+            f"{directory}: could not be read, and the model now holds parts of it: {_causes(error)}. Load another "
+            "checkpoint before training further."
+        ) from error
+
+
+def read_index(directory: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every tensor that a directory holds.
+
+    Raises:
+        DamagedFileError: The index is missing, is not one, or names something that tensors do not need.
+    """
+    found = _Reader(directory).read_metadata().state_dict_metadata
+    return {
+        name: (tuple(of.size), of.properties.dtype)
+        for name, of in found.items()
+        if isinstance(of, metadata.TensorStorageMetadata)
+    }
+
+
+class _Reader(filesystem.FileSystemReader):
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._directory = directory
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        path = self._directory / INDEX_NAME
+        try:
+            with path.open("rb") as file:
+                read = _Unpickler(file).load()
+        except OSError as error:
+            raise DamagedFileError(f"{path}: expected the index of a training state: {error}") from error
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise DamagedFileError(f"{path}: expected the index of a training state: {error}") from error
+        if not isinstance(read, metadata.Metadata) or not isinstance(read.storage_data, dict):
+            raise DamagedFileError(
+                f"{path}: expected the index of a training state, got {type(read).__name__}"
+            )
+        for stored in read.storage_data.values():
+            name = stored.relative_path
+            if not isinstance(name, str) or PurePath(name).name != name or name in ("", ".."):
+                raise DamagedFileError(f"{path}: expected names of files beside it, got {name!r}")
+        if read.storage_meta is None:
+            read.storage_meta = metadata.StorageMeta()
+        read.storage_meta.load_id = self.load_id
+        return read
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) not in _CLASSES and not is_dtype:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+        return super().find_class(module, name)
+
+
+def _causes(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())

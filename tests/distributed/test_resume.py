@@ -1,0 +1,169 @@
+"""The facade's training state: it goes on from there, on the same or another number of ranks, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardwise as sw
+from shardwise.testing import RankPool
+from tests.distributed.facade import (
+    batch,
+    close,
+    facade,
+    own,
+    quiet_peft,
+    train,
+    with_optimizer,
+)
+from tests.distributed.steps import (
+    Checkpoint,
+    by_strategy,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+@by_strategy
+def test_a_saved_training_goes_on_on_any_number_of_ranks(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path, strategy: str
+) -> None:
+    directory, saved = checkpoint("qwen3_tied"), tmp_path / "saved"
+    expected = pool.run(save_halfway, directory, str(saved), strategy, ranks=2)[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+    for ranks in (1, 2, 4):
+        for losses in pool.run(go_on, directory, str(saved), strategy, ranks=ranks):
+            close(losses, expected)
+
+
+def save_halfway(directory: str, saved: str, name: str) -> list[float]:
+    model = with_optimizer(facade(directory, name))
+    train(model, range(2))
+    model.forward(own(batch(0)))  # the head stays gathered
+    model.save(saved)
+    torch.rand(3)
+    return train(model, range(2, 5))
+
+
+def go_on(directory: str, saved: str, name: str) -> list[float]:
+    mesh = None
+    if dist.get_world_size() == 4:  # the other strategy, and two replicas of two shards
+        name = "native_fsdp" if name == "accelerate" else "accelerate"
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    model = with_optimizer(facade(directory, name, device_mesh=mesh))
+    model.load(saved)
+    assert model.is_wrapped
+    assert model.global_step == 2
+    return train(model, range(2, 5))
+
+
+def test_random_numbers_go_on(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    expected = pool.run(save_random, checkpoint("qwen3_tied"), str(tmp_path / "saved"), ranks=2)
+    assert expected[0] != expected[1]
+    assert pool.run(load_random, checkpoint("qwen3_tied"), str(tmp_path / "saved"), ranks=2) == expected
+
+
+def draw() -> list[float]:
+    import random
+
+    import numpy as np
+
+    return [torch.rand(()).item(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
+
+
+def save_random(directory: str, saved: str) -> list[float]:
+    import random
+
+    import numpy as np
+
+    model = facade(directory, "native_fsdp")  # without an optimizer
+    model.forward_only(own(batch(0)))
+    seed = 5 + dist.get_rank()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    draw()  # keeps a Gaussian in reserve
+    model.save(saved)
+    return draw()
+
+
+def load_random(directory: str, saved: str) -> list[float]:
+    model = facade(directory, "native_fsdp")
+    model.load(saved)
+    return draw()
+
+
+@by_strategy
+def test_what_is_not_the_saved_training_is_refused(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path, strategy: str
+) -> None:
+    directory, saved = checkpoint("qwen3_tied"), tmp_path / "saved"
+    pool.run(save_halfway, directory, str(saved), strategy, ranks=2)
+    pool.run(load_wrongly, directory, checkpoint("qwen3_untied"), str(saved), strategy, ranks=2)
+
+
+def load_wrongly(directory: str, another: str, saved: str, name: str) -> None:
+    model = facade(directory, name)
+    with pytest.raises(sw.CheckpointError, match="the optimizer that it was saved with, AdamW, got None"):
+        model.load(saved)
+    model.set_optimizer("SGD", lr=0.1)
+    with pytest.raises(sw.CheckpointError, match="saved with, AdamW, got SGD"):
+        model.load(saved)
+    with pytest.raises(sw.CheckpointError, match=r"written, got none with training\.pt"):
+        model.load(directory)
+    with pytest.raises(sw.ShardwiseError, match="expected a directory that is empty or not there"):
+        model.save(saved)  # on the first rank a CheckpointError, elsewhere its echo
+    other = with_optimizer(facade(another, "native_fsdp"))
+    with pytest.raises(sw.CheckpointError, match="the optimizer's groups that it was saved with"):
+        other.load(saved)
+
+
+def test_a_damaged_file_is_named(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    directory, saved = checkpoint("qwen3_tied"), tmp_path / "saved"
+    pool.run(save_halfway, directory, str(saved), "native_fsdp", ranks=2)
+    file = next(saved.glob("__1_*"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    pool.run(load_damaged, directory, str(saved), ranks=2)
+
+
+def load_damaged(directory: str, saved: str) -> None:
+    model = with_optimizer(facade(directory, "native_fsdp"))
+    with pytest.raises(sw.DamagedFileError, match="could not be read, and the model now holds parts of it"):
+        model.load(saved)
+
+
+def test_an_adapter_s_training_goes_on(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    directory, saved = checkpoint("qwen3_tied"), str(tmp_path / "saved")
+    expected = pool.run(save_adapter_halfway, directory, saved, ranks=2)[0]
+    close(pool.run(go_on_with_adapter, directory, saved, ranks=1)[0], expected)
+
+
+def with_adapter(directory: str) -> sw.TransformersModel:
+    """Return a model with an adapter beside a tied embedding, and a trainable copy of a norm."""
+    from peft import LoraConfig
+
+    model = facade(directory, "accelerate")
+    config = LoraConfig(target_modules=["q_proj"], r=3, modules_to_save=["norm"])
+    with quiet_peft():
+        model.add_adapter_to_model("mine", config)
+    return with_optimizer(model)
+
+
+def save_adapter_halfway(directory: str, saved: str) -> list[float]:
+    torch.manual_seed(1)
+    model = with_adapter(directory)
+    train(model, range(2))
+    model.save(saved)
+    return train(model, range(2, 5))
+
+
+def go_on_with_adapter(directory: str, saved: str) -> list[float]:
+    torch.manual_seed(2)  # what it starts from does not count
+    model = with_adapter(directory)
+    model.load(saved)
+    return train(model, range(2, 5))
