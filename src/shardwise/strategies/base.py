@@ -37,11 +37,11 @@ from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
 from shardwise.strategies.pretrained import (
     Pretrained,
-    load_adapter,
     load_deferred,
     load_on_source,
     plain_load_context,
 )
+from shardwise.strategies.put_adapters import add_adapter, load_adapter
 from shardwise.strategies.wrap import WrapOptions, wrap
 
 ROUTES = ("auto", "direct", "rank0")
@@ -116,9 +116,7 @@ class Strategy(ABC):
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
-        )
+        agreement = self._agreement("load_pretrained")
         is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
         with agreement.phase("check") as check:
             check.same = comparable_lines(
@@ -159,6 +157,44 @@ class Strategy(ABC):
         self._pretrained[model] = record
         return model
 
+    def add_adapter(
+        self,
+        model: nn.Module,
+        config: Any,
+        *,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> nn.Module:
+        """Put a new PEFT adapter into a model that is not wrapped yet.
+
+        All ranks of the strategy's mesh call this together. On a deferred model `peft.get_peft_model` does the same where the
+        adapter starts from random numbers. An adapter that starts from the base's values, as PiSSA's does, needs a model of
+        `load_pretrained(defer=False)` and this method: the ranks without values build it blank and get it at the wrap.
+
+        Args:
+            model: As `load_pretrained` returned it, or with adapters already.
+            config: A PEFT config, the same on all ranks.
+            adapter_name: Of the adapter in the model.
+            autocast_adapter_dtype: As PEFT has it: True keeps adapters beside a 16-bit base in float32, False in the base's
+                dtype. FSDP2 wants one dtype among the trainable parameters of a layer.
+
+        Returns:
+            The PEFT model. A further adapter is not active before the model's `set_adapter` says so.
+
+        Raises:
+            ConfigurationError: The adapter starts from values that are not there yet.
+            MissingDependencyError: peft is not installed.
+            RankError: Another rank failed, or did not arrive.
+        """
+        return add_adapter(
+            model,
+            config,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            bindings=self._bindings,
+            agreement=self._agreement("add_adapter"),
+        )
+
     def load_adapter(
         self,
         model: nn.Module,
@@ -166,36 +202,36 @@ class Strategy(ABC):
         *,
         adapter_name: str = "default",
         is_trainable: bool = True,
+        autocast_adapter_dtype: bool = True,
     ) -> nn.Module:
         """Put a saved PEFT adapter into a model that is not wrapped yet; each rank reads its part at the wrap.
 
-        All ranks of the strategy's mesh call this together. A new adapter needs nothing of this: `peft.get_peft_model` on a
-        deferred model is enough, and its first values follow PEFT's own rules.
+        All ranks of the strategy's mesh call this together.
 
         Args:
             model: As `load_pretrained` returned it, or with adapters already.
             directory: Directory or hub id of the adapter, as `PeftModel.save_pretrained` writes it.
             adapter_name: Of the adapter in the model.
             is_trainable: Whether it is trained further.
+            autocast_adapter_dtype: As `add_adapter`.
 
         Returns:
-            The PEFT model.
+            The PEFT model. A further adapter is not active before the model's `set_adapter` says so.
 
         Raises:
             CheckpointError: The adapter lacks parameters, or does not fit the model.
+            ConfigurationError: The adapter is of a base that PEFT would change first, as PiSSA's is.
             MissingDependencyError: peft is not installed.
             RankError: Another rank failed, or did not arrive.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_adapter"
-        )
         return load_adapter(
             model,
             directory,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
             bindings=self._bindings,
-            agreement=agreement,
+            agreement=self._agreement("load_adapter"),
         )
 
     def pretrained_load_context(self) -> AbstractContextManager[None]:
@@ -229,9 +265,7 @@ class Strategy(ABC):
             OptimizerError: It holds other parameters.
             PeerError: Another rank's optimizer does.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="wrap_optimizer"
-        )
+        agreement = self._agreement("wrap_optimizer")
         with agreement.phase("check"):
             known = set().union(*(trained_parameters_of(model) for model in self._wrapped))
             stale = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
@@ -254,6 +288,9 @@ class Strategy(ABC):
     @abstractmethod
     def _refuse(self, model: nn.Module) -> None:
         """Raise what this strategy itself has against wrapping a model."""
+
+    def _agreement(self, call: str) -> Agreement:
+        return Agreement(ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call=call)
 
     def _wrap(
         self,

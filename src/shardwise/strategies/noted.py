@@ -29,6 +29,10 @@ class Bindings:
             elif entry.fqn in binding.absent:
                 self._bound[entry.tensor] = None
 
+    def has(self, model: nn.Module) -> bool:
+        """Return whether values of a model are still to be read."""
+        return any(entry.tensor in self._bound for entry in entries_of(model, roles=("parameter",)))
+
     def take(self, model: nn.Module) -> Deferred:
         """Return what is noted of a model's tensors, by the names that they have now, and forget it.
 
