@@ -45,7 +45,7 @@ def with_adapters(deferred: Deferred, model: nn.Module) -> Deferred:
         original = _COPY.sub(".original_module.", entry.fqn)
         if original in bound:
             bound[entry.fqn] = bound[original]
-        elif original in absent or id(entry.tensor) in new:
+        if original in absent or (original not in bound and id(entry.tensor) in new):  # resized ones are both
             absent.add(entry.fqn)
     return Deferred(bound=bound, absent=frozenset(absent))
 

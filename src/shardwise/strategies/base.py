@@ -25,7 +25,6 @@ from shardwise.materialization import (
     checked_cpu_storage,
     comparable_lines,
     default_staging_bytes,
-    entries_of,
     model_inside,
     timeout_seconds_of,
     trained_parameters_of,
@@ -42,6 +41,7 @@ from shardwise.strategies.pretrained import (
     plain_load_context,
 )
 from shardwise.strategies.put_adapters import add_adapter, load_adapter
+from shardwise.strategies.resized import refuse_means, restore_means, skip_means
 from shardwise.strategies.wrap import WrapOptions, wrap
 
 ROUTES = ("auto", "direct", "rank0")
@@ -141,8 +141,9 @@ class Strategy(ABC):
                 direct_io=self.direct_io,
                 agreement=agreement,
             )
-            self._bindings.add(entries_of(model), binding)
+            self._bindings.add_model(model, binding)
             self._refusals[model] = refuse_values_for_meta(model)
+            refuse_means(model)
         else:
             model, record = load_on_source(
                 model_cls,
@@ -154,6 +155,8 @@ class Strategy(ABC):
                 agreement=agreement,
             )
             self._origins.add(model, record.absent)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                skip_means(model)
         self._pretrained[model] = record
         return model
 
@@ -306,6 +309,7 @@ class Strategy(ABC):
         refusal = self._refusals.pop(inside, None)
         if refusal is not None:
             refusal.remove()
+        restore_means(inside)
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,
