@@ -105,7 +105,8 @@ class Strategy(ABC):
             defer: True: every rank gets meta parameters, bound to their checkpoint as objects: the model may become a
                 part of another one before the wrap. False: global rank 0 loads the values, which may be edited before
                 the wrap, and the other ranks build on meta.
-            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`.
+            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`. `trust_remote_code` is False unless it is
+                given: no code of the checkpoint runs, and nobody is asked on the terminal.
 
         Returns:
             The model.
@@ -116,6 +117,7 @@ class Strategy(ABC):
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
+        config_kwargs.setdefault("trust_remote_code", False)
         agreement = self._agreement("load_pretrained")
         is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
         with agreement.phase("check") as check:
@@ -128,6 +130,7 @@ class Strategy(ABC):
                     missing=missing,
                     revision=config_kwargs.get("revision"),
                     subfolder=config_kwargs.get("subfolder"),
+                    trust_remote_code=config_kwargs["trust_remote_code"],
                 ),
                 remedy="Make the strategy, and call load_pretrained, with the same arguments on every rank.",
             )
