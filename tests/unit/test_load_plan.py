@@ -117,6 +117,7 @@ def checkpoints(draw: st.DrawFn, operations: Sequence[str] = tuple(OPERATIONS)) 
                     placements=placements_of(draw, tuple(made.shape), len(mesh_shape)),
                 ),
                 pieces=tuple(StoredPiece(stored=by_name[p.source], piece=p.piece) for p in traced.parts),
+                partial=False,
                 may_map=draw(st.booleans()),
             )
         )
@@ -186,6 +187,7 @@ def case_of_columns_over_three_ranks() -> Case:
         dtype=torch.uint8,
         layout=Layout(mesh_shape=(3,), mesh_ranks=(0, 1, 2), placements=(Shard(1),)),
         pieces=as_stored(stored),
+        partial=False,
         may_map=False,
     )
     return Case(content, [tensor], {"m.t0": stored_values(content, stored)}, (0, 1, 2))
@@ -271,6 +273,7 @@ def wanted_tensors(
                     stop=(i + 1) * nbytes,
                 )
             ),
+            partial=False,
             may_map=may_map,
         )
         for i in range(count)

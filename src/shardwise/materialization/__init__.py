@@ -29,6 +29,7 @@ from shardwise.materialization.materialize import (
 from shardwise.materialization.meta import take_values
 from shardwise.materialization.names import clean_fqn, model_inside
 from shardwise.materialization.open_source import open_source
+from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage
@@ -71,6 +72,7 @@ __all__ = [
     "local_bytes_of",
     "materialize",
     "model_inside",
+    "needs_base_values",
     "nothing_bound",
     "open_source",
     "origins_of",

@@ -98,6 +98,7 @@ def plan_conversions(
                 dtype=t.dtype,
                 layout=t.layout,
                 pieces=as_stored(t.stored),
+                partial=False,
                 may_map=False,
             )
             for group in of_reader.values()

@@ -61,7 +61,8 @@ def fill_from_source(
         device: Of the mesh, on this rank.
         staging_bytes: Bound of the staging buffers of any rank, in bytes.
         agreement: Of the call.
-        only: Names of the parameters to fill, where the others and the buffers get their values elsewhere.
+        only: Names of the parameters to fill, where the others, and the buffers that are on meta on the source rank too, get
+            their values elsewhere.
 
     Returns:
         The plan that was carried out, and its bytes.
@@ -85,7 +86,7 @@ def fill_from_source(
         if is_source:
             for tensor in planned:
                 source.require(tensor.spec)
-        shared = [] if only is not None else _plain_tensors(model, source, agreement, is_source=is_source)
+        shared = _plain_tensors(model, source, agreement, is_source=is_source, skip_meta=only is not None)
         planned += [PlannedTensor(spec=plain.spec, layout=Layout.replicated(ranks)) for plain in shared]
         plan = plan_scatter(
             planned,
@@ -134,12 +135,14 @@ class _PlainTensor:
 
 
 def _plain_tensors(
-    model: nn.Module, source: StateDictSource, agreement: Agreement, *, is_source: bool
+    model: nn.Module, source: StateDictSource, agreement: Agreement, *, is_source: bool, skip_meta: bool
 ) -> list[_PlainTensor]:
     """Return what the source rank has besides parameters; its dtypes and aliases win over the other ranks'."""
     text = None
     if is_source:
-        named = _names_of_plain_tensors(model)
+        named = [
+            pair for pair in _names_of_plain_tensors(model) if not (skip_meta and pair[0].tensor.is_meta)
+        ]
         for entry, _ in named:
             source.require(_spec(entry))
         text = json.dumps([(fqns, e.tensor.shape, dtype_name(e.tensor.dtype)) for e, fqns in named])

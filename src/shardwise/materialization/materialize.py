@@ -272,7 +272,7 @@ def fill_from_files(
     Args:
         model: Sharded or not; equal in structure on all ranks.
         bound: Where values are, by fqn.
-        absent: Fqns to initialise.
+        absent: Fqns to initialise; of those that are bound too, what the source has is read over it.
         options: Equal on all ranks but for the device's index and `show_progress`.
         agreement: Of the call.
 
@@ -295,6 +295,7 @@ def fill_from_files(
                 model,
                 entries,
                 bound,
+                partial=absent & bound.keys(),
                 layouts=agreed_layouts(entries, agreement=agreement),
                 device=options.device,
                 cpu_storage=options.cpu_storage,
@@ -382,6 +383,7 @@ def fill_from_files(
         "whole_tensor_bytes": max(of_rank["whole tensors"] for of_rank in planned),
     }
     origins = dict.fromkeys(initialised, "initialised") | dict.fromkeys(bound, "checkpoint")
+    origins |= dict.fromkeys(absent & bound.keys(), "derived")  # its further rows are new
     return FilledFromFiles(
         loaded=loaded,
         predicted=predicted,

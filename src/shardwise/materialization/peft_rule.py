@@ -19,6 +19,7 @@ from shardwise.errors import ConfigurationError
 
 # Variants that change the forward alone; the others make A and B, or more parameters, in ways of their own.
 _VARIANTS_THAT_START_AS_LORA = ("ALora", "Dora")
+_MAGNITUDE = "a magnitude of DoRA, the norm of the base weight's rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,18 @@ def peft_rule(around: Sequence[nn.Module], fqn: str, names: Sequence[str]) -> Pe
     return None
 
 
+def needs_base_values(config: Any) -> str | None:
+    """Return, in words, what a new adapter of a config starts from besides random numbers; None where it is nothing.
+
+    Args:
+        config: Of PEFT. Only what LoRA starts from is known.
+    """
+    if getattr(config, "use_dora", False):
+        return _MAGNITUDE
+    how = getattr(config, "init_lora_weights", True)
+    return None if _is_random(how) else f"an adapter with init_lora_weights={how!r}"
+
+
 def _start_of(around: Sequence[nn.Module], kind: str, adapter: str, fqn: str) -> Sequence[Callable[[], None]]:
     from peft.tuners.lora.layer import LoraLayer
 
@@ -82,24 +95,29 @@ def _start_of(around: Sequence[nn.Module], kind: str, adapter: str, fqn: str) ->
         raise _refusal(fqn, f"a {type(layer).__name__} of PEFT's {type(layer).__module__.split('.')[-2]}")
     variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else ""
     if kind == "lora_magnitude_vector":
-        raise _refusal(fqn, "a magnitude of DoRA, the norm of the base weight's rows")
+        raise _refusal(fqn, _MAGNITUDE)
     if variant and not variant.startswith(_VARIANTS_THAT_START_AS_LORA):
         raise _refusal(fqn, f"an adapter of the variant {variant}")
     how = config.init_lora_weights
+    if not _is_random(how):
+        raise _refusal(fqn, f"an adapter with init_lora_weights={how!r}")
     if how is False:  # as torch builds the layers that the adapter consists of
         made = (getattr(layer, name) for name in layer.adapter_layer_names if "embedding" not in name)
         built = (layers[adapter] for layers in made if adapter in layers)
         return [each.reset_parameters for each in built if hasattr(each, "reset_parameters")]
     if how is True or (isinstance(how, str) and how.lower() == "gaussian"):
         return [partial(layer.reset_lora_parameters, adapter, how)]
-    if how == "orthogonal":
-        return [partial(layer.orthogonal_init, adapter)]
-    raise _refusal(fqn, f"an adapter with init_lora_weights={how!r}")
+    return [partial(layer.orthogonal_init, adapter)]
+
+
+def _is_random(how: bool | str) -> bool:
+    return isinstance(how, bool) or how.lower() == "gaussian" or how == "orthogonal"
 
 
 def _refusal(fqn: str, what: str) -> ConfigurationError:
     return ConfigurationError(
         f"{fqn}: expected an adapter of LoRA that starts from random numbers (init_lora_weights=True, 'gaussian' or "
         f"'orthogonal'), got {what}, which PEFT makes from the base model's values or from data when it is built. Load the "
-        "model with load_pretrained(defer=False) and add the adapter to it, or give materialize a checkpoint of the adapter."
+        "model with load_pretrained(defer=False) and put the adapter into it with strategy.add_adapter, or give materialize a "
+        "checkpoint of the adapter."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -169,6 +169,7 @@ def wanted_of(
     entries: Sequence[Entry],
     bound: Mapping[str, Bound],
     *,
+    partial: Collection[str],
     layouts: Mapping[str, Layout],
     device: torch.device,
     cpu_storage: CpuStorage,
@@ -180,6 +181,7 @@ def wanted_of(
         model: Sharded, on meta or with storage.
         entries: Of the model.
         bound: Where values are, by fqn.
+        partial: Fqns of which a source has a part alone.
         layouts: Of the model's tensors, as all ranks see them.
         device: Of parameters outside of FSDP2.
         cpu_storage: Whether shards in host memory may be pages of the file.
@@ -215,8 +217,9 @@ def wanted_of(
                 dtype=dtype_of[entry.fqn],
                 layout=layouts[entry.fqn],
                 pieces=of.pieces,
-                # Two parameters over the same pages would be one.
-                may_map=entry.fqn in may_map and not names & taken,
+                partial=entry.fqn in partial,
+                # Two parameters over the same pages would be one; and what is initialised first would be in the file's pages.
+                may_map=entry.fqn in may_map and entry.fqn not in partial and not names & taken,
             )
         )
         taken |= names

@@ -170,6 +170,7 @@ def verify_shards(
                 dtype=entry.tensor.dtype,
                 layout=layouts[entry.fqn],
                 pieces=held[fqn].pieces,
+                partial=False,
                 may_map=False,
             )
             for fqn, entry in by_fqn.items()

@@ -41,6 +41,8 @@ def require_covered(
     for tensor in wanted:
         shape = tensor.layout.local_shape(tensor.shape, rank)
         expected = math.prod(shape) if shape is not None else 0
+        if tensor.partial:
+            expected = sum(each.piece.numel for each in tensor.pieces_on(rank))
         if found.get(tensor.fqn, 0) != expected:
             raise CheckpointError(
                 f"{tensor.fqn}: expected {expected} elements of {name} for the shard {shape} of rank {rank}, got a plan that "

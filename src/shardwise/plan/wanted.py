@@ -47,6 +47,7 @@ class WantedTensor:
         dtype: In which the shard is kept.
         layout: How the full tensor lies over the ranks.
         pieces: Of stored tensors that together fill it once; none where it is empty.
+        partial: Whether they fill only a part of it; the rest has its values from elsewhere, before these are read.
         may_map: Whether this rank's shard may be the file's own pages: host memory, no other tensor that takes the same
             bytes. The same on all ranks.
     """
@@ -56,6 +57,7 @@ class WantedTensor:
     dtype: torch.dtype
     layout: Layout
     pieces: tuple[StoredPiece, ...]
+    partial: bool
     may_map: bool
 
     def pieces_on(self, rank: int) -> Iterator[StoredPiece]:

@@ -10,17 +10,15 @@ Source: `peft.tuners.tuners_utils.BaseTunerLayer`, `peft.utils.other.ModulesToSa
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shardwise.errors import LeftOnMetaError, MissingDependencyError
+from shardwise.errors import LeftOnMetaError
 from shardwise.materialization import entries_of
 from shardwise.strategies.wrap import Deferred
 
@@ -42,66 +40,27 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
     if not always and not deferred.bound and not deferred.absent:
         return deferred
     bound, absent = dict(deferred.bound), set(deferred.absent)
-    new = _parameters_of_tuners(model)
+    new = parameters_of_tuners(model)
     for entry in entries_of(model):
         if entry.role == "attribute" or not entry.tensor.is_meta or entry.fqn in bound:
             continue
         original = _COPY.sub(".original_module.", entry.fqn)
         if original in bound:
             bound[entry.fqn] = bound[original]
-        elif original in absent or id(entry.tensor) in new:
+        if original in absent or (original not in bound and id(entry.tensor) in new):  # resized ones are both
             absent.add(entry.fqn)
     return Deferred(bound=bound, absent=frozenset(absent))
 
 
-def add_adapter(
-    model: nn.Module, directory: Path, *, adapter_name: str, is_trainable: bool
-) -> tuple[nn.Module, frozenset[str]]:
-    """Put an adapter of the kind that a directory describes into a model, without its values.
-
-    Args:
-        model: The base, or a PEFT model that gets a further adapter.
-        directory: With `adapter_config.json`.
-        adapter_name: Of the adapter in the model.
-        is_trainable: Whether it is trained further.
-
-    Returns:
-        The PEFT model, and the fqns of the parameters whose values the directory holds.
-
-    Raises:
-        MissingDependencyError: peft is not installed.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingDependencyError(
-            "load_adapter needs peft. Install it with: pip install 'shardwise[peft]'"
-        )
-    import peft
-
-    config = peft.PeftConfig.from_pretrained(str(directory))
-    config.inference_mode = not is_trainable
-    if isinstance(model, peft.PeftModel):
-        model.add_adapter(adapter_name, config)
-        wrapped: nn.Module = model
-    else:
-        wrapped = peft.get_peft_model(model, config, adapter_name=adapter_name)
-    of_adapter = re.compile(rf"\.{re.escape(adapter_name)}(\.|$)")
-    own = _parameters_of_tuners(wrapped)
-    return wrapped, frozenset(
-        entry.fqn
-        for entry in entries_of(wrapped)
-        if entry.role == "parameter"
-        and of_adapter.search(entry.fqn)
-        and (id(entry.tensor) in own or _COPY.search(entry.fqn))
-    )
-
-
-def adapter_name_on_disk(fqn: str, adapter_name: str) -> str:
-    """Return the name under which an adapter's directory holds a parameter.
-
-    Source: `peft.utils.save_and_load.get_peft_model_state_dict`.
-    """
-    without_copy = fqn.replace(f".modules_to_save.{adapter_name}.", ".")
-    return re.sub(rf"\.{re.escape(adapter_name)}(?=\.|$)", "", without_copy)
+def parameters_of_tuners(model: nn.Module) -> set[int]:
+    """Return the identities of the parameters that PEFT's layers have added."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    added: set[int] = set()
+    for module in model.modules() if tuners is not None else ():
+        if isinstance(module, tuners.BaseTunerLayer):  # type: ignore[union-attr]
+            for name in (*module.adapter_layer_names, *module.other_param_names):
+                added |= {id(parameter) for parameter in _parameters_in(getattr(module, name, None))}
+    return added
 
 
 def refuse_values_for_meta(model: nn.Module) -> RemovableHandle:
@@ -117,12 +76,13 @@ def refuse_values_for_meta(model: nn.Module) -> RemovableHandle:
     def refuse(
         module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
     ) -> None:
-        if metadata.get("assign_to_params_buffers", False):
-            return
+        assigned = metadata.get("assign_to_params_buffers", False)
+        # PEFT's low_cpu_mem_usage assigns, and then moves an adapter to where its base is.
+        lost = parameters_of_tuners(module) if assigned else None
         awaiting = [
             prefix + name
             for name, tensor in module.named_parameters(remove_duplicate=False)
-            if tensor.is_meta and prefix + name in state
+            if tensor.is_meta and prefix + name in state and (lost is None or id(tensor) in lost)
         ]
         if awaiting:
             raise LeftOnMetaError(
@@ -134,17 +94,6 @@ def refuse_values_for_meta(model: nn.Module) -> RemovableHandle:
 
     handle: RemovableHandle = model.register_load_state_dict_pre_hook(refuse)  # type: ignore[no-untyped-call]
     return handle
-
-
-def _parameters_of_tuners(model: nn.Module) -> set[int]:
-    """Return the identities of the parameters that PEFT's layers have added."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    added: set[int] = set()
-    for module in model.modules() if tuners is not None else ():
-        if isinstance(module, tuners.BaseTunerLayer):  # type: ignore[union-attr]
-            for name in (*module.adapter_layer_names, *module.other_param_names):
-                added |= {id(parameter) for parameter in _parameters_in(getattr(module, name, None))}
-    return added
 
 
 def _parameters_in(holder: Any) -> list[nn.Parameter]:

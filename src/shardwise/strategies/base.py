@@ -44,13 +44,14 @@ from shardwise.strategies.noted import Bindings, Origins
 from shardwise.strategies.notices import warn_of_half_masters, warn_of_one_rank
 from shardwise.strategies.pretrained import (
     Pretrained,
-    load_adapter,
     load_deferred,
     load_on_source,
     plain_load_context,
     refuse_device_map,
 )
 from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
+from shardwise.strategies.put_adapters import add_adapter, load_adapter
+from shardwise.strategies.resized import refuse_means, restore_means, skip_means
 from shardwise.strategies.wrap import WrapOptions, wrap
 from shardwise.tensors import floating_dtype
 
@@ -115,7 +116,8 @@ class Strategy(ABC):
                 part of another one before the wrap; its values cannot be edited before that, which `wrap_model` refuses
                 where it can see it. False: global rank 0 loads the values, which may be edited before
                 the wrap, and the other ranks build on meta.
-            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`.
+            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`. `trust_remote_code` is False unless it is
+                given: no code of the checkpoint runs, and nobody is asked on the terminal.
 
         Returns:
             The model.
@@ -126,9 +128,8 @@ class Strategy(ABC):
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_pretrained"
-        )
+        config_kwargs.setdefault("trust_remote_code", False)
+        agreement = self._agreement("load_pretrained")
         is_deferred = defer and self.memory_efficient_init
         with agreement.phase("check") as check:
             check_pretrained_arguments(model_cls, pretrained_model_name_or_path, config_kwargs)
@@ -144,6 +145,7 @@ class Strategy(ABC):
                     missing=missing,
                     revision=config_kwargs.get("revision"),
                     subfolder=config_kwargs.get("subfolder"),
+                    trust_remote_code=config_kwargs["trust_remote_code"],
                 ),
                 remedy="Make the strategy, and call load_pretrained, with the same arguments on every rank.",
             )
@@ -157,9 +159,10 @@ class Strategy(ABC):
                 direct_io=self.direct_io,
                 agreement=agreement,
             )
-            self._bindings.add(entries_of(model), binding)
+            self._bindings.add_model(model, binding)
             self._awaited.add(model)
             self._refusals[model] = refuse_values_for_meta(model)
+            refuse_means(model)
         else:
             model, record = load_on_source(
                 model_cls,
@@ -171,6 +174,8 @@ class Strategy(ABC):
                 agreement=agreement,
             )
             self._origins.add(model, record.absent)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                skip_means(model)
         self._pretrained[model] = record
         return model
 
@@ -196,9 +201,7 @@ class Strategy(ABC):
             ConfigurationError: An argument that does not fit.
             RankError: Ranks build different models, another rank failed, or one did not arrive.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="from_config"
-        )
+        agreement = self._agreement("from_config")
         with agreement.phase("build") as build:
             refuse_device_map(config_kwargs)
             dtype = floating_dtype(dtype, others=("auto",))
@@ -207,11 +210,49 @@ class Strategy(ABC):
             build.same = comparable_structure(
                 Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
             )
-        self._bindings.add(entries, nothing_bound(entries))
+        self._bindings.add_model(model, nothing_bound(entries))
         self._awaited.add(model)
         self._refusals[model] = refuse_values_for_meta(model)
         self._pretrained[model] = Pretrained(name=type(model).__name__, absent=frozenset())
         return model
+
+    def add_adapter(
+        self,
+        model: nn.Module,
+        config: Any,
+        *,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> nn.Module:
+        """Put a new PEFT adapter into a model that is not wrapped yet.
+
+        All ranks of the strategy's mesh call this together. On a deferred model `peft.get_peft_model` does the same where the
+        adapter starts from random numbers. An adapter that starts from the base's values, as PiSSA's does, needs a model of
+        `load_pretrained(defer=False)` and this method: the ranks without values build it blank and get it at the wrap.
+
+        Args:
+            model: As `load_pretrained` returned it, or with adapters already.
+            config: A PEFT config, the same on all ranks.
+            adapter_name: Of the adapter in the model.
+            autocast_adapter_dtype: As PEFT has it: True keeps adapters beside a 16-bit base in float32, False in the base's
+                dtype. FSDP2 wants one dtype among the trainable parameters of a layer.
+
+        Returns:
+            The PEFT model. A further adapter is not active before the model's `set_adapter` says so.
+
+        Raises:
+            ConfigurationError: The adapter starts from values that are not there yet.
+            MissingDependencyError: peft is not installed.
+            RankError: Another rank failed, or did not arrive.
+        """
+        return add_adapter(
+            model,
+            config,
+            adapter_name=adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            bindings=self._bindings,
+            agreement=self._agreement("add_adapter"),
+        )
 
     def load_adapter(
         self,
@@ -220,36 +261,36 @@ class Strategy(ABC):
         *,
         adapter_name: str = "default",
         is_trainable: bool = True,
+        autocast_adapter_dtype: bool = True,
     ) -> nn.Module:
         """Put a saved PEFT adapter into a model that is not wrapped yet; each rank reads its part at the wrap.
 
-        All ranks of the strategy's mesh call this together. A new adapter needs nothing of this: `peft.get_peft_model` on a
-        deferred model is enough, and its first values follow PEFT's own rules.
+        All ranks of the strategy's mesh call this together.
 
         Args:
             model: As `load_pretrained` returned it, or with adapters already.
             directory: Directory or hub id of the adapter, as `PeftModel.save_pretrained` writes it.
             adapter_name: Of the adapter in the model.
             is_trainable: Whether it is trained further.
+            autocast_adapter_dtype: As `add_adapter`.
 
         Returns:
-            The PEFT model.
+            The PEFT model. A further adapter is not active before the model's `set_adapter` says so.
 
         Raises:
             CheckpointError: The adapter lacks parameters, or does not fit the model.
+            ConfigurationError: The adapter is of a base that PEFT would change first, as PiSSA's is.
             MissingDependencyError: peft is not installed.
             RankError: Another rank failed, or did not arrive.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="load_adapter"
-        )
         wrapped = load_adapter(
             model,
             directory,
             adapter_name=adapter_name,
             is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
             bindings=self._bindings,
-            agreement=agreement,
+            agreement=self._agreement("load_adapter"),
         )
         self._awaited.add(wrapped)
         return wrapped
@@ -285,9 +326,7 @@ class Strategy(ABC):
             OptimizerError: It holds other parameters.
             PeerError: Another rank's optimizer does.
         """
-        agreement = Agreement(
-            ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call="wrap_optimizer"
-        )
+        agreement = self._agreement("wrap_optimizer")
         with agreement.phase("check"):
             known = set().union(*(trained_parameters_of(model) for model in self._wrapped))
             stale = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
@@ -313,6 +352,9 @@ class Strategy(ABC):
     def _refuse(self, model: nn.Module) -> None:
         """Raise what this strategy itself has against wrapping a model."""
 
+    def _agreement(self, call: str) -> Agreement:
+        return Agreement(ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call=call)
+
     def _wrap(
         self,
         model: nn.Module,
@@ -337,6 +379,7 @@ class Strategy(ABC):
             refuse_edited(edited)
             self._refuse(model)
 
+        restore_means(inside)
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,

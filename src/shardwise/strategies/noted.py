@@ -6,12 +6,14 @@ By the tensor's identity, which outlives a new name: a model may become a part o
 from __future__ import annotations
 
 from collections.abc import Collection, MutableMapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwise.materialization import Binding, Bound, Entry, entries_of
+from shardwise.strategies.resized import is_resized_head, output_head, resized
 from shardwise.strategies.wrap import Deferred
 
 
@@ -20,6 +22,15 @@ class Bindings:
 
     def __init__(self) -> None:
         self._bound: MutableMapping[torch.Tensor, Bound | None] = WeakTensorKeyDictionary()
+        self._heads: WeakKeyDictionary[nn.Module, dict[str, Bound]] = WeakKeyDictionary()
+
+    def add_model(self, model: nn.Module, binding: Binding) -> None:
+        """Note where a transformers model's values are, and those of its output head apart: resizing makes a new one."""
+        self.add(entries_of(model), binding)
+        head = output_head(model)
+        if head is not None:
+            of_head = ((name, self._bound.get(parameter)) for name, parameter in head.named_parameters())
+            self._heads[model] = {name: bound for name, bound in of_head if bound is not None}
 
     def add(self, entries: Sequence[Entry], binding: Binding) -> None:
         """Note where a model's values are; what the checkpoint lacks is noted as permitted to be absent."""
@@ -29,6 +40,10 @@ class Bindings:
             elif entry.fqn in binding.absent:
                 self._bound[entry.tensor] = None
 
+    def has(self, model: nn.Module) -> bool:
+        """Return whether values of a model are still to be read."""
+        return any(entry.tensor in self._bound for entry in entries_of(model, roles=("parameter",)))
+
     def take(self, model: nn.Module) -> Deferred:
         """Return what is noted of a model's tensors, by the names that they have now, and forget it.
 
@@ -36,6 +51,7 @@ class Bindings:
         """
         bound: dict[str, Bound] = {}
         absent: set[str] = set()
+        self._note_new_heads(model)
         for entry in entries_of(model):
             if entry.role == "attribute" or not entry.tensor.is_meta or entry.tensor not in self._bound:
                 continue
@@ -43,8 +59,18 @@ class Bindings:
             if of is None:
                 absent.add(entry.fqn)
             else:
-                bound[entry.fqn] = of
+                bound[entry.fqn], has_grown = resized(entry, of)
+                if has_grown:
+                    absent.add(entry.fqn)
         return Deferred(bound=bound, absent=frozenset(absent))
+
+    def _note_new_heads(self, model: nn.Module) -> None:
+        for module in model.modules():
+            former = self._heads.pop(module, None)
+            if former and is_resized_head(module, former):
+                for name, parameter in output_head(module).named_parameters():  # type: ignore[union-attr]
+                    if name in former and parameter not in self._bound:
+                        self._bound[parameter] = former[name]
 
 
 class Origins:

@@ -16,7 +16,7 @@ from torch import nn
 
 from shardwise.checkpoint import HubAccess
 from shardwise.conversion import pinned_dtypes
-from shardwise.errors import CheckpointError, ConfigurationError
+from shardwise.errors import ConfigurationError
 from shardwise.materialization import (
     Agreement,
     Binding,
@@ -25,16 +25,13 @@ from shardwise.materialization import (
     check_bound,
     default_staging_bytes,
     entries_of,
-    listed,
     open_source,
     permitted,
     require_equal_aliases,
     warn_of_unexpected,
 )
-from shardwise.strategies.adapters import adapter_name_on_disk, add_adapter
 from shardwise.strategies.empty_model import build_empty
 from shardwise.strategies.load_context import fsdp_pretrained_load_context, without_fsdp_flags
-from shardwise.strategies.noted import Bindings
 from shardwise.strategies.transformers_compat import (
     from_pretrained,
     from_pretrained_on_meta,
@@ -111,64 +108,6 @@ def load_deferred(
         require_equal_aliases(binding, opened.source, agreement=agreement, staging_bytes=staging_bytes)
         opened.source.close()  # until the wrap, which opens what it reads
     return model, Pretrained(name=str(name), absent=frozenset()), binding
-
-
-def load_adapter(
-    model: nn.Module,
-    directory: str,
-    *,
-    adapter_name: str,
-    is_trainable: bool,
-    bindings: Bindings,
-    agreement: Agreement,
-) -> nn.Module:
-    """Put a saved PEFT adapter into a model and find its values in its directory's headers.
-
-    Args:
-        model: Not wrapped.
-        directory: Directory or hub id.
-        adapter_name: Of the adapter in the model.
-        is_trainable: Whether it is trained further.
-        bindings: Take note of where the values are.
-        agreement: Of the call.
-
-    Returns:
-        The PEFT model.
-
-    Raises:
-        CheckpointError: The adapter lacks parameters, or does not fit the model.
-        MissingDependencyError: peft is not installed.
-        PeerError: Another rank failed.
-    """
-    with TemporaryDirectory(prefix="shardwise-") as configs:
-        opened = open_source(directory, agreement=agreement, configs_into=Path(configs))
-        with agreement.phase("build"):
-            wrapped, fqns = add_adapter(
-                model, opened.path, adapter_name=adapter_name, is_trainable=is_trainable
-            )
-            entries = [entry for entry in entries_of(wrapped) if entry.fqn in fqns]
-            binding = bind(
-                wrapped,
-                entries,
-                opened.source,
-                rename=lambda fqn: adapter_name_on_disk(fqn, adapter_name),
-                conversions=None,
-            )
-            permitted(binding.absent, "error", name=directory)
-            if binding.unexpected:
-                raise CheckpointError(
-                    f"{directory}: expected parameters of the adapter alone, got {listed(binding.unexpected)}, which the model has no "
-                    "place for. Was it trained on another base model?"
-                )
-            check_bound(entries, binding.bound)
-            awaiting = torch.device("meta")
-            for entry in entries:  # on a rank whose base has values, PEFT has given the adapter some as well
-                if not entry.tensor.is_meta:
-                    entry.replace(
-                        nn.Parameter(entry.tensor.detach().to(awaiting), entry.tensor.requires_grad)
-                    )
-            bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in fqns], binding)
-    return wrapped
 
 
 def _await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:

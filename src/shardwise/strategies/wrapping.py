@@ -306,6 +306,7 @@ def refuse_mixed_dtypes(model: nn.Module, units: tuple[Unit, ...], ignored: set[
             examples = ", ".join(f"{name} is {dtype_name(d)}" for d, name in by_dtype.items())
             raise UnsupportedParameterError(
                 f"{' + '.join(fqns) or 'the root unit'}: expected trainable parameters of one dtype, got {examples}. "
-                "FSDP2 gathers a unit in one dtype: load with one dtype (dtype=torch.float32), freeze the odd ones, or "
-                "make their module a unit of its own with fsdp_config['wrap_classes']."
+                "FSDP2 gathers a unit in one dtype: load with one dtype (dtype=torch.float32; of an adapter, "
+                "autocast_adapter_dtype=False keeps the base's), freeze the odd ones, or make their module a unit of its own with "
+                "fsdp_config['wrap_classes']."
             )

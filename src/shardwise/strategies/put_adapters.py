@@ -1,0 +1,259 @@
+"""Put adapters of PEFT, new ones and saved ones, into a model that is not wrapped yet; all ranks together.
+
+PEFT's own functions build the adapter. Where the base has no values on a rank, nothing that they compute from it counts:
+there the adapter is built blank, so that starts which would fail on meta do not.
+
+Source: `peft.get_peft_model`, `peft.PeftModel.load_adapter`, `peft.utils.save_and_load.get_peft_model_state_dict`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from shardwise.errors import CheckpointError, ConfigurationError, MissingDependencyError
+from shardwise.materialization import (
+    Agreement,
+    Entry,
+    bind,
+    check_bound,
+    default_staging_bytes,
+    entries_of,
+    listed,
+    needs_base_values,
+    open_source,
+    permitted,
+    require_equal_aliases,
+)
+from shardwise.strategies.adapters import parameters_of_tuners
+from shardwise.strategies.noted import Bindings
+
+# The others change the forward too: a layer that was built with another start would be another layer.
+_STARTS_OF_THE_SAME_LAYER = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga")
+_STARTS_THAT_LEAVE_THE_BASE = ("gaussian", "eva", "orthogonal")
+
+
+def add_adapter(
+    model: nn.Module,
+    config: Any,
+    *,
+    adapter_name: str,
+    autocast_adapter_dtype: bool,
+    bindings: Bindings,
+    agreement: Agreement,
+) -> nn.Module:
+    """Put a new adapter into a model.
+
+    Args:
+        model: Not wrapped: the base, or a PEFT model that gets a further adapter.
+        config: Of PEFT.
+        adapter_name: Of the adapter in the model.
+        autocast_adapter_dtype: As PEFT has it: adapters beside a 16-bit base are kept in float32.
+        bindings: Know which models are deferred.
+        agreement: Of the call.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ConfigurationError: The adapter starts from values that this rank's base does not have, and nobody else will give.
+        MissingDependencyError: peft is not installed.
+        PeerError: Another rank failed.
+    """
+    with agreement.phase("build"):
+        _require_peft("add_adapter")
+        deferred = bindings.has(model)
+        reason = needs_base_values(config) if deferred else None
+        if reason is not None:
+            raise ConfigurationError(
+                f"add_adapter: expected an adapter that starts from random numbers, got {reason}, and the values of this model "
+                "are read at the wrap. Load it with load_pretrained(defer=False)."
+            )
+        before = {id(entry.tensor) for entry in entries_of(model)}
+        wrapped = _put(model, config, adapter_name, autocast_adapter_dtype)
+        if deferred:
+            # PEFT moves a layer's first adapter to where the base is, and no further one.
+            _to_meta(e for e in _of_tuners(wrapped) if id(e.tensor) not in before)
+    return wrapped
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str,
+    *,
+    adapter_name: str,
+    is_trainable: bool,
+    autocast_adapter_dtype: bool,
+    bindings: Bindings,
+    agreement: Agreement,
+) -> nn.Module:
+    """Put a saved adapter into a model and find its values in its directory's headers.
+
+    Args:
+        model: Not wrapped: the base, or a PEFT model that gets a further adapter.
+        directory: Directory or hub id.
+        adapter_name: Of the adapter in the model.
+        is_trainable: Whether it is trained further.
+        autocast_adapter_dtype: As PEFT has it: adapters beside a 16-bit base are kept in float32.
+        bindings: Take note of where the values are.
+        agreement: Of the call.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        CheckpointError: The adapter lacks parameters, or does not fit the model.
+        ConfigurationError: The adapter belongs to a base that PEFT would change first, and the base has no values yet.
+        MissingDependencyError: peft is not installed.
+        PeerError: Another rank failed.
+    """
+    with TemporaryDirectory(prefix="shardwise-") as configs:  # for a rank that does not see the adapter
+        opened = open_source(directory, agreement=agreement, configs_into=Path(configs))
+        with agreement.phase("build"):
+            config = _config_of(opened.path, is_trainable=is_trainable)
+            start = getattr(config, "init_lora_weights", True)
+            if (
+                bindings.has(model)
+                and isinstance(start, str)
+                and not _is_one_of(start, _STARTS_THAT_LEAVE_THE_BASE)
+            ):
+                raise ConfigurationError(
+                    f"{directory}: expected an adapter of the base model as its checkpoint holds it, got one with "
+                    f"init_lora_weights={start!r}, for which PEFT changes the base's values first, and the values of this model are "
+                    "read at the wrap. Load it with load_pretrained(defer=False), or convert the adapter with PEFT's "
+                    "path_initial_model_for_weight_conversion."
+                )
+            wrapped: Any = _put(model, config, adapter_name, autocast_adapter_dtype)
+            if is_trainable and hasattr(wrapped, "set_requires_grad"):
+                wrapped.set_requires_grad(adapter_name)  # a further adapter is frozen until it is made active
+            names = _names_on_disk(wrapped, adapter_name, opened.source.tensors)
+            entries = [entry for entry in entries_of(wrapped) if entry.fqn in names]
+            binding = bind(
+                wrapped, entries, opened.source, rename=lambda fqn: names.get(fqn, fqn), conversions=None
+            )
+            permitted(binding.absent, "error", name=directory)
+            if binding.unexpected:
+                raise CheckpointError(
+                    f"{directory}: expected parameters of the adapter alone, got {listed(binding.unexpected)}, which the model has no "
+                    "place for. Was it trained on another base model?"
+                )
+            check_bound(entries, binding.bound)
+            _to_meta(entries)  # on a rank whose base has values, PEFT has given the adapter some as well
+            bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in names], binding)
+    require_equal_aliases(
+        binding,
+        opened.source,
+        agreement=agreement,
+        staging_bytes=default_staging_bytes("cpu"),  # the values stay on the host
+    )
+    opened.source.close()  # until the wrap, which opens what it reads
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _require_peft(call: str) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise MissingDependencyError(f"{call} needs peft. Install it with: pip install 'shardwise[peft]'")
+
+
+def _config_of(directory: Path, *, is_trainable: bool) -> Any:
+    _require_peft("load_adapter")
+    import peft
+
+    if not (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory}: expected adapter_config.json in an adapter's directory, got none. Give the directory that "
+            "PeftModel.save_pretrained wrote."
+        )
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    config.inference_mode = not is_trainable
+    return config
+
+
+def _put(model: nn.Module, config: Any, adapter_name: str, autocast_adapter_dtype: bool) -> nn.Module:
+    import peft
+
+    with _blank_start(config) if _is_on_meta(model) else nullcontext():
+        options = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
+        wrapped: nn.Module = model
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(peft_config=config, **options)
+        else:
+            wrapped = peft.get_peft_model(model, config, **options)
+        return wrapped
+
+
+@contextmanager
+def _blank_start(config: Any) -> Iterator[None]:
+    """Keep PEFT from computing anything from a base without values."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and not _is_one_of(start, _STARTS_OF_THE_SAME_LAYER):
+        raise ConfigurationError(
+            f"init_lora_weights={start!r}: expected a base with values on every rank for this start, got one on meta. Make the "
+            "strategy with memory_efficient_init=False."
+        )
+    if start is None:
+        yield
+        return
+    config.init_lora_weights = False
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
+
+
+def _is_one_of(start: str, prefixes: Collection[str]) -> bool:
+    return start.lower().startswith(tuple(prefixes))
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _names_on_disk(model: nn.Module, adapter_name: str, stored: Collection[str]) -> dict[str, str]:
+    """Return the fqns of what an adapter's directory holds for a model, and the names that they have there.
+
+    PEFT itself says so, of the tensors on hand. It may have saved the base's embeddings along: those count if they are stored.
+    """
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what would be saved: nothing is
+        name_of, with_embeddings = (
+            {
+                id(tensor): name
+                for name, tensor in get_peft_model_state_dict(
+                    model,
+                    state_dict=nn.Module.state_dict(model, keep_vars=True),
+                    adapter_name=adapter_name,
+                    save_embedding_layers=embeddings,
+                ).items()
+            }
+            for embeddings in (False, True)
+        )
+    name_of |= {key: name for key, name in with_embeddings.items() if key not in name_of and name in stored}
+    return {
+        slot.fqn: name_of[id(entry.tensor)]
+        for entry in entries_of(model)
+        if entry.role == "parameter" and id(entry.tensor) in name_of
+        for slot in entry.slots
+    }
+
+
+def _of_tuners(model: nn.Module) -> list[Entry]:
+    own = parameters_of_tuners(model)
+    return [entry for entry in entries_of(model) if id(entry.tensor) in own]
+
+
+def _to_meta(entries: Collection[Entry] | Iterator[Entry]) -> None:
+    for entry in entries:
+        if not entry.tensor.is_meta:
+            empty = torch.empty_like(entry.tensor, device="meta")
+            entry.replace(nn.Parameter(empty, requires_grad=entry.tensor.requires_grad))

@@ -1,0 +1,104 @@
+"""Code that a checkpoint carries runs only where the user says so."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shardwise as sw
+from shardwise.testing import RankPool
+from tests.distributed.models import check_equal, from_checkpoint
+from tests.distributed.steps import Checkpoint, load, make_strategy
+
+pytestmark = pytest.mark.distributed
+
+MODELING = """
+from pathlib import Path
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+(Path({marker!r}) / "ran").touch()
+
+class OwnConfig(Qwen3Config):
+    model_type = "own_kind"
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    config_class = OwnConfig
+    own_code = True
+"""
+
+
+@pytest.fixture
+def carrier(checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """A checkpoint of a kind that only its own code knows; the code leaves a file behind when it runs."""
+    directory = tmp_path / "carrier"
+    shutil.copytree(checkpoint("qwen3_untied"), directory)
+    (directory / "modeling_own.py").write_text(MODELING.format(marker=str(tmp_path)))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {
+        "model_type": "own_kind",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize("defer", [True, False], ids=["deferred", "source"])
+def test_no_code_runs_unless_asked_for(pool: RankPool, carrier: Path, defer: bool) -> None:
+    errors = pool.run_to_errors(load_carrier, str(carrier), defer, None, ranks=2)
+    assert any(isinstance(error, ValueError) for error in errors)
+    for error in errors:
+        assert isinstance(error, (ValueError, sw.PeerError)), error
+        assert "trust_remote_code=True" in str(error)
+    assert not (carrier.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("defer", [True, False], ids=["deferred", "source"])
+def test_code_that_is_trusted_runs(
+    pool: RankPool, carrier: Path, checkpoint: Checkpoint, defer: bool
+) -> None:
+    pool.run(load_carrier, str(carrier), defer, checkpoint("qwen3_untied"), ranks=2)
+    assert (carrier.parent / "ran").exists()
+
+
+def test_a_known_kind_loads_by_its_own_class_without_the_code(
+    pool: RankPool, carrier: Path, checkpoint: Checkpoint
+) -> None:
+    config = json.loads((carrier / "config.json").read_text())
+    (carrier / "config.json").write_text(json.dumps({**config, "model_type": "qwen3"}))
+    pool.run(load_known, str(carrier), checkpoint("qwen3_untied"), ranks=2)
+    assert not (carrier.parent / "ran").exists()
+
+
+def load_carrier(directory: str, defer: bool, original: str | None) -> None:
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.HF_MODULES_CACHE, builtins.input
+    dynamic_module_utils.HF_MODULES_CACHE = str(Path(directory).parent / "modules")
+    builtins.input = lambda *_: "y"  # nobody may be asked
+    try:
+        strategy = make_strategy("native_fsdp")
+        trust = {"trust_remote_code": True} if original is not None else {}
+        model: Any = load(strategy, directory, defer=defer, **trust)
+        strategy.wrap_model(model)
+    finally:
+        dynamic_module_utils.HF_MODULES_CACHE, builtins.input = before
+    assert model.own_code
+    check_equal(model, from_checkpoint(str(original)))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, from_checkpoint(str(original))(input_ids=ids).logits)
+
+
+def load_known(directory: str, original: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    check_equal(strategy.wrap_model(load(strategy, directory, defer=True)), from_checkpoint(original))
