@@ -46,7 +46,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-direct-") as folder:
         model = checkpoint_of(options, folder, console)
         checkpoint_bytes = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-        ways = options.way or [way for way in direct_workers.WAYS if options.kind != "moe" or way != "DCP reader"]
+        ways = options.way or [
+            way for way in direct_workers.WAYS if options.kind != "moe" or way != "DCP reader"
+        ]
         runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         for repeat in range(options.repeats):
             for way, results in runs.items():

@@ -1,10 +1,11 @@
-"""Rank 0 holds a model; every rank ends with its shard: shardwise against torch's `set_model_state_dict`.
+"""Rank 0 alone reads or holds a model; every rank ends with its shard: shardwise and torch's `set_model_state_dict`.
 
     python benchmarks/bench_rank0.py [--parameters 1000000000] [--ranks 4] [--repeats 3] [--dtype bfloat16]
 
-The two ways run in turn, each time in fresh processes on one generated Qwen3-shaped checkpoint. Printed are medians
-over the repeats: seconds from the loaded model to filled shards on all ranks, and the anonymous host memory of rank 0
-and of the worst other rank over load and transfer. Figures go to `--json` as well.
+The ways run in turn, each time in fresh processes on one generated Qwen3-shaped checkpoint. From files, rank 0 reads through
+staging buffers what it sends; otherwise it has loaded the model before. Printed are medians over the repeats: seconds from
+the loaded (or empty) model to filled shards on all ranks, the same with the load before it, and the anonymous host memory
+of rank 0 and of the worst other rank over both. Figures go to `--json` as well.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def _summary(by_rank: dict[int, Any]) -> dict[str, Any]:
 
 
 def _print(runs: dict[str, list[dict[str, Any]]], console: Console) -> None:
-    table = Table("way", "seconds", "lowest", "highest", "rank 0 peak, MiB", "worst other rank's peak, MiB")
+    table = Table(
+        "way", "seconds", "lowest", "highest", "with load", "rank 0 peak, MiB", "worst other rank's peak, MiB"
+    )
     for way, results in runs.items():
         seconds = [run["seconds"] for run in results]
         table.add_row(
@@ -75,6 +78,7 @@ def _print(runs: dict[str, list[dict[str, Any]]], console: Console) -> None:
             f"{statistics.median(seconds):.2f}",
             f"{min(seconds):.2f}",
             f"{max(seconds):.2f}",
+            f"{statistics.median(run['seconds'] + run['load_seconds'] for run in results):.2f}",
             f"{statistics.median(run['source_peak_bytes'] for run in results) / 2**20:.0f}",
             f"{statistics.median(run['other_peak_bytes'] for run in results) / 2**20:.0f}",
         )

@@ -1,4 +1,4 @@
-"""What one rank does in `bench_rank0.py`: bring a model from rank 0's memory into shards, one way or another."""
+"""What one rank does in `bench_rank0.py`: bring a model into shards that rank 0 alone loads or reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shardwise import NativeFSDPStrategy, profile_memory
 
 
 def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Load on rank 0, shard, and fill the shards of all ranks; return seconds and host memory of the second part.
+    """Load on rank 0, shard, and fill the shards of all ranks; return seconds of the two parts and host memory.
 
     Args:
         arguments: `model` (a directory), `dtype` (torch's name of it) and `way` (a key of `WAYS`).
@@ -26,13 +26,14 @@ def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=20))
     init_device_mesh("cpu", (dist.get_world_size(),))
-    strategy = NativeFSDPStrategy(mixed_precision="no")
+    from_files = arguments["way"] == FROM_FILES
+    strategy = NativeFSDPStrategy(mixed_precision="no", route="rank0" if from_files else "auto")
     dtype = getattr(torch, arguments["dtype"])
     dist.barrier()
     with profile_memory() as profile:
         with profile.phase("load"):
             model = strategy.load_pretrained(
-                AutoModelForCausalLM, arguments["model"], dtype=dtype, defer=False
+                AutoModelForCausalLM, arguments["model"], dtype=dtype, defer=from_files
             )
             dist.barrier()
         with profile.phase("transfer"):
@@ -72,7 +73,9 @@ def _set_model_state_dict(strategy: NativeFSDPStrategy, model: nn.Module) -> Non
     del buffers
 
 
+FROM_FILES = "shardwise, from files"
 WAYS: dict[str, Callable[[NativeFSDPStrategy, nn.Module], None]] = {
-    "shardwise": _shardwise,
+    FROM_FILES: _shardwise,
+    "shardwise, from memory": _shardwise,
     "set_model_state_dict": _set_model_state_dict,
 }

@@ -12,7 +12,7 @@ import shardwise as sw
 
 strategy = sw.AccelerateStrategy(mixed_precision="bf16")
 accelerator = strategy.accelerator
-model = strategy.load_pretrained(AutoModelForCausalLM, sys.argv[1])
+model = strategy.load_pretrained(AutoModelForCausalLM, sys.argv[1], dtype=torch.float32)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 model, optimizer = strategy.wrap_model(model, optimizer)
 

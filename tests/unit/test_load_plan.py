@@ -208,8 +208,7 @@ def test_exchanged_pieces_fill_every_shard(case: Case, buffer_bytes: int, alone:
             ranks=ranks,
             rank=rank,
             buffer_bytes=buffer_bytes,
-            readers=1 if alone else len(ranks),
-            reader_of=(lambda _: last) if alone else None,
+            readers=ranks[-1:] if alone else ranks,
         )
         for rank in ranks
     }
@@ -301,7 +300,7 @@ def test_many_small_tensors_become_few_reads() -> None:
     wanted = wanted_tensors(20_000, (128, 8), Shard(0), ranks=2)
     chosen = exchanged(wanted, ranks=range(2))
     assert len(chosen) == 20_000
-    plan = plan_exchange(wanted, chosen, ranks=range(2), rank=0, buffer_bytes=8 * 2**20, readers=2)
+    plan = plan_exchange(wanted, chosen, ranks=range(2), rank=0, buffer_bytes=8 * 2**20, readers=range(2))
     assert len(plan) <= 10
 
 

@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import shardwise as sw
 from shardwise.errors import ConfigurationError
 from shardwise.materialization import device_of
 from shardwise.strategies.mesh import (
     default_device_type,
+    device_type_of,
     ranks_of,
     resolve_mesh,
     source_rank_of,
@@ -143,3 +145,23 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torchrun or accelerate launch" in message
     assert not dist.is_initialized()
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("given", [(2,), [0, 1], 2, "cpu"])
+def test_what_is_no_mesh_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        device_type_of(given)
+    message = str(caught.value)
+    assert message.startswith(
+        f"device_mesh: expected a torch DeviceMesh or None, got {given!r}. Make one with "
+    )
+    assert "init_device_mesh(" in message
+
+
+@pytest.mark.parametrize("strategy", [sw.NativeFSDPStrategy, sw.AccelerateStrategy])
+def test_both_strategies_refuse_it(strategy: Any) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"^device_mesh: expected a torch DeviceMesh or None, got \(2,\)"
+    ):
+        strategy(device_mesh=(2,))
+    assert not dist.is_initialized()

@@ -15,12 +15,27 @@ def test_accelerators_may_take_any_known_precision(mixed_precision: str) -> None
     check_mixed_precision(mixed_precision, device_type="cuda")
 
 
-@pytest.mark.parametrize("mixed_precision", ["fp32", "bfloat16", "", None, "BF16"])
-def test_an_unknown_precision_is_refused_with_the_list(mixed_precision: str) -> None:
+@pytest.mark.parametrize(
+    ("mixed_precision", "meant"),
+    [
+        ("", None),
+        ("int8", None),
+        ("fp32", "no"),
+        (None, "no"),
+        (False, "no"),
+        ("bfloat16", "bf16"),
+        ("BF16", "bf16"),
+        ("bfl6", "bf16"),
+        (torch.bfloat16, "bf16"),
+        ("float16", "fp16"),
+    ],
+)
+def test_an_unknown_precision_is_refused_with_the_list(mixed_precision: str, meant: str | None) -> None:
     with pytest.raises(ConfigurationError) as caught:
         check_mixed_precision(mixed_precision, device_type="cpu")
     assert str(caught.value) == (
-        f"mixed_precision: expected one of no, bf16, fp16, fp8, got {mixed_precision!r}"
+        f"mixed_precision: expected one of no, bf16, fp16, fp8, got {mixed_precision!r}."
+        + (f" Did you mean {meant!r}?" if meant else "")
     )
 
 

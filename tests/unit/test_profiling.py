@@ -560,6 +560,7 @@ def rank_report(**changes: Any) -> RankReport:
         "shard_bytes": 2,
         "storage_bytes": 3,
         "network_bytes": 4,
+        "retried_reads": 0,
         "seconds": 0.5,
     }
     return RankReport(**{**values, **changes})
@@ -570,6 +571,7 @@ def load_report(**changes: Any) -> LoadReport:
         "model": "org/model",
         "strategy": "native_fsdp",
         "route": "rank0",
+        "route_reason": "it was asked for",
         "world_size": 2,
         "seconds": 1.5,
         "phases": {"from_pretrained": 1.0},
@@ -585,6 +587,24 @@ def load_report(**changes: Any) -> LoadReport:
     return LoadReport(**{**values, **changes})
 
 
+def test_load_report_in_words() -> None:
+    report = load_report(
+        phases={"read": 1.0, "check": 0.25, "plan": 0.5, "report": 0.125},
+        storage_bytes=3 << 20,
+        network_bytes=0,
+        ranks=(rank_report(shard_bytes=2 << 20), rank_report(rank=1, host_anon_peak_bytes=5 << 20)),
+    )
+    assert str(report) == (
+        "org/model: native_fsdp, route rank0, 2 ranks, 1.50 s (longest phases: read 1.00, plan 0.50, check 0.25)\n"
+        "worst rank: shard 2.0 MiB, peak of anonymous host memory 5.0 MiB, of device memory 0.0 MiB\n"
+        "all ranks: 3.0 MiB read from storage, 0.0 MiB moved between ranks\n"
+        "tensors: 3 checkpoint, 1 tied"
+    )
+    alone = load_report(world_size=1, ranks=(), tensors={})
+    assert ", 1 rank, " in str(alone)
+    assert str(alone).endswith("\ntensors: none")
+
+
 def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
     report = load_report()
     path = tmp_path / "new" / "report.json"
@@ -596,6 +616,7 @@ def test_load_report_comes_back_equal_from_its_file(tmp_path: Path) -> None:
         "model",
         "strategy",
         "route",
+        "route_reason",
         "world_size",
         "seconds",
         "phases",

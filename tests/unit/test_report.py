@@ -66,6 +66,7 @@ def run(mode: str, *, ranks: int, peak_mib: int, device_mib: int) -> dict[str, A
         "model": "org/model",
         "strategy": mode.split("-")[0],
         "route": "rank0",
+        "route_reason": "it was asked for",
         "world_size": ranks,
         "seconds": 4.0,
         "phases": {"from_pretrained": 2.25, "optimizer": 0.01, "wrap_model": 1.75},
@@ -85,6 +86,7 @@ def run(mode: str, *, ranks: int, peak_mib: int, device_mib: int) -> dict[str, A
                 "shard_bytes": 131 * MIB,
                 "storage_bytes": 0,
                 "network_bytes": 0,
+                "retried_reads": 0,
                 "seconds": 4.0,
             }
             for rank in range(ranks)

@@ -194,16 +194,6 @@ BROKEN: dict[str, tuple[Breaker, type[CheckpointError], list[str]]] = {
         ["'a' twice"],
     ),
     "a link that leaves": (link_outside, CheckpointError, ["two.safetensors", "elsewhere.safetensors"]),
-    "quantised": (
-        config('{"quantization_config":{"quant_method":"mxfp4"}}'),
-        UnsupportedFormatError,
-        ["mxfp4", "dequantise"],
-    ),
-    "quantised by bitsandbytes": (
-        config('{"quantization_config":{"load_in_4bit":true}}'),
-        UnsupportedFormatError,
-        ["load_in_4bit"],
-    ),
     "config not JSON": (config("{"), DamagedFileError, ["config.json"]),
 }
 

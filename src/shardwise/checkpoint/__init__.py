@@ -4,6 +4,7 @@ from shardwise.checkpoint.hub import cached_snapshot, download_snapshot, snapsho
 from shardwise.checkpoint.hub_access import HubAccess
 from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
+from shardwise.checkpoint.regular_file import read_text
 from shardwise.checkpoint.safetensors_source import SafetensorsSource
 from shardwise.checkpoint.source import Run, Source
 from shardwise.checkpoint.state_dict import StateDictSource
@@ -21,5 +22,6 @@ __all__ = [
     "download_snapshot",
     "load_pickle",
     "locate",
+    "read_text",
     "snapshot_revision",
 ]

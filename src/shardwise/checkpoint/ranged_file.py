@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from shardwise.checkpoint.regular_file import open_regular, unreadable
 from shardwise.errors import ChangedFileError
 
 _PAGE_BYTES = mmap.PAGESIZE
+_TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EBUSY})
+"""Errors that a network file system reports of a fault that may be over in a moment."""
+_PAUSES_SECONDS = (0.05, 0.2, 0.8)
+"""Before each further try; EINTR needs none, Python itself repeats the call."""
 
 
 class BounceBuffers:
@@ -74,30 +79,39 @@ class RangedFile:
         self._bounce = bounce
         self._direct_fd = self._open_direct() if bounce is not None else None
         self._direct_refused = False
+        self.retries = 0
         self._lock = threading.Lock()
 
     def read_into(self, offset: int, into: memoryview) -> None:
-        """Fill a buffer from an offset on.
+        """Fill a buffer from an offset on. What fails in a way that may be over in a moment is tried again, and counted.
 
         Raises:
             ChangedFileError: The file ends before.
-            CheckpointError: The system reports an error.
+            CheckpointError: The system reports an error, and goes on doing so.
         """
         position = 0
         while position < len(into):
-            part = into[position:]
-            try:
-                got = self._read_direct(offset + position, part)
-                if got is None:
-                    got = os.preadv(self._fd, [part], offset + position)
-            except OSError as error:
-                raise unreadable(self.path, error, what=f"reading at byte {offset + position}") from error
+            got = self._read_some(offset + position, into[position:])
             if got == 0:
                 raise ChangedFileError(
                     f"{self.path}: expected {len(into)} bytes at byte {offset}, got {position}: the file has become shorter since "
                     f"its header was read ({self.identity.size:,} bytes then). Do not replace files while they are loaded."
                 )
             position += got
+
+    def _read_some(self, offset: int, into: memoryview) -> int:
+        pauses = iter(_PAUSES_SECONDS)
+        while True:
+            try:
+                got = self._read_direct(offset, into)
+                return os.preadv(self._fd, [into], offset) if got is None else got
+            except OSError as error:
+                pause = next(pauses, None) if error.errno in _TRANSIENT else None
+                if pause is None:
+                    raise unreadable(self.path, error, what=f"reading at byte {offset}") from error
+                with self._lock:
+                    self.retries += 1
+                time.sleep(pause)
 
     def map(self) -> mmap.mmap | None:
         """Return the file's pages, private to this mapping: what is written is seen neither in the file nor in another one.

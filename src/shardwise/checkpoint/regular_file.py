@@ -18,6 +18,15 @@ _KINDS = {
 }
 
 
+_REMEDIES = {
+    errno.ENOMEM: "The machine has no memory left for it: run fewer ranks on this node, or pass smaller staging_bytes.",
+    errno.ENOSPC: "The file system is full: make room on it.",
+    errno.EMFILE: "This process has too many open files: raise the limit (ulimit -n).",
+    errno.ENFILE: "The machine has too many open files: raise its limit.",
+    errno.ESTALE: "The file was replaced on its server: load again.",
+}
+
+
 def open_regular(path: Path, *, flags: int) -> int:
     """Open a file for reading and return its descriptor.
 
@@ -82,9 +91,8 @@ def read_text(path: Path, *, most_bytes: int, what: str) -> str:
 def unreadable(path: Path, error: OSError, *, what: str) -> CheckpointError:
     """Return the error for a file that the system does not give."""
     code = errno.errorcode.get(error.errno or 0, "error")
-    return CheckpointError(
-        f"{path}: {what} failed: {code} ({error.strerror}). Check its permissions, the disk and the mount."
-    )
+    remedy = _REMEDIES.get(error.errno or 0, "Check its permissions, the disk and the mount.")
+    return CheckpointError(f"{path}: {what} failed: {code} ({error.strerror}). {remedy}")
 
 
 def _require_regular(path: Path, status: os.stat_result) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length,
 from shardwise.checkpoint.source import Run
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError, UnsupportedFormatError
+from shardwise.profiling import own_node
 from shardwise.tensors import dtype_name
 
 _SINGLE_NAME = "model.safetensors"
@@ -74,6 +74,7 @@ class SafetensorsSource:
         self._bounce = BounceBuffers(nbytes=_BOUNCE_BYTES) if direct_io else None
         self._open: dict[str, RangedFile] = {}
         self._opened: set[str] = set()
+        self._retries = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -90,7 +91,7 @@ class SafetensorsSource:
             CheckpointError: A file is damaged, not there, outside of the directory, or of another format.
         """
         directory, names, index = _files_of(path)
-        if path.is_dir():
+        if path.is_dir() or index is not None:
             refuse_quantised(directory)
         tensors: dict[str, StoredTensor] = {}
         files: dict[str, DescribedFile] = {}
@@ -117,7 +118,7 @@ class SafetensorsSource:
             directory=directory,
             tensors=tensors,
             files=files,
-            host=socket.gethostname(),
+            host=own_node(),
             direct_io=direct_io,
         )
 
@@ -151,6 +152,17 @@ class SafetensorsSource:
             direct_io=direct_io,
         )
 
+    def require_as_described(self) -> None:
+        """Open every file once and compare it with its description.
+
+        Raises:
+            CheckpointError: A file is not there, or another one.
+        """
+        for name in self._files:
+            self._file(name)
+        self.close()
+        self._opened.clear()
+
     def describe(self) -> str:
         """Return names, places and digests as text for other ranks."""
         number = {name: index for index, name in enumerate(self._files)}
@@ -176,6 +188,11 @@ class SafetensorsSource:
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor by checkpoint name."""
         return self._tensors
+
+    @property
+    def retries(self) -> int:
+        """How many reads were tried again, since the source was made."""
+        return self._retries + sum(opened.retries for opened in self._open.values())
 
     @property
     def opened_files(self) -> frozenset[str]:
@@ -215,6 +232,7 @@ class SafetensorsSource:
         """Close files; a later read opens them again."""
         with self._lock:
             for opened in self._open.values():
+                self._retries += opened.retries
                 opened.close()
             self._open.clear()
 
@@ -235,7 +253,7 @@ class SafetensorsSource:
     def _require_described(self, name: str, opened: RangedFile) -> None:
         expected = self._files[name]
         got, _ = _fingerprint(opened)
-        same_host = self._host == socket.gethostname()
+        same_host = self._host == own_node()
         differs = [
             f"{field} {getattr(got, field)} in place of {getattr(expected, field)}"
             for field in ("size", "header_bytes", "header_sha256", "mtime_ns")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -34,11 +36,14 @@ def demo_command(
     with errors_reported(debug=debug):
         from shardwise.compare.experiment import compare
         from shardwise.compare.launch import refuse_inside_launcher
+        from shardwise.compare.requirements import require_for_demo
 
         refuse_inside_launcher("shardwise demo", environ=os.environ)
+        require_for_demo()
         with terminal_progress() as progress:
+            checkpoint = model or str(_own_model(progress))
             comparison = compare(
-                model or str(_own_model(progress)),
+                checkpoint,
                 ranks=ranks,
                 modes=modes_named(()),
                 dtype="auto",
@@ -46,8 +51,16 @@ def demo_command(
                 progress=progress,
             )
         show(comparison, output_directory=output_dir, json_file=json_file)
+        _print_what_next(checkpoint, ranks=ranks)
     if not comparison.is_good:
         raise typer.Exit(STATUS_FAILED)
+
+
+def _print_what_next(checkpoint: str, *, ranks: int) -> None:
+    # As it was called: `make demo` has it in .venv/bin, which is not on the path.
+    called = sys.argv[0] if Path(sys.argv[0]).name == "shardwise" else "python -m shardwise"
+    command = f"{called} verify {shlex.quote(checkpoint)} --ranks {ranks}"
+    Console(highlight=False).print(Text(f"Model: {checkpoint}\nTry: {command}"), soft_wrap=True)
 
 
 def _own_model(progress: Progress) -> Path:

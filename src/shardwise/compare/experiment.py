@@ -19,6 +19,7 @@ from shardwise.compare.launch import refuse_inside_launcher, run_ranks
 from shardwise.compare.model_directory import model_directory
 from shardwise.compare.modes import Mode
 from shardwise.compare.rank import Worker
+from shardwise.compare.requirements import require_for_modes
 from shardwise.compare.worker import LOAD_PHASES, measure_mode
 from shardwise.errors import CommandError, ConfigurationError
 from shardwise.profiling import Figure, Timeline, node_peak_bytes
@@ -125,13 +126,16 @@ def compare(
     Raises:
         ConfigurationError: An option is not possible, or this process is a rank itself.
         CheckpointError: There is no such model.
+        MissingDependencyError: A mode needs a package that is not installed.
     """
     refuse_inside_launcher("compare", environ=os.environ)
     for name, value in (("ranks", ranks), ("repeats", repeats)):
         if value < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {value}.")
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    require_for_modes(modes)
     directory = model_directory(model, progress=progress)
     asked = next((mode for mode in modes if mode.memory_efficient_init), modes[0])
     outcomes: list[Outcome] = []

@@ -21,7 +21,7 @@ class Failure:
 
     Args:
         rank: The rank.
-        message: Its error in a few lines, ending with a full stop.
+        message: Its error in a few lines, ending as a sentence does.
         order: Sorts failures of one run, the likeliest cause first.
     """
 
@@ -70,7 +70,7 @@ def _recorded_message(path: Path) -> str:
         return f"its error could not be read from {path}."
     message = str(recorded["message"]) if isinstance(recorded, dict) else str(recorded)
     message = message.strip()
-    return message if message.endswith(".") else f"{message}."
+    return message if message.endswith((".", "?", "!")) else f"{message}."
 
 
 def _killed_message(signal_name: str) -> str:

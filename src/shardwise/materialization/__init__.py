@@ -1,6 +1,6 @@
 """From a model sharded on meta to one whose shards hold their values."""
 
-from shardwise.materialization.agreement import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, Comparable
 from shardwise.materialization.arguments import argument_lines
 from shardwise.materialization.binding import Binding, Bound, bind, check_bound, listed, permitted
 from shardwise.materialization.comparing import (
@@ -29,6 +29,7 @@ from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import local_bytes_of, trained_parameters_of
 from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
+from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.materialization.verify import Mismatch, VerifyReport, verify_shards
 
 __all__ = [

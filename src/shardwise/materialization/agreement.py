@@ -11,23 +11,29 @@ What a call leaves in the store is deleted by the next one over the same ranks, 
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
 from shardwise.materialization.call_store import CallStore
+from shardwise.materialization.patience import Patience
 from shardwise.profiling import phase as record_phase
 
+_log = logging.getLogger("shardwise")
+
 _OK = "ok"
+_WARN_AFTER_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
+_SECONDS_BETWEEN_STEPS = 1.0
 _MOST_SECONDS_TO_TELL = 5.0  # how long the store's host stays for ranks that do not know of a failure yet
 
 
@@ -66,7 +72,7 @@ class Agreement:
 
     Args:
         ranks: Global ranks that take part, in one order on all of them.
-        timeout_seconds: How long to wait for a rank that does not arrive, or for data that does not move.
+        timeout_seconds: How long to wait while no rank makes a step.
         call: Name of the call, for messages.
     """
 
@@ -75,6 +81,7 @@ class Agreement:
         alone = not dist.is_initialized()
         self.rank = 0 if alone else dist.get_rank()
         self.timeout_seconds = timeout_seconds
+        self.warn_after_seconds = _WARN_AFTER_SECONDS
         self._call = call
         self._store = CallStore(call=call)
         # Like collectives, shardwise calls must come in one order on all ranks, so the n-th call of every rank over
@@ -86,9 +93,10 @@ class Agreement:
         self._calls = f"shardwise/{group}/"
         self._prefix = f"{self._calls}{number}"
         self._phase = ""
-        self._numbered = 0
+        self._numbered: Counter[str] = Counter()
         self._has_forgotten = False
         self._last_check_seconds = 0.0
+        self._last_step_seconds = 0.0
 
     @property
     def name(self) -> str:
@@ -96,9 +104,21 @@ class Agreement:
         return self._prefix
 
     def numbered(self, what: str) -> str:
-        """Return a text that no other call of this method has; all ranks make these calls in one order."""
-        self._numbered += 1
-        return f"{self._prefix}/{what}/{self._numbered}"
+        """Return a text that no other call of this method has; ranks that make it of one `what` do so in one order."""
+        self._numbered[what] += 1
+        return f"{self._prefix}/{what}/{self._numbered[what]}"
+
+    def step(self) -> None:
+        """Say that this rank has moved on: read something, received something, initialised a module."""
+        seconds = time.monotonic()
+        if seconds - self._last_step_seconds >= _SECONDS_BETWEEN_STEPS:
+            self._last_step_seconds = seconds
+            with suppress(RankError):  # whoever waits for another rank next says that the store is lost
+                self._store.add(f"{self._prefix}/steps", 1)
+
+    def steps(self) -> int:
+        """Return how many steps all ranks have told so far; see `Patience`."""
+        return self._store.add(f"{self._prefix}/steps", 0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -255,24 +275,48 @@ class Agreement:
         return self._outcome()
 
     def _wait(self, keys: list[str], *, what: str, key_of_rank: Mapping[int, str]) -> None:
-        """Wait until all keys are there; after the timeout, name the ranks whose own key is not."""
+        """Wait until all keys are there; name the ranks whose own key is not in a warning, and in the error at the timeout."""
         started = time.monotonic()
+        patience = Patience(self)
+        has_warned = False
         while not self._store.has(keys):
             waited = time.monotonic() - started
-            if waited > self.timeout_seconds:
+            if patience.is_over():
                 raise RankTimeoutError(self._timeout_message(what, key_of_rank))
+            if waited > self.warn_after_seconds and not has_warned:
+                has_warned = True
+                self._warn_of_wait(what, key_of_rank)
             self.check()
             # Short waits stay quick and long ones do not load the store's host.
             time.sleep(min(_LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
 
     def _timeout_message(self, what: str, key_of_rank: Mapping[int, str]) -> str:
-        missing = [str(rank) for rank, key in key_of_rank.items() if not self._store.has([key])]
-        late = f"; ranks that did not arrive: {', '.join(missing)} of {len(self.ranks)}" if missing else ""
+        late = self._late(key_of_rank)
         return (
-            f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}{late}. "
+            f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}"
+            f"{_named_late('ranks that did not arrive', late, of=len(self.ranks))}. "
             "Check that every rank makes the same shardwise calls in the same order, look at the logs of the other "
             "ranks, or pass a longer timeout."
         )
+
+    def _warn_of_wait(self, what: str, key_of_rank: Mapping[int, str]) -> None:
+        late = self._late(key_of_rank)
+        # One of the ranks that wait speaks for all of them. Where one rank's text is awaited, that is mostly the first one's.
+        waiting = [rank for rank in key_of_rank if rank not in late] or self.ranks[1:]
+        if self.rank == waiting[0]:
+            _log.warning(
+                "%s, phase %r: rank %d has waited %g s for %s%s; it goes on waiting for at most %g s (timeout=)",
+                self._call,
+                self._phase,
+                self.rank,
+                self.warn_after_seconds,
+                what,
+                _named_late("ranks that have not arrived", late, of=len(self.ranks)),
+                self.timeout_seconds,
+            )
+
+    def _late(self, key_of_rank: Mapping[int, str]) -> list[int]:
+        return [rank for rank, key in key_of_rank.items() if not self._store.has([key])]
 
     def _raise_peer_error(self, outcome: dict[str, Any]) -> None:
         if "error" in outcome:
@@ -296,11 +340,8 @@ class Agreement:
         )
 
 
-def timeout_seconds_of(timeout: float | timedelta | None) -> float:
-    """Return a timeout in seconds; None means the default of the process group's own waits, 30 minutes."""
-    if timeout is None:
-        return dist.distributed_c10d.default_pg_timeout.total_seconds()
-    return timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+def _named_late(what: str, late: Sequence[int], *, of: int) -> str:
+    return f"; {what}: {', '.join(map(str, late))} of {of}" if late else ""
 
 
 def ranks_of_group(group: dist.ProcessGroup | None) -> tuple[int, ...]:

@@ -62,13 +62,19 @@ class ConversionStep:
 
 
 def plan_conversions(
-    converted: Sequence[ConvertedTensor], *, ranks: Sequence[int], rank: int, buffer_bytes: int
+    converted: Sequence[ConvertedTensor],
+    *,
+    ranks: Sequence[int],
+    readers: Sequence[int],
+    rank: int,
+    buffer_bytes: int,
 ) -> tuple[ConversionStep, ...]:
-    """Deal the conversions out to the ranks.
+    """Deal the conversions out to the ranks that can read their sources.
 
     Args:
         converted: The same on all ranks.
         ranks: Global ranks that take part.
+        readers: Those of them that can read.
         rank: This one.
         buffer_bytes: Bound of what a rank sends or receives in one round, in bytes.
 
@@ -79,11 +85,10 @@ def plan_conversions(
     for tensor in converted:
         by_group.setdefault(id(tensor.whole), []).append(tensor)
     groups = list(by_group.values())
-    own = list(ranks).index(rank)
     steps = []
-    for first in range(0, len(groups), len(ranks)):
-        of_step = groups[first : first + len(ranks)]
-        position_of = {t.fqn: position for position, group in enumerate(of_step) for t in group}
+    for first in range(0, len(groups), len(readers)):
+        of_reader = dict(zip(readers, groups[first : first + len(readers)], strict=False))
+        reader_of = {t.fqn: reader for reader, group in of_reader.items() for t in group}
         wanted = [
             WantedTensor(
                 fqn=t.fqn,
@@ -94,7 +99,7 @@ def plan_conversions(
                 partial=False,
                 may_map=False,
             )
-            for group in of_step
+            for group in of_reader.values()
             for t in group
         ]
         exchange = plan_exchange(
@@ -103,10 +108,10 @@ def plan_conversions(
             ranks=ranks,
             rank=rank,
             buffer_bytes=buffer_bytes,
-            readers=len(of_step),
-            reader_of=position_of.__getitem__,
+            readers=tuple(of_reader),
+            reader_of=reader_of.__getitem__,
         )
-        mine = tuple(of_step[own]) if own < len(of_step) else ()
+        mine = tuple(of_reader.get(rank, ()))
         steps.append(ConversionStep(whole=mine[0].whole if mine else None, results=mine, exchange=exchange))
     return tuple(steps)
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.own_group import make_group
+from shardwise.materialization.patience import Patience
 
 _SECONDS_FOR_THE_CAUSE = 2.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
@@ -93,18 +94,19 @@ class DataPlane:
             RankTimeoutError: The transfer did not complete in time.
             RankError: The transfer broke off.
         """
-        started = time.monotonic()
+        patience = Patience(self._agreement)
         pause = _SHORTEST_PAUSE_SECONDS
         while not work.is_completed():
             self._agreement.check()
-            if time.monotonic() - started > self._agreement.timeout_seconds:
+            if patience.is_over():
                 raise RankTimeoutError(
-                    f"rank {self._agreement.rank}: {what} did not complete within "
+                    f"rank {self._agreement.rank}: {what} did not complete, and no rank made a step for "
                     f"{self._agreement.timeout_seconds:g} s. Check the other ranks' logs and the network between "
                     "the ranks, or pass a longer timeout."
                 )
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, pause * 1.5)
+        self._agreement.step()
         try:
             work.wait()
         except RuntimeError as error:
@@ -125,11 +127,11 @@ def open_data_plane(
 ) -> Iterator[DataPlane]:
     """Make a group for one call; drop it in the end, aborting what is in flight if the call failed.
 
-    All ranks call this at one place, right after they have left a phase together: a rank that never comes here is waited for
-    by torch itself, which does not look for its error.
+    All of its ranks call this at one place, right after they have left a phase together: a rank that never comes here is waited
+    for by torch itself, which does not look for its error.
 
     Args:
-        ranks: Global ranks of the call.
+        ranks: Global ranks of the group, this one among them.
         device: The mesh's device on this rank.
         agreement: Of the call; a phase of it is open.
 
@@ -139,7 +141,7 @@ def open_data_plane(
     """
     backend = _backend_of(device)
     # A call may have several planes: two of one name would meet each other's addresses in the store.
-    name = agreement.numbered("data")
+    name = agreement.numbered("data " + "-".join(map(str, ranks)))
     timeout = timedelta(seconds=agreement.timeout_seconds)
     try:
         group = make_group(ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)

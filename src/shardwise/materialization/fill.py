@@ -16,6 +16,7 @@ from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.data_plane import open_data_plane
 from shardwise.materialization.layouts import layout_of
 from shardwise.materialization.meta import refuse_meta
+from shardwise.materialization.out_of_memory import naming_out_of_memory
 from shardwise.materialization.scatter import Scatter
 from shardwise.materialization.storage import allocate_parameters, local_of
 from shardwise.materialization.structure import Entry, entries_of
@@ -96,7 +97,8 @@ def fill_from_source(
             direct_from_bytes=_DIRECT_FROM_BYTES if device.type == "cpu" else None,
         )
     with agreement.phase("allocate for the source rank's values" if only is not None else "allocate"):
-        allocate_parameters(model, device, only=only)
+        with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
+            allocate_parameters(model, device, only=only)
         targets = {entry.fqn: local_of(entry.tensor) for entry in parameters}
         targets |= _place_plain_tensors(model, shared, source, device, is_source=is_source)
     with agreement.phase("transfer"):

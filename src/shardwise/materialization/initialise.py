@@ -9,7 +9,7 @@ and that are wanted, and the same work on every rank.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -39,7 +39,13 @@ def refuse_uninitialisable(model: nn.Module, absent: Collection[str]) -> None:
 
 
 def initialise(
-    model: nn.Module, absent: Collection[str], *, ranks: Sequence[int], rank: int, seed: int
+    model: nn.Module,
+    absent: Collection[str],
+    *,
+    ranks: Sequence[int],
+    rank: int,
+    seed: int,
+    step: Callable[[], None],
 ) -> tuple[str, ...]:
     """Give parameters that have storage and no values those that their module starts with.
 
@@ -49,6 +55,7 @@ def initialise(
         ranks: Global ranks of the call.
         rank: This one.
         seed: Equal on all ranks.
+        step: Called after each tensor.
 
     Returns:
         Fqns of those that got values.
@@ -63,6 +70,7 @@ def initialise(
         with torch.no_grad():
             for part in layout_of(entry.tensor, ranks).parts(tuple(whole.shape), rank):
                 shard[part.local.slices()].copy_(whole[part.region.slices()])
+        step()
 
     wanted = _wanted(model, absent)
     left = make_again(

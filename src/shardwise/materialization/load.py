@@ -13,10 +13,12 @@ from torch import nn
 from shardwise.checkpoint import Run
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.convert import convert
-from shardwise.materialization.data_plane import open_data_plane
+from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.layouts import layout_of as layout_of
+from shardwise.materialization.out_of_memory import naming_out_of_memory
 from shardwise.materialization.read import Reading, Shards
+from shardwise.materialization.replicas import require_equal_replicas
 from shardwise.materialization.source_plan import SourcePlan
 from shardwise.materialization.staging import read_bytes_of, staging_ring
 from shardwise.materialization.storage import allocate_parameters, around_local, local_of
@@ -32,10 +34,12 @@ class Loaded:
     Args:
         storage_bytes: Requested from storage, mapped ones included.
         network_bytes: Received from other ranks.
+        retried_reads: Reads that were tried again after an error that was over in a moment.
     """
 
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
 
 
 def allocate(
@@ -45,6 +49,7 @@ def allocate(
     device: torch.device,
     staging_bytes: int,
     dtype_of: Mapping[str, torch.dtype],
+    rank: int,
 ) -> tuple[list[SourcePlan], dict[str, torch.Tensor]]:
     """Give every meta parameter storage: pages of the file where the plan says so, else memory.
 
@@ -54,6 +59,7 @@ def allocate(
         device: Of parameters outside of FSDP2.
         staging_bytes: Bound of the staging buffers.
         dtype_of: In which each shard is kept, by fqn; also of parameters that no plan has.
+        rank: This one, global.
 
     Returns:
         The plans, in which what could not be mapped after all is read, and this rank's shards by fqn.
@@ -68,9 +74,10 @@ def allocate(
             else:
                 pages[item.fqn] = found
         final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
-    allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
     planned = {fqn for plan in plans for fqn in plan.fqns}
-    _allocate_buffers(model, planned, device)
+    with naming_out_of_memory("the shards", device=device, rank=rank):
+        allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
+        _allocate_buffers(model, planned, device)
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
@@ -92,6 +99,7 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> S
         rank=plan.direct.rank,
         mapped=tuple(item for item in plan.direct.mapped if item.fqn not in unmapped),
         reads=(*plan.direct.reads, *extra.reads),
+        shared=plan.direct.shared - unmapped,
     )
     return dataclasses.replace(plan, direct=direct)
 
@@ -108,7 +116,6 @@ def execute(
     plans: Sequence[SourcePlan],
     targets: Mapping[str, torch.Tensor],
     *,
-    ranks: Sequence[int],
     device: torch.device,
     staging_bytes: int,
     agreement: Agreement,
@@ -119,7 +126,6 @@ def execute(
     Args:
         plans: Of this rank.
         targets: This rank's shards by fqn.
-        ranks: Global ranks of the call.
         device: Of the mesh, on this rank.
         staging_bytes: Bound of the staging buffers.
         agreement: Of the call.
@@ -132,14 +138,15 @@ def execute(
         CheckpointError: A file cannot be read, or has changed.
         PeerError: Another rank failed.
     """
+    retried_before = sum(getattr(plan.source, "retries", 0) for plan in plans)
     with ExitStack() as stack:
-        plane = None
-        if len(ranks) > 1 and any(plan.moves_data for plan in plans):
-            # Before anything is read: all ranks stand here together, and making a group cannot be interrupted. A rank that
-            # fails to read never comes to it later, and the others would wait for it without looking for its error.
-            plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
+        # Before anything is read: all ranks stand here together, and making a group cannot be interrupted. A rank that
+        # fails to read never comes to it later, and the others would wait for it without looking for its error.
+        planes: dict[tuple[int, ...], DataPlane] = {}
+        for group in dict.fromkeys(group for plan in plans for group in plan.groups):
+            planes[group] = stack.enter_context(open_data_plane(group, device=device, agreement=agreement))
         for plan in plans:
-            done(sum(item.nbytes for item in plan.direct.mapped))
+            done(plan.direct.mapped_bytes)
         with phase("read"):
             ring = staging_ring(staging_bytes, device)
             for plan in plans:
@@ -157,12 +164,22 @@ def execute(
             del ring
         for plan in plans:
             with phase("exchange"):
-                Exchange(plan.exchange, source=plan.source, targets=targets, plane=plane, done=done).run()
+                for each in plan.exchanges:
+                    plane = planes.get(each.ranks)
+                    Exchange(each, source=plan.source, targets=targets, plane=plane, done=done).run()
             with phase("convert"):
+                plane = planes.get(plan.converters)
                 convert(plan.steps, plan.source, place=targets, plane=plane, done=done)
+            with phase("compare replicas"):
+                for ranks, fqns in plan.replicated.items():
+                    if ranks in planes:
+                        require_equal_replicas(
+                            fqns, targets, ranks=ranks, rank=agreement.rank, plane=planes[ranks]
+                        )
     for plan in plans:
         plan.source.require_unchanged()
     return Loaded(
         storage_bytes=sum(plan.storage_bytes for plan in plans),
         network_bytes=sum(plan.network_bytes for plan in plans),
+        retried_reads=sum(getattr(plan.source, "retries", 0) for plan in plans) - retried_before,
     )

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardwise.checkpoint import Source, StateDictSource
+from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import (
     argument_lines,
     checkpoint_of,
@@ -35,18 +35,21 @@ from shardwise.materialization.initialise import initialise, refuse_uninitialisa
 from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.load import Loaded, allocate, execute
 from shardwise.materialization.meta import refuse_meta
-from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
+from shardwise.materialization.open_source import Checkpoint, open_source
 from shardwise.materialization.progress import JobProgress, shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
+from shardwise.materialization.sight import agreed_sights
 from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, plan_sources, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
+from shardwise.materialization.timeouts import timeout_seconds_of
+from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport, phase, profile_memory
+from shardwise.tensors import floating_dtype
 
-ROUTES = ("auto", "direct")
 _log = logging.getLogger("shardwise")
 
 
@@ -60,6 +63,7 @@ class FillOptions:
         cpu_storage: Whether shards in host memory may be pages of the file.
         dtype: In which floating point shards are kept, as `kept_dtypes` takes it.
         buffers: Values of buffers that no checkpoint holds.
+        route: One of `shardwise.plan.ROUTES`.
         show_progress: On this rank; the first rank's counts.
     """
 
@@ -68,6 +72,7 @@ class FillOptions:
     cpu_storage: CpuStorage
     dtype: torch.dtype | str | None
     buffers: Buffers
+    route: str
     show_progress: bool
 
 
@@ -80,12 +85,16 @@ class FilledFromFiles:
         predicted: For the job.
         origins: Of the tensors that it gave values, by fqn.
         converted: Fqns of those that a conversion of whole tensors made.
+        route: That the values took; `"none"` where there were none to read.
+        reason: Why it was that one.
     """
 
     loaded: Loaded
     predicted: dict[str, int]
     origins: dict[str, str]
     converted: tuple[str, ...]
+    route: str
+    reason: str
 
 
 def materialize(
@@ -117,11 +126,14 @@ def materialize(
         checkpoint: Directory, safetensors file, hub id, state dict (the first rank's values count; the others may pass
             None or an empty one), a `Source`, or None
             to initialise every parameter.
-        route: `"auto"` or `"direct"`.
+        route: Who reads what. `"direct"`: every rank its own bytes. `"replicate"`: ranks that keep the same elements read a
+            part each and hand it to each other, so that storage is read once. `"node"`: one rank of each node reads for all
+            of its node. `"rank0"`: the first rank that sees the files reads for all. `"striped"`: ranks read long runs and
+            exchange what they own. `"auto"`: the first of these that fits what ranks see and keep; the report says why.
         missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
             names, lets their modules initialise them, to values that do not depend on the number of ranks.
         dtype: In which floating point parameters on meta are kept: None for their own dtype, `"auto"` for the
-            checkpoint's, or a torch dtype. Values are cast while they are read. It counts for parameters that are
+            checkpoint's, or a torch dtype or its name. Values are cast while they are read. It counts for parameters that are
             initialised as well; for those `"auto"` is the dtype of most parameters that the checkpoint holds.
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
             is 64 MiB on CPU ranks and 256 MiB on accelerators.
@@ -137,7 +149,7 @@ def materialize(
             those on meta are made again by their modules. A buffer that has storage keeps its values, also where they differ
             between ranks: after `to_empty`, which leaves garbage in it, pass them here.
         group: Ranks that take part; None is the default group.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
         device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
         direct_io: Read a checkpoint's files past the page cache where the file system can (`O_DIRECT`), so that a large one
@@ -155,12 +167,13 @@ def materialize(
         RankError: Ranks differ, one failed, or one did not arrive.
     """
     agreement = Agreement(
-        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout), call="materialize"
+        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout, group=group), call="materialize"
     )
     target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
-            _check_arguments(route, dtype)
+            _check_route(route)
+            dtype = floating_dtype(dtype, others=(None, "auto"))
             cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
             _check_direct_io(checkpoint, direct_io=direct_io)
             reshard(model)
@@ -188,7 +201,6 @@ def materialize(
             source = open_source(checkpoint, agreement=agreement, direct_io=direct_io).source
         if source is not None and not isinstance(checkpoint, Source):
             stack.callback(source.close)
-        first_rank_reads = isinstance(source, (StateDictSource, RemoteSource))
         with agreement.phase("match names"):
             with resting_collector():
                 binding = _bind(model, entries, source, rename, conversions)
@@ -204,7 +216,6 @@ def materialize(
                 source,
                 agreement=agreement,
                 staging_bytes=staging,
-                first_rank_reads=first_rank_reads,
             )
         fill_options = FillOptions(
             device=target,
@@ -212,11 +223,10 @@ def materialize(
             cpu_storage=cpu_storage,
             dtype=dtype,
             buffers=buffers,
+            route=route,
             show_progress=shown_by_default() if progress is None else progress,
         )
-        filled = fill_from_files(
-            model, binding.bound, absent, fill_options, agreement=agreement, first_rank_reads=first_rank_reads
-        )
+        filled = fill_from_files(model, binding.bound, absent, fill_options, agreement=agreement)
     with agreement.phase("report"):
         stored = stored_dtypes(list(model.parameters()))
         return collect_report(
@@ -225,14 +235,14 @@ def materialize(
             profile,
             name=name,
             strategy="materialize",
-            route="none" if source is None else "rank0" if first_rank_reads else "direct",
-            storage_bytes=0 if first_rank_reads else filled.loaded.storage_bytes + compared_bytes,
+            route=filled.route,
+            route_reason=filled.reason,
+            storage_bytes=filled.loaded.storage_bytes + compared_bytes,
             network_bytes=filled.loaded.network_bytes,
+            retried_reads=filled.loaded.retried_reads,
             predicted={
                 **filled.predicted,
-                "storage_bytes": 0
-                if first_rank_reads
-                else filled.predicted["storage_bytes"] + aliased_bytes(binding),
+                "storage_bytes": filled.predicted["storage_bytes"] + aliased_bytes(binding, source),
             },
             origins=origins_of(entries_of(model), filled.origins),
             converted=filled.converted,
@@ -247,7 +257,6 @@ def fill_from_files(
     options: FillOptions,
     *,
     agreement: Agreement,
-    first_rank_reads: bool = False,
 ) -> FilledFromFiles:
     """Allocate what is on meta, read what is bound, initialise what is absent, restore buffers.
 
@@ -257,7 +266,6 @@ def fill_from_files(
         absent: Fqns to initialise; of those that are bound too, what the source has is read over it.
         options: Equal on all ranks but for the device's index and `show_progress`.
         agreement: Of the call.
-        first_rank_reads: Whether the first rank alone holds the values.
 
     Returns:
         What it did cost.
@@ -293,19 +301,28 @@ def fill_from_files(
                 remedy="Pass the same checkpoint, rename, conversions and missing on every rank.",
             )
     with agreement.phase("plan") as plan:
+        sights = agreed_sights([each.source for each in wanted], agreement, key="sight")
         with resting_collector():
             plans = plan_sources(
                 wanted,
-                ranks=ranks,
+                sights=sights,
+                route=options.route,
                 rank=rank,
                 device=options.device,
                 staging_bytes=options.staging_bytes,
                 cpu_storage=options.cpu_storage,
-                first_rank_reads=first_rank_reads,
             )
+        if rank == ranks[0]:
+            for each, sight in zip(plans, sights, strict=True):
+                # A rank that does not see the files may have been given another path by mistake.
+                level = logging.WARNING if sight.blind and not sight.in_memory else logging.INFO
+                _log.log(
+                    level, "%s: route %s, because %s", each.source.name, each.route.name, each.route.reason
+                )
         storage_bytes = sum(each.storage_bytes for each in plans)
         network_bytes = sum(each.network_bytes for each in plans)
-        own = json.dumps([storage_bytes, network_bytes, options.show_progress])
+        moved_bytes = sum(each.moved_bytes for each in plans)
+        own = json.dumps([storage_bytes, network_bytes, moved_bytes, options.show_progress])
         planned = [json.loads(text) for text in agreement.gather("planned", own)]
         kept = {e.fqn for e in entries_of(model, roles=("buffer",)) if not e.tensor.is_meta}
         given = GivenBuffers(options.buffers)
@@ -315,31 +332,34 @@ def fill_from_files(
         plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
     with agreement.phase("allocate"), resting_collector():
         plans, targets = allocate(
-            model, plans, device=options.device, staging_bytes=options.staging_bytes, dtype_of=dtype_of
+            model,
+            plans,
+            device=options.device,
+            staging_bytes=options.staging_bytes,
+            dtype_of=dtype_of,
+            rank=rank,
         )
     initialised: tuple[str, ...] = ()
     if absent:
         with agreement.phase("initialise"):
             own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
             seed = json.loads(agreement.publish("seed", own_seed))
-            initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed)
-    with agreement.phase("read"):
-        progress = JobProgress(
-            agreement,
-            own_bytes=storage_bytes,
-            job_bytes=sum(of_rank[0] for of_rank in planned),
-            show=planned[0][2],
+            initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed, step=agreement.step)
+    progress = JobProgress(
+        agreement,
+        own_bytes=moved_bytes,
+        job_bytes=sum(of_rank[2] for of_rank in planned),
+        show=planned[0][3],
+    )
+    with progress, agreement.phase("read"):
+        loaded = execute(
+            plans,
+            targets,
+            device=options.device,
+            staging_bytes=options.staging_bytes,
+            agreement=agreement,
+            done=progress.add,
         )
-        with progress:
-            loaded = execute(
-                plans,
-                targets,
-                ranks=ranks,
-                device=options.device,
-                staging_bytes=options.staging_bytes,
-                agreement=agreement,
-                done=progress.add,
-            )
         del targets
         refuse_meta(model)
     predicted = {
@@ -353,16 +373,14 @@ def fill_from_files(
         predicted=predicted,
         origins=origins | dict.fromkeys(filled_buffers, "recomputed"),
         converted=tuple(tensor.fqn for each in plans for tensor in each.wanted.converted),
+        route=" + ".join(dict.fromkeys(each.route.name for each in plans)) or "none",
+        reason="; ".join(dict.fromkeys(each.route.reason for each in plans)) or "nothing was to be read",
     )
 
 
-def _check_arguments(route: str, dtype: Any) -> None:
+def _check_route(route: str) -> None:
     if route not in ROUTES:
         raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
-    if not (dtype is None or dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
-        raise ConfigurationError(
-            f"dtype: expected None, 'auto' or a floating point torch dtype, got {dtype!r}"
-        )
 
 
 def _check_direct_io(checkpoint: Checkpoint | None, *, direct_io: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from shardwise.checkpoint import (
     download_snapshot,
     load_pickle,
     locate,
+    read_text,
     snapshot_revision,
 )
 from shardwise.errors import CheckpointError, ConfigurationError
@@ -31,27 +31,35 @@ from shardwise.materialization.agreement import Agreement, Comparable
 from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import comparable_lines
 from shardwise.materialization.packed_text import packed, unpacked
-from shardwise.profiling import phase
+from shardwise.profiling import own_node, phase
 from shardwise.tensors import dtype_name
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Source
 PICKLE_ENDINGS = (".bin", ".bin.index.json")
+_PICKLE = "a pickle file"
+_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
+_MOST_CONFIG_BYTES = 16 * 2**20
 
 
 class RemoteSource:
-    """What ranks without values know of a state dict that the first rank holds: everything but the values.
+    """What a rank knows of a source that others alone can read: everything but the values.
 
     Args:
-        tensors: As the first rank described them.
+        name: What messages call it.
+        tensors: As a rank that reads it described them.
+        in_memory: Whether it is memory of that rank rather than files.
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self.name = "state dict of the first rank"
+    def __init__(self, name: str, tensors: Mapping[str, StoredTensor], *, in_memory: bool) -> None:
+        self.name = name
         self.tensors = tensors
+        self.in_memory = in_memory
 
     def read_into(self, file: str, offset: int, into: memoryview) -> None:
         """Raise: the values are elsewhere."""
-        raise CheckpointError(f"{file}: expected the first rank to read it, got a read on another rank.")
+        raise CheckpointError(
+            f"{self.name}, {file}: expected a rank that can read it, got a read on a rank that does not see it."
+        )
 
     def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         """Nothing: the values are elsewhere."""
@@ -66,7 +74,7 @@ class RemoteSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A source and, of one on disk, the directory that it lies in."""
+    """A source and, of one on disk, the directory that its config lies in."""
 
     source: Source
     path: Path
@@ -80,20 +88,24 @@ def open_source(
     subfolder: str = "",
     access: HubAccess | None = None,
     direct_io: bool = False,
+    configs_into: Path | None = None,
 ) -> Opened:
     """Open a checkpoint. All ranks of the call do this together.
 
     Args:
         checkpoint: Directory, file, hub id, state dict, or a source. Of a state dict, and of a pickle file, only the
-            values on the first rank count.
+            values on the first rank that has them count.
         agreement: Of the call.
         revision: Of a hub id.
         subfolder: Of a directory or hub id.
         access: How a hub is reached.
         direct_io: Whether files are read past the page cache, where the file system can.
+        configs_into: Empty directory of this rank; where it does not see the checkpoint, its small configuration files are
+            written there. None: nothing but tensors is wanted.
 
     Returns:
-        The source, a `StateDictSource` where the first rank alone holds the values; and its directory.
+        The source, a `StateDictSource` where the first rank alone holds the values, a `RemoteSource` where this rank cannot
+        read it; and the directory of its configuration.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -101,7 +113,8 @@ def open_source(
     """
     is_first = agreement.rank == agreement.ranks[0]
     if isinstance(checkpoint, Mapping):
-        return Opened(source=_of_first_rank(checkpoint if is_first else None, agreement), path=Path())
+        source = _of_reader(checkpoint if is_first else None, agreement, name="state dict of the first rank")
+        return Opened(source=source, path=Path())
     if not isinstance(checkpoint, (str, os.PathLike)):
         if not isinstance(getattr(checkpoint, "tensors", None), Mapping):
             raise ConfigurationError(
@@ -109,33 +122,122 @@ def open_source(
                 f"{type(checkpoint).__name__}"
             )
         return Opened(source=checkpoint, path=Path())
-    with agreement.phase("locate") as located:
-        location = locate(checkpoint, revision=revision, access=access)
-        kind = location.kind if location.path is None else _format(location.path / subfolder)
-        located.same = _comparable(location.name, kind)
-    path = (
-        location.path
-        if location.path is not None
-        else _local_snapshot(location, agreement, subfolder=subfolder)
-    )
-    path = path / subfolder
-    directory = path if path.is_dir() else path.parent
-    if path.name.endswith(PICKLE_ENDINGS):
+    place = _found_by_ranks(checkpoint, agreement, revision=revision, subfolder=subfolder, access=access)
+    path, is_reader = place.path, place.reader == agreement.rank
+    directory = path
+    if path is not None:
+        path = path / subfolder
+        directory = path if path.is_dir() else path.parent
+    if place.some_are_blind and configs_into is not None:
+        with agreement.phase("configuration"):
+            own = _configs_of(directory) if is_reader and directory is not None else None
+            text = agreement.publish("configuration", own)
+            if directory is None:
+                directory = configs_into
+                for name, content in json.loads(text).items():
+                    (directory / name).write_text(content, encoding="utf-8")
+    if place.is_pickle:
         with agreement.phase("read pickle"):
-            tensors = load_pickle(path) if is_first else None
-        return Opened(source=_of_first_rank(tensors, agreement), path=directory)
+            tensors = load_pickle(path) if is_reader and path is not None else None
+        source = _of_reader(tensors, agreement, name=place.name)
+    else:
+        source = _safetensors(place, path, agreement, direct_io=direct_io)
+    return Opened(source=source, path=directory if directory is not None else Path())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a checkpoint on disk is.
+
+    Args:
+        name: Of the checkpoint, for messages.
+        path: On this rank; None where it does not see it.
+        reader: First rank that sees it.
+        checks: Whether this rank is the first of its node that sees it, and not the reader.
+        is_pickle: Whether it is a pickle file.
+        some_are_blind: Whether there are ranks that do not see it.
+    """
+
+    name: str
+    path: Path | None
+    reader: int
+    checks: bool
+    is_pickle: bool
+    some_are_blind: bool
+
+
+def _found_by_ranks(
+    checkpoint: str | os.PathLike[str],
+    agreement: Agreement,
+    *,
+    revision: str | None,
+    subfolder: str,
+    access: HubAccess | None,
+) -> _Place:
+    """Find out which ranks see a checkpoint: a path that one of them has on disk counts for all."""
+    with agreement.phase("locate") as located:
+        failure: CheckpointError | None = None
+        location = None
+        try:
+            location = locate(checkpoint, revision=revision, access=access)
+        except CheckpointError as error:
+            failure = error
+        own_path = location.path if location is not None else None
+        own_format = _format(own_path / subfolder) if own_path is not None else ""
+        seen = [own_node(), own_path is not None, own_format]
+        found = [json.loads(text) for text in agreement.gather("located", json.dumps(seen))]
+        sees = [rank for rank, (_, is_local, _) in zip(agreement.ranks, found, strict=True) if is_local]
+        if not sees and failure is not None:
+            raise failure
+        formats = sorted({kind for _, is_local, kind in found if is_local})
+        kind = formats[0] if sees else "on a hub"
+        located.same = _comparable(os.fspath(checkpoint), own_format or kind)
+    path = own_path
+    if location is not None and not sees:
+        path = _local_snapshot(location, agreement, subfolder=subfolder)
+        sees = list(agreement.ranks)
+    first_of_node: dict[str, int] = {}
+    for rank, (node, _, _) in zip(agreement.ranks, found, strict=True):
+        if rank in set(sees):
+            first_of_node.setdefault(node, rank)
+    return _Place(
+        name=os.fspath(checkpoint),
+        path=path,
+        reader=sees[0],
+        checks=agreement.rank in first_of_node.values() and agreement.rank != sees[0],
+        is_pickle=_format(path / subfolder) == _PICKLE if path is not None else formats[0] == _PICKLE,
+        some_are_blind=len(sees) < len(agreement.ranks),
+    )
+
+
+def _safetensors(place: _Place, path: Path | None, agreement: Agreement, *, direct_io: bool) -> Source:
     with agreement.phase("read headers"):
         source = None
-        if is_first:
+        if agreement.rank == place.reader and path is not None:
             with phase("parse headers"), resting_collector():
-                source = SafetensorsSource.open(path, name=location.name, direct_io=direct_io)
+                source = SafetensorsSource.open(path, name=place.name, direct_io=direct_io)
         text = agreement.publish("headers", packed(source.describe()) if source is not None else None)
-        if source is None:
-            source = SafetensorsSource.from_description(unpacked(text), path, direct_io=direct_io)
-    return Opened(source=source, path=directory)
+        if source is not None:
+            return source
+        if path is None:
+            described = SafetensorsSource.from_description(unpacked(text), Path())
+            return RemoteSource(described.name, described.tensors, in_memory=False)
+        source = SafetensorsSource.from_description(unpacked(text), path, direct_io=direct_io)
+        if place.checks:
+            source.require_as_described()
+        return source
 
 
-def _of_first_rank(tensors: Mapping[str, torch.Tensor] | None, agreement: Agreement) -> Source:
+def _configs_of(directory: Path) -> str:
+    found = {}
+    for name in _CONFIGS:
+        if (directory / name).is_file():
+            found[name] = read_text(directory / name, most_bytes=_MOST_CONFIG_BYTES, what="a configuration")
+    return json.dumps(found)
+
+
+def _of_reader(tensors: Mapping[str, torch.Tensor] | None, agreement: Agreement, *, name: str) -> Source:
+    """Describe tensors that one rank holds to the others, which pass None."""
     with agreement.phase("describe state dict"):
         if tensors is not None:
             source = StateDictSource(tensors)
@@ -143,13 +245,11 @@ def _of_first_rank(tensors: Mapping[str, torch.Tensor] | None, agreement: Agreem
             agreement.publish("state dict", packed(json.dumps(described)))
             return source
         stored = {}
-        for name, dtype, shape in json.loads(unpacked(agreement.publish("state dict", None))):
+        for of, dtype, shape in json.loads(unpacked(agreement.publish("state dict", None))):
             kind: torch.dtype = getattr(torch, dtype)
             nbytes = math.prod(shape) * kind.itemsize
-            stored[name] = StoredTensor(
-                name=name, shape=tuple(shape), dtype=kind, file=name, start=0, stop=nbytes
-            )
-        return RemoteSource(stored)
+            stored[of] = StoredTensor(name=of, shape=tuple(shape), dtype=kind, file=of, start=0, stop=nbytes)
+        return RemoteSource(name, stored, in_memory=True)
 
 
 def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str) -> Path:
@@ -167,8 +267,7 @@ def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str)
     with agreement.phase("find download"):
         path = path or cached_snapshot(pinned, subfolder=subfolder)
     found = [
-        json.loads(text)
-        for text in agreement.gather("found", json.dumps([socket.gethostname(), path is not None]))
+        json.loads(text) for text in agreement.gather("found", json.dumps([own_node(), path is not None]))
     ]
     without = [host for host, has in found if not has]
     with agreement.phase("download on other nodes"):
@@ -190,7 +289,7 @@ def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str)
 
 
 def _format(path: Path) -> str:
-    return "a pickle file" if path.name.endswith(PICKLE_ENDINGS) else "safetensors files"
+    return _PICKLE if path.name.endswith(PICKLE_ENDINGS) else "safetensors files"
 
 
 def _comparable(name: str, kind: str) -> Comparable:

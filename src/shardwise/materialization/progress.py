@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -29,7 +28,8 @@ _SECONDS_BETWEEN_REPORTS = 0.5
 class JobProgress:
     """Adds up what all ranks have read and shows it on the first rank's terminal.
 
-    Ranks put their byte count into the call's store twice a second, and only where the first rank shows the line.
+    Ranks put their byte count into the call's store twice a second, and only where the first rank shows the line. It is opened
+    around the phase that reads, so that the line stays while the first rank waits for slower ones.
 
     Args:
         agreement: Of the call.
@@ -61,26 +61,18 @@ class JobProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            with suppress(
-                RankError
-            ):  # a lost store is told by whatever waits for other ranks next, and hides no error here
-                self._report()
-        finally:
-            self._stop.set()
-            if self._thread is not None:
-                self._thread.join()
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
 
     def add(self, nbytes: int) -> None:
         """Note that this rank has read so many more bytes."""
         self._read_bytes += nbytes
+        self._agreement.step()
         now = time.monotonic()
-        if self._show and now - self._last_seconds > _SECONDS_BETWEEN_REPORTS:
+        is_last = self._read_bytes >= self._own_bytes
+        if self._show and (is_last or now - self._last_seconds > _SECONDS_BETWEEN_REPORTS):
             self._last_seconds = now
-            self._report()
-
-    def _report(self) -> None:
-        if self._show:
             self._agreement.note("progress", json.dumps([self._read_bytes, self._own_bytes]))
 
     def _draw(self) -> None:
@@ -92,7 +84,9 @@ class JobProgress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[slowest]}"),
         )
-        with Progress(*columns, console=Console(file=sys.stderr), transient=True) as line:
+        console = Console(file=sys.stderr)
+        # Where nothing can be erased, what stays is the line of the end.
+        with Progress(*columns, console=console, transient=console.is_terminal) as line:
             task = line.add_task("read", total=self._job_bytes, slowest="")
             while True:
                 stopping = self._stop.wait(_SECONDS_BETWEEN_REPORTS)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -10,11 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from shardwise.checkpoint import Source
+from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.placing import as_memory, elements_in, place_in
 from shardwise.materialization.staging import StagingRing
 from shardwise.plan import Fragment, LoadPlan, Read
 
+_log = logging.getLogger("shardwise")
 _MOST_THREADS = 8
 _POLL_SECONDS = 0.25
 
@@ -22,6 +27,42 @@ _POLL_SECONDS = 0.25
 def read_threads() -> int:
     """Return how many reads are in flight: enough to keep a disk busy, few on a small machine."""
     return min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
+
+
+def await_read(future: Future[None], agreement: Agreement, *, what: str) -> None:
+    """Wait until a read on a thread returns, another rank fails, or it is overdue.
+
+    Args:
+        future: Of the read.
+        agreement: Of the call.
+        what: Is read, for messages.
+
+    Raises:
+        CheckpointError: The read failed.
+        PeerError: Another rank failed.
+        StalledReadError: It has not returned within the call's timeout.
+    """
+    started = time.monotonic()
+    has_warned = False
+    while not wait([future], timeout=_POLL_SECONDS).done:
+        agreement.check()
+        waited = time.monotonic() - started
+        if waited > agreement.timeout_seconds:
+            raise StalledReadError(
+                f"{what} has not returned for {agreement.timeout_seconds:g} s on rank {agreement.rank} ({socket.gethostname()}). "
+                "Check the disk or the mount there; a longer timeout waits longer."
+            )
+        if waited > agreement.warn_after_seconds and not has_warned:
+            has_warned = True
+            _log.warning(
+                "%s has not returned for %g s on rank %d (%s); it goes on waiting for at most %g s (timeout=)",
+                what,
+                agreement.warn_after_seconds,
+                agreement.rank,
+                socket.gethostname(),
+                agreement.timeout_seconds,
+            )
+    future.result()
 
 
 class Reading:
@@ -68,6 +109,7 @@ class Reading:
         threads = read_threads()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="shardwise-read")
         in_flight: deque[tuple[Read, torch.Tensor | None, Future[None]]] = deque()
+        stalled = False
         try:
             for read in self._plan.reads:
                 in_place = self._in_place(read) if self._in_place is not None else None
@@ -80,14 +122,16 @@ class Reading:
                 )
             while in_flight:
                 self._finish(*in_flight.popleft())
+        except StalledReadError:
+            stalled = True  # the thread that is stuck keeps what it writes into
+            raise
         finally:
             # Reads that have started write into shards and buffers: they end before these can go.
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=not stalled, cancel_futures=True)
 
     def _finish(self, read: Read, buffer: torch.Tensor | None, future: Future[None]) -> None:
-        while not wait([future], timeout=_POLL_SECONDS).done:
-            self._agreement.check()
-        future.result()
+        what = f"{self._source.name}, {read.file}: reading {read.nbytes:,} bytes at byte {read.start:,}"
+        await_read(future, self._agreement, what=what)
         if buffer is not None:
             for fragment in read.fragments:
                 elements = elements_in(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
@@ -14,7 +13,7 @@ from torch import nn
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.storage import local_bytes_of
 from shardwise.materialization.structure import Entry
-from shardwise.profiling import LoadReport, MemoryProfile, RankReport
+from shardwise.profiling import LoadReport, MemoryProfile, RankReport, own_node
 from shardwise.tensors import dtype_name
 
 
@@ -26,8 +25,10 @@ def collect_report(
     name: str,
     strategy: str,
     route: str,
+    route_reason: str,
     storage_bytes: int,
     network_bytes: int,
+    retried_reads: int,
     predicted: Mapping[str, int],
     origins: Mapping[str, str],
     converted: Sequence[str],
@@ -42,8 +43,10 @@ def collect_report(
         name: Of the model or checkpoint.
         strategy: What sharded the model.
         route: How the values came.
+        route_reason: Why they came that way.
         storage_bytes: That this rank requested.
         network_bytes: That this rank received.
+        retried_reads: Of this rank.
         predicted: What the plan said for the job.
         origins: Origin by name of tensor; a tied tensor's further names included.
         converted: Names of tensors that a conversion of whole tensors made.
@@ -54,12 +57,13 @@ def collect_report(
     """
     own = RankReport(
         rank=agreement.rank,
-        node=socket.gethostname(),
+        node=own_node(),
         host_anon_peak_bytes=profile.anon_peak_bytes,
         device_peak_bytes=profile.device_peak_bytes,
         shard_bytes=local_bytes_of(model),
         storage_bytes=storage_bytes,
         network_bytes=network_bytes,
+        retried_reads=retried_reads,
         seconds=profile.seconds,
     )
     gathered = agreement.gather("report", json.dumps(asdict(own)))
@@ -75,6 +79,7 @@ def collect_report(
         model=name,
         strategy=strategy,
         route=route,
+        route_reason=route_reason,
         world_size=dist.get_world_size() if dist.is_initialized() else 1,
         seconds=max(report.seconds for report in reports),
         phases=phases,

@@ -25,9 +25,12 @@ from shardwise.plan import (
     ExchangePlan,
     Layout,
     LoadPlan,
+    Route,
+    Sight,
     WantedTensor,
     arriving_directly,
-    exchanged,
+    choose_route,
+    divide,
     plan_exchange,
     plan_load,
     require_covered,
@@ -102,15 +105,23 @@ class SourcePlan:
     Args:
         source: Open.
         wanted: What of the model comes from it.
-        direct: What it reads for itself.
-        exchange: What it reads and exchanges.
+        route: That all ranks take.
+        in_memory: Whether the source is memory of a rank rather than files.
+        direct: What this rank reads for itself.
+        exchanges: What it reads and exchanges, in the order in which all ranks go through theirs.
+        replicated: Fqns of what it shares with the ranks that keep the same.
+        converters: Ranks that make conversions for each other.
         steps: What it converts and exchanges.
     """
 
     source: Source
     wanted: Wanted
+    route: Route
+    in_memory: bool
     direct: LoadPlan
-    exchange: ExchangePlan
+    exchanges: tuple[ExchangePlan, ...]
+    replicated: Mapping[tuple[int, ...], tuple[str, ...]]
+    converters: tuple[int, ...]
     steps: tuple[ConversionStep, ...]
 
     @property
@@ -122,20 +133,29 @@ class SourcePlan:
         )
 
     @property
-    def storage_bytes(self) -> int:
-        """Bytes that this rank requests."""
+    def moved_bytes(self) -> int:
+        """Bytes that this rank takes from the source, be it storage or memory."""
         whole = sum(source_bytes_of(step.whole, self.source) for step in self.steps if step.whole is not None)
-        return self.direct.storage_bytes + self.exchange.storage_bytes + whole
+        return self.direct.storage_bytes + sum(each.storage_bytes for each in self.exchanges) + whole
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes that this rank requests from storage."""
+        return 0 if self.in_memory else self.moved_bytes
 
     @property
     def network_bytes(self) -> int:
         """Bytes of messages that this rank receives from others."""
-        return self.exchange.network_bytes + sum(step.exchange.network_bytes for step in self.steps)
+        steps = (step.exchange for step in self.steps)
+        return sum(each.network_bytes for each in (*self.exchanges, *steps))
 
     @property
-    def moves_data(self) -> bool:
-        """Whether ranks exchange anything; the same on all of them."""
-        return len(self.exchange) > 0 or len(self.steps) > 0
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that exchange something, group by group, in the order in which all ranks come to theirs."""
+        exchanging = [each.ranks for each in self.exchanges if len(each) > 0]
+        if self.steps:
+            exchanging.append(self.converters)
+        return tuple(dict.fromkeys(group for group in exchanging if len(group) > 1))
 
 
 def wanted_of(
@@ -206,83 +226,96 @@ def wanted_of(
 def plan_sources(
     wanted: Sequence[Wanted],
     *,
-    ranks: Sequence[int],
+    sights: Sequence[Sight],
+    route: str,
     rank: int,
     device: torch.device,
     staging_bytes: int,
     cpu_storage: CpuStorage,
-    first_rank_reads: bool,
 ) -> list[SourcePlan]:
     """Plan what this rank reads from each source.
 
     Args:
         wanted: From each source; the same on all ranks.
-        ranks: Global ranks of the call.
-        rank: This one.
+        sights: Which ranks can read each source, in the same order; the same on all ranks.
+        route: That was asked for.
+        rank: This rank, global.
         device: Of parameters outside of FSDP2, for the message.
         staging_bytes: Bound of the staging buffers.
         cpu_storage: Whether shards in host memory may be pages of the file.
-        first_rank_reads: Whether the first rank alone can read the sources, as it is with a state dict.
 
     Returns:
         One plan for each source, in the same order.
 
     Raises:
         CheckpointError: A shard would not be filled.
-        ConfigurationError: `cpu_storage="map"` where nothing can be mapped.
+        ConfigurationError: `cpu_storage="map"` where nothing can be mapped, or a route that is not possible.
     """
     plans = [
-        _plan_source(
-            each,
-            ranks=ranks,
-            rank=rank,
-            staging_bytes=staging_bytes,
-            first_rank_reads=first_rank_reads and len(ranks) > 1,
-        )
-        for each in wanted
+        _plan_source(each, sight=sight, route=route, rank=rank, staging_bytes=staging_bytes)
+        for each, sight in zip(wanted, sights, strict=True)
     ]
-    mapped = (t.mapped_on(t.layout.mesh_ranks[0]) for each in wanted for t in each.pieces)
+    direct = (each.wanted.pieces for each in plans if each.route.name in ("direct", "replicate"))
+    mapped = (t.mapped_on(t.layout.mesh_ranks[0]) for pieces in direct for t in pieces)
     if cpu_storage == "map" and not any(mapped):
+        routes = ", ".join(dict.fromkeys(each.route.name for each in plans))
         raise ConfigurationError(
-            f"cpu_storage='map': expected shards in host memory that are runs of bytes in the file, in its dtype, got "
-            f"none (device {device}). Use cpu_storage='auto', which copies what cannot be mapped."
+            f"cpu_storage='map': expected shards in host memory that are runs of bytes in the file, in its dtype, and that each "
+            f"rank reads itself, got none (device {device}, route {routes}). Use cpu_storage='auto', which copies what cannot be "
+            "mapped."
         )
     return plans
 
 
-def _plan_source(
-    wanted: Wanted, *, ranks: Sequence[int], rank: int, staging_bytes: int, first_rank_reads: bool
-) -> SourcePlan:
-    pieces, converted, source = wanted.pieces, wanted.converted, wanted.source
-    if converted and first_rank_reads:
-        raise ConfigurationError(
-            f"{source.name}: expected files that every rank can read, got a state dict of the first rank, which the conversion "
-            f"{converted[0].whole.group.operations} of {converted[0].fqn} must see whole. Save it as safetensors, or "
-            "convert it before."
-        )
-    together = frozenset(range(len(pieces))) if first_rank_reads else exchanged(pieces, ranks=ranks)
+def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging_bytes: int) -> SourcePlan:
+    pieces, source = wanted.pieces, wanted.source
+    max_read_bytes = read_bytes_of(staging_bytes)
+    chosen = choose_route(route, pieces, sight, max_read_bytes=max_read_bytes)
+    division = divide(chosen, pieces, sight, rank=rank)
     direct = plan_load(
-        [tensor for index, tensor in enumerate(pieces) if index not in together],
+        [pieces[index] for index in division.direct],
         rank=rank,
-        max_read_bytes=read_bytes_of(staging_bytes),
+        max_read_bytes=max_read_bytes,
+        node_of=sight.node_of,
     )
     buffer_bytes = staging_bytes // EXCHANGE_BUFFERS
-    exchange = plan_exchange(
-        pieces,
-        together,
-        ranks=ranks,
+    exchanges = tuple(
+        plan_exchange(
+            pieces,
+            sharing.chosen,
+            ranks=sharing.ranks,
+            rank=rank,
+            buffer_bytes=buffer_bytes,
+            readers=sharing.readers,
+        )
+        for sharing in division.sharings
+    )
+    steps = plan_conversions(
+        wanted.converted,
+        ranks=division.converters.ranks,
+        readers=division.converters.readers,
         rank=rank,
         buffer_bytes=buffer_bytes,
-        readers=1 if first_rank_reads else len(ranks),
-        reader_of=(lambda _: 0) if first_rank_reads else None,
     )
-    steps = plan_conversions(converted, ranks=ranks, rank=rank, buffer_bytes=buffer_bytes)
-    require_covered(
-        pieces, (arriving_directly(direct, pieces), exchange.arriving), rank=rank, name=source.name
-    )
+    arriving = (arriving_directly(direct, pieces), *(each.arriving for each in exchanges))
+    require_covered(pieces, arriving, rank=rank, name=source.name)
     for step in steps:
         require_covered(step.exchange.wanted, (step.exchange.arriving,), rank=rank, name=source.name)
-    return SourcePlan(source=source, wanted=wanted, direct=direct, exchange=exchange, steps=steps)
+    return SourcePlan(
+        source=source,
+        wanted=wanted,
+        route=chosen,
+        in_memory=sight.in_memory,
+        direct=direct,
+        exchanges=exchanges,
+        replicated={
+            sharing.ranks: tuple(pieces[index].fqn for index in sorted(sharing.chosen))
+            for sharing in division.sharings
+            if sharing.keep_the_same
+        },
+        converters=division.converters.ranks,
+        steps=steps,
+    )
 
 
 def _of_layout(layout: Layout) -> str:

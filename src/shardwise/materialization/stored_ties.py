@@ -16,12 +16,13 @@ from shardwise.errors import CheckpointError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.binding import Alias, Binding, listed
 from shardwise.materialization.placing import as_memory
+from shardwise.materialization.sight import agreed_sights, is_in_memory
 from shardwise.materialization.staging import read_bytes_of
 from shardwise.tensors import dtype_name
 
 
 def require_equal_aliases(
-    binding: Binding, source: Source, *, agreement: Agreement, staging_bytes: int, first_rank_reads: bool
+    binding: Binding, source: Source, *, agreement: Agreement, staging_bytes: int
 ) -> int:
     """Raise unless every tied tensor has the same values under all of its names in a checkpoint.
 
@@ -33,10 +34,9 @@ def require_equal_aliases(
         source: Open.
         agreement: Of the call; no phase is open.
         staging_bytes: Bound of the host buffers, in bytes.
-        first_rank_reads: Whether the first rank alone holds the values.
 
     Returns:
-        Bytes that this rank requested from the source.
+        Bytes that this rank requested from storage.
 
     Raises:
         CheckpointError: Values differ; on all ranks, with the same text.
@@ -46,8 +46,7 @@ def require_equal_aliases(
     if not pairs:
         return 0
     with agreement.phase("compare tied tensors"):
-        readers = 1 if first_rank_reads else len(agreement.ranks)
-        own = agreement.ranks.index(agreement.rank)
+        readers = agreed_sights([source], agreement, key="sight of ties")[0].readers
         most_bytes = read_bytes_of(staging_bytes) // 2
         requested_bytes, differing = 0, set()
         pieces = (
@@ -56,7 +55,7 @@ def require_equal_aliases(
             for start, stop in _pieces(alias.stored, stored, most_bytes)
         )
         for turn, (number, start, stop) in enumerate(pieces):
-            if turn % readers != own:
+            if readers[turn % len(readers)] != agreement.rank:
                 continue
             agreement.check()
             alias, stored = pairs[number]
@@ -68,11 +67,13 @@ def require_equal_aliases(
         found = sorted({number for text in gathered for number in json.loads(text)})
         if found:
             raise CheckpointError(_message(source, [pairs[number] for number in found]))
-    return requested_bytes
+    return 0 if is_in_memory(source) else requested_bytes
 
 
-def aliased_bytes(binding: Binding) -> int:
-    """Return the bytes that all ranks together request in `require_equal_aliases`."""
+def aliased_bytes(binding: Binding, source: Source | None) -> int:
+    """Return the bytes that all ranks together request from storage in `require_equal_aliases`."""
+    if source is None or is_in_memory(source):
+        return 0
     return sum(alias.stored.nbytes + stored.nbytes for alias, stored in _pairs(binding))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -15,7 +15,7 @@ from torch import nn
 
 from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, ranks_of_group, timeout_seconds_of
+from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
@@ -30,10 +30,12 @@ from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
+from shardwise.materialization.sight import is_in_memory
 from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
 from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
 from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import Structure, entries_of
+from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.plan import Fragment, WantedTensor, plan_load
 
 
@@ -83,13 +85,14 @@ class VerifyReport:
 
     def summary(self) -> str:
         """Return the result as one line of text, and one line for each shard that differs."""
-        state = "equal" if self.is_equal else f"{len(self.mismatches)} shards differ"
-        lines = [f"{self.checkpoint}: {self.tensors} tensors compared, {state}"]
+        state = "equal" if self.is_equal else _counted(len(self.mismatches), "shard differs", "shards differ")
+        compared = _counted(self.tensors, "tensor", "tensors")
+        lines = [f"{self.checkpoint}: {compared} compared, {state}"]
         if self.absent:
             lines.append(f"not in the checkpoint: {listed(self.absent)}")
         lines += [
-            f"{m.fqn} (rank {m.rank}): {m.elements} elements differ from {m.checkpoint_name} in {m.file}, the first at "
-            f"{m.first_index} of the shard"
+            f"{m.fqn} (rank {m.rank}): {_counted(m.elements, 'element differs', 'elements differ')} from {m.checkpoint_name} "
+            f"in {m.file}, the first at {m.first_index} of the shard"
             for m in self.mismatches
         ]
         return "\n".join(lines)
@@ -120,7 +123,7 @@ def verify_shards(
         conversions: As `materialize` takes them.
         staging_bytes: Bound of the host buffers, in bytes; None is 64 MiB on CPU ranks and 256 MiB on accelerators.
         group: Ranks that take part; None is the default group.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
 
     Returns:
         What differs, the same on all ranks.
@@ -130,7 +133,9 @@ def verify_shards(
         RankError: A rank failed, or did not arrive.
     """
     ranks = ranks_of_group(group)
-    agreement = Agreement(ranks, timeout_seconds=timeout_seconds_of(timeout), call="verify_shards")
+    agreement = Agreement(
+        ranks, timeout_seconds=timeout_seconds_of(timeout, group=group), call="verify_shards"
+    )
     with agreement.phase("check") as check:
         reshard(model)
         devices = {local_of(e.tensor).device.type for e in entries_of(model) if e.role != "attribute"}
@@ -143,9 +148,10 @@ def verify_shards(
     opened = open_source(checkpoint, agreement=agreement)
     source = opened.source
     with agreement.phase("match names") as match:
-        if isinstance(source, RemoteSource) or isinstance(checkpoint, Mapping):
+        if isinstance(source, RemoteSource) or is_in_memory(source):
+            what = "values in memory" if is_in_memory(source) else "some that this rank does not see"
             raise ConfigurationError(
-                "verify_shards: expected files that every rank can read, got values in memory. Save them as safetensors."
+                f"verify_shards: expected safetensors files that every rank can read, got {what}."
             )
         entries = entries_of(model)
         layouts = agreed_layouts(entries, agreement=agreement)
@@ -217,7 +223,11 @@ def verify_shards(
         storage_bytes = plan.storage_bytes
         if converted:
             steps = plan_conversions(
-                converted, ranks=ranks, rank=agreement.rank, buffer_bytes=staging // EXCHANGE_BUFFERS
+                converted,
+                ranks=ranks,
+                readers=ranks,
+                rank=agreement.rank,
+                buffer_bytes=staging // EXCHANGE_BUFFERS,
             )
             for step in steps:
                 made = {fqn: torch.empty_like(targets[fqn]) for fqn in step.exchange.arriving}
@@ -250,6 +260,10 @@ def verify_shards(
             for fqn, name, file, count, first in found
         ),
     )
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number} {one if number == 1 else several}"
 
 
 def _differing(shard: torch.Tensor, stored: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from shardwise.plan.coverage import arriving_directly, require_covered
 from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange
 from shardwise.plan.layout import Layout, Part
 from shardwise.plan.load_plan import Fragment, LoadPlan, Read, plan_load
+from shardwise.plan.routes import ROUTES, Division, Route, Sharing, Sight, choose_route, divide
 from shardwise.plan.scatter_plan import (
     BUCKETS_IN_FLIGHT,
     Bucket,
@@ -18,8 +19,10 @@ from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
 
 __all__ = [
     "BUCKETS_IN_FLIGHT",
+    "ROUTES",
     "Bucket",
     "DirectBucket",
+    "Division",
     "ExchangePlan",
     "Fragment",
     "Layout",
@@ -30,12 +33,17 @@ __all__ = [
     "PlannedTensor",
     "Read",
     "Round",
+    "Route",
     "ScatterPlan",
+    "Sharing",
+    "Sight",
     "StoredPiece",
     "Transfer",
     "WantedTensor",
     "arriving_directly",
     "as_stored",
+    "choose_route",
+    "divide",
     "exchanged",
     "plan_exchange",
     "plan_load",

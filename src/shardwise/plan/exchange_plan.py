@@ -126,7 +126,7 @@ def plan_exchange(
     ranks: Sequence[int],
     rank: int,
     buffer_bytes: int,
-    readers: int,
+    readers: Sequence[int],
     reader_of: Callable[[str], int] | None = None,
 ) -> ExchangePlan:
     """Plan one rank's part in the exchange.
@@ -134,22 +134,24 @@ def plan_exchange(
     Args:
         wanted: The tensors; the same on all ranks.
         chosen: As `exchanged` returned.
-        ranks: Global ranks that take part.
+        ranks: Global ranks that take part, in one order on all of them; what only others own is not read.
         rank: This one.
         buffer_bytes: Bound of what a rank reads, sends or receives in one round, in bytes, alignment aside.
-        readers: How many ranks read.
-        reader_of: From a file to the position of the rank that alone can read it; None where all can.
+        readers: Those of `ranks` that read.
+        reader_of: From a file to the one of `readers` that alone can read it; None where all can.
 
     Returns:
         The plan.
     """
-    slices = slices_of(wanted, chosen, buffer_bytes=buffer_bytes, readers=readers)
+    slices = slices_of(wanted, chosen, owners=ranks, buffer_bytes=buffer_bytes, readers=len(readers))
     own = list(ranks).index(rank)
+    position_of = {reader: list(ranks).index(reader) for reader in readers}
     of_reader: list[list[Slice]] = [[] for _ in ranks]
     arriving: dict[str, int] = {}
     network_bytes = 0
     for number, each in enumerate(slices):
-        reader = reader_of(each.file) if reader_of is not None else number % len(ranks)
+        global_reader = reader_of(each.file) if reader_of is not None else readers[number % len(readers)]
+        reader = position_of[global_reader]
         of_reader[reader].append(each)
         message = _transfers(each, wanted, rank)
         network_bytes += _length(message) if reader != own else 0

@@ -97,6 +97,10 @@ class Layout:
         return {rank: position for position, rank in enumerate(self.mesh_ranks)}
 
     @cached_property
+    def _replicas_of_rank(self) -> dict[int, tuple[int, ...]]:
+        return {}
+
+    @cached_property
     def _known_parts(self) -> dict[tuple[tuple[int, ...], int], tuple[Part, ...]]:
         return {}  # the layers of a model repeat their shapes
 
@@ -127,6 +131,28 @@ class Layout:
             position, index = divmod(position, size)
             coordinate.append(index)
         return tuple(reversed(coordinate))
+
+    def replicas(self, rank: int) -> tuple[int, ...]:
+        """Return the ranks that keep the same elements as a global rank, itself among them, in the order of the mesh.
+
+        Args:
+            rank: A global rank; one outside of the mesh keeps nothing, as nobody else does.
+        """
+        if rank not in self._replicas_of_rank:
+            own = self.coordinate(rank)
+            self._replicas_of_rank[rank] = () if own is None else tuple(self._ranks_along_copies(own))
+        return self._replicas_of_rank[rank]
+
+    def _ranks_along_copies(self, own: tuple[int, ...]) -> Iterator[int]:
+        axes = (
+            range(size) if isinstance(placement, Replicate) else (at,)
+            for size, placement, at in zip(self.mesh_shape, self.placements, own, strict=True)
+        )
+        for coordinate in itertools.product(*axes):
+            position = 0
+            for size, at in zip(self.mesh_shape, coordinate, strict=True):
+                position = position * size + at
+            yield self.mesh_ranks[position]
 
     def region(self, shape: tuple[int, ...], rank: int) -> Region | None:
         """Return the region of a full tensor of `shape` that a global rank owns, or None if it owns none of it.

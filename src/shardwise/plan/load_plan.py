@@ -7,7 +7,7 @@ mapped instead, if its place allows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardwise.checkpoint import StoredTensor
@@ -70,20 +70,32 @@ class LoadPlan:
         rank: Global rank.
         mapped: Shards that need no reading.
         reads: In file order.
+        shared: Fqns of the mapped shards whose pages another rank of the node maps too, and counts.
     """
 
     rank: int
     mapped: tuple[Mapped, ...]
     reads: tuple[Read, ...]
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of mapped shards; pages that several ranks of a node map are counted by the first of them."""
+        return sum(mapped.nbytes for mapped in self.mapped if mapped.fqn not in self.shared)
 
     @property
     def storage_bytes(self) -> int:
         """Bytes requested from storage, mapped ones included."""
-        return sum(read.nbytes for read in self.reads) + sum(mapped.nbytes for mapped in self.mapped)
+        return sum(read.nbytes for read in self.reads) + self.mapped_bytes
 
 
 def plan_load(
-    wanted: Sequence[WantedTensor], *, rank: int, max_read_bytes: int, max_gap_bytes: int = MAX_GAP_BYTES
+    wanted: Sequence[WantedTensor],
+    *,
+    rank: int,
+    max_read_bytes: int,
+    max_gap_bytes: int = MAX_GAP_BYTES,
+    node_of: Mapping[int, str] | None = None,
 ) -> LoadPlan:
     """Plan what one rank reads so that it holds its parts of all tensors.
 
@@ -92,6 +104,7 @@ def plan_load(
         rank: Global rank.
         max_read_bytes: Largest read, in bytes; a staging buffer's size.
         max_gap_bytes: Largest number of unwanted bytes between two fragments of one read.
+        node_of: Name of each rank's node; None: all ranks are on nodes of their own.
 
     Returns:
         The plan.
@@ -102,11 +115,15 @@ def plan_load(
     if max_read_bytes < 16:
         raise ConfigurationError(f"plan_load: expected max_read_bytes of at least 16, got {max_read_bytes}")
     mapped: list[Mapped] = []
+    shared: set[str] = set()
     fragments: list[tuple[str, Fragment]] = []
     for tensor in wanted:
         found = tensor.mapped_on(rank)
         if found is not None:
             mapped.append(found)
+            if node_of is not None and tensor.layout.copies > 1:
+                on_node = [r for r in tensor.layout.replicas(rank) if node_of.get(r) == node_of.get(rank)]
+                shared |= {tensor.fqn} if on_node[0] != rank else set()
             continue
         for each in tensor.pieces_on(rank):
             fragments += (
@@ -117,6 +134,7 @@ def plan_load(
         rank=rank,
         mapped=tuple(mapped),
         reads=tuple(coalesce(fragments, max_read_bytes=max_read_bytes, max_gap_bytes=max_gap_bytes)),
+        shared=frozenset(shared),
     )
 
 

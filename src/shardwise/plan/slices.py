@@ -59,9 +59,14 @@ class Slice:
 
 
 def slices_of(
-    wanted: Sequence[WantedTensor], chosen: frozenset[int], *, buffer_bytes: int, readers: int
+    wanted: Sequence[WantedTensor],
+    chosen: frozenset[int],
+    *,
+    owners: Sequence[int],
+    buffer_bytes: int,
+    readers: int,
 ) -> list[Slice]:
-    """Cut the bytes that the chosen tensors take into slices, in file order.
+    """Cut the bytes that some ranks take of the chosen tensors into slices, in file order.
 
     A slice holds so little that three buffers suffice: it fits one itself; all that its reader sends of it fits one, also
     if several ranks keep copies; and what the slices of one round bring to one rank fits one, even if that is all of them.
@@ -69,10 +74,12 @@ def slices_of(
     Args:
         wanted: The tensors.
         chosen: Indices of those that are exchanged.
+        owners: Global ranks that exchange them; what only others own is not read.
         buffer_bytes: Size of each buffer, alignment aside.
         readers: How many ranks read in one round.
     """
     takers: dict[str, tuple[StoredTensor, list[Taker]]] = {}
+    spans = _Spans(wanted, owners)
     for index in sorted(chosen):
         for each in wanted[index].pieces:
             takers.setdefault(each.stored.name, (each.stored, []))[1].append((index, each.piece))
@@ -96,7 +103,7 @@ def slices_of(
 
     for stored, of_stored in sorted(takers.values(), key=lambda item: (item[0].file, item[0].start)):
         weight = _weight(wanted, of_stored, readers)
-        for unit in _units(stored, tuple(of_stored), max(_LEAST_BYTES, buffer_bytes // weight)):
+        for unit in _units(stored, tuple(of_stored), spans, max(_LEAST_BYTES, buffer_bytes // weight)):
             follows = (
                 bool(pending) and pending[-1].stored.file == stored.file and pending[-1].stop == unit.start
             )
@@ -127,9 +134,48 @@ def _bounds(takers: Sequence[Taker]) -> tuple[int, int]:
     return first, last
 
 
-def _units(stored: StoredTensor, takers: tuple[Taker, ...], unit_bytes: int) -> Iterator[Unit]:
+def _units(stored: StoredTensor, takers: tuple[Taker, ...], spans: _Spans, unit_bytes: int) -> Iterator[Unit]:
     step = unit_bytes // stored.dtype.itemsize
-    first, last = _bounds(takers)
-    for low in range(first, last, step):
-        high = min(low + step, last)
-        yield Unit(stored=stored, low=low, high=high, takers=takers, is_whole=(low, high) == (first, last))
+    whole = _bounds(takers)
+    for first, last in spans.of(takers):
+        for low in range(first, last, step):
+            high = min(low + step, last)
+            yield Unit(stored=stored, low=low, high=high, takers=takers, is_whole=(low, high) == whole)
+
+
+class _Spans:
+    """Finds which runs of a stored tensor's elements hold all that some ranks own of it.
+
+    Args:
+        wanted: The tensors.
+        owners: Global ranks.
+    """
+
+    def __init__(self, wanted: Sequence[WantedTensor], owners: Sequence[int]) -> None:
+        self._wanted = wanted
+        self._owners = owners
+        self._all_own: dict[int, bool] = {}  # by layout
+
+    def of(self, takers: tuple[Taker, ...]) -> list[tuple[int, int]]:
+        """Return half-open runs in order, no two of which touch."""
+        if all(self._is_owned_by_all(index) for index, _ in takers):
+            return [_bounds(takers)]
+        found = sorted(
+            (piece.source_start, piece.source_start + piece.source_span)
+            for index, whole in takers
+            for owner in self._owners
+            for piece in self._wanted[index].layout.local_pieces(whole, self._wanted[index].shape, owner)
+        )
+        runs: list[tuple[int, int]] = []
+        for first, last in found:
+            if runs and first <= runs[-1][1]:
+                runs[-1] = (runs[-1][0], max(runs[-1][1], last))
+            else:
+                runs.append((first, last))
+        return runs
+
+    def _is_owned_by_all(self, index: int) -> bool:
+        layout = self._wanted[index].layout
+        if id(layout) not in self._all_own:
+            self._all_own[id(layout)] = set(layout.mesh_ranks) <= set(self._owners)
+        return self._all_own[id(layout)]

@@ -2,6 +2,7 @@
 
 from shardwise.profiling.columns import MemoryPeaks
 from shardwise.profiling.load_report import LoadReport, RankReport
+from shardwise.profiling.node import own_node
 from shardwise.profiling.phases import PhaseSpan, phase
 from shardwise.profiling.readings import MemoryReading
 from shardwise.profiling.sampler import MemoryProfile, profile_memory
@@ -18,6 +19,7 @@ __all__ = [
     "Timeline",
     "node_increase",
     "node_peak_bytes",
+    "own_node",
     "phase",
     "profile_memory",
 ]

@@ -17,6 +17,8 @@ SCHEMA: Final = "shardwise.load_report/1"
 ORIGINS: Final = ("checkpoint", "tied", "initialised", "recomputed", "derived", "kept")
 DTYPE_ROLES: Final = ("stored", "compute", "reduce", "optimizer")
 
+_MOST_PHASES: Final = 3  # in words
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
@@ -30,6 +32,7 @@ class RankReport:
         shard_bytes: Bytes of the parameters and buffers that this rank keeps.
         storage_bytes: Bytes that this rank requested from storage.
         network_bytes: Bytes that this rank received from other ranks.
+        retried_reads: Reads that were tried again after an error that was over in a moment.
         seconds: Wall-clock time on this rank.
     """
 
@@ -40,6 +43,7 @@ class RankReport:
     shard_bytes: int
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
     seconds: float
 
     def __post_init__(self) -> None:
@@ -52,6 +56,7 @@ class RankReport:
             "shard_bytes",
             "storage_bytes",
             "network_bytes",
+            "retried_reads",
         ):
             _check_count(where, name, getattr(self, name))
         _check_figure(where, "seconds", self.seconds)
@@ -76,6 +81,7 @@ class LoadReport:
         model: Directory, hub id or class name.
         strategy: What sharded the model.
         route: Who read what and how it reached the ranks.
+        route_reason: Why it was this route.
         world_size: Number of ranks.
         seconds: Wall-clock time of the slowest rank.
         phases: Wall-clock seconds by phase name.
@@ -94,6 +100,7 @@ class LoadReport:
     model: str
     strategy: str
     route: str
+    route_reason: str
     world_size: int
     seconds: float
     phases: dict[str, float]
@@ -112,7 +119,7 @@ class LoadReport:
             raise ConfigurationError(
                 f"load report: expected schema {SCHEMA!r}, got {self.schema!r}. Write it with this version of shardwise."
             )
-        for name in ("model", "strategy", "route"):
+        for name in ("model", "strategy", "route", "route_reason"):
             _check_text(where, name, getattr(self, name))
         for name in ("world_size", "storage_bytes", "network_bytes"):
             _check_count(where, name, getattr(self, name))
@@ -147,6 +154,26 @@ class LoadReport:
                 f"load report: expected each rank below {self.world_size} at most once and in order, got {numbers}"
             )
 
+    def __str__(self) -> str:
+        """Say in a few lines what the load did cost; `to_json` has every figure."""
+        worst: dict[str, int] = {
+            name: max((getattr(report, name) for report in self.ranks), default=0)
+            for name in ("shard_bytes", "host_anon_peak_bytes", "device_peak_bytes")
+        }
+        origins = ", ".join(f"{count} {origin}" for origin, count in self.tensors.items() if count)
+        longest = sorted(self.phases.items(), key=lambda item: -item[1])[:_MOST_PHASES]
+        return "\n".join(
+            (
+                f"{self.model}: {self.strategy}, route {self.route}, {self.world_size} rank{'s' * (self.world_size != 1)}, "
+                f"{self.seconds:.2f} s (longest phases: {', '.join(f'{name} {seconds:.2f}' for name, seconds in longest)})",
+                f"worst rank: shard {_mebibytes(worst['shard_bytes'])}, peak of anonymous host memory "
+                f"{_mebibytes(worst['host_anon_peak_bytes'])}, of device memory {_mebibytes(worst['device_peak_bytes'])}",
+                f"all ranks: {_mebibytes(self.storage_bytes)} read from storage, {_mebibytes(self.network_bytes)} moved between "
+                "ranks",
+                f"tensors: {origins or 'none'}",
+            )
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data for `json.dump`."""
         ranks = [dataclasses.asdict(report) for report in self.ranks]
@@ -177,6 +204,10 @@ class LoadReport:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _mebibytes(count_bytes: int) -> str:
+    return f"{count_bytes / 2**20:,.1f} MiB"
 
 
 def _check_keys(where: str, cls: type[LoadReport] | type[RankReport], document: Mapping[str, Any]) -> None:

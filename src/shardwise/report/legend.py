@@ -24,8 +24,8 @@ _PHASE_COLOURS: Final = {
 SHARD_COLOUR: Final = "#7B1FA2"
 SHARD_WIDTH: Final = 1.0  # points
 _STEP_NOTE: Final = (
-    "The training step ran after the load and has scales of its own; its memory, too, is above the value after the "
-    "imports."
+    "The training step ran after the comparison, which gathers every tensor and runs the model: its start holds what that left "
+    "in memory, above the value after the imports. It has scales of its own."
 )
 _NOTE_LETTERS: Final = 150  # per line of the footnote
 _OTHER_PHASE_COLOUR: Final = "#E6E6E6"
@@ -143,7 +143,7 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
         "above its value after the imports.",
         "Shard: parameters and buffers of the rank that keeps the most. Shading: what rank 0 is doing. "
         "Panels below each other share their scales.",
-        *([_STEP_NOTE] if any(run.step_timelines for run in runs) else []),
+        *(textwrap.wrap(_STEP_NOTE, _NOTE_LETTERS) if any(run.step_timelines for run in runs) else []),
         *(line for text in measures for line in textwrap.wrap(f"Measured: {text}.", _NOTE_LETTERS)),
     ]
     figure.text(

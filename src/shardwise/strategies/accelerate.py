@@ -21,7 +21,7 @@ from shardwise.strategies import accelerate_compat as compat
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
-from shardwise.strategies.mesh import default_device_type, resolve_mesh
+from shardwise.strategies.mesh import device_type_of, resolve_mesh
 from shardwise.strategies.precision import check_mixed_precision
 
 _log = logging.getLogger("shardwise")
@@ -42,9 +42,10 @@ class AccelerateStrategy(Strategy):
         fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
         memory_efficient_init: Shard on meta and give each rank its own rows (True, the default), or stock Accelerate
             (False). None: True, unless `fsdp_config` or the adopted Accelerator says otherwise.
-        route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
-            `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        route: Who reads what of a model that was loaded with `defer=True`: `"auto"`, `"direct"`, `"replicate"`, `"node"`,
+            `"rank0"` or `"striped"`. See `shardwise.materialize`.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the process
+            group's own timeout. After 20 s the ranks that have not arrived are named in the log.
         accelerator: An Accelerator to adopt, built for example from a launch YAML; its precision and FSDP options count.
             Without one, the arguments count and Accelerate's environment variables do not.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
@@ -76,8 +77,9 @@ class AccelerateStrategy(Strategy):
             if accelerator is None:
                 plugin = None
                 config = FSDPConfig.from_dict(fsdp_config)
-                device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
+                device_type = device_type_of(device_mesh)
             else:
+                device_type_of(device_mesh)
                 plugin = compat.plugin_of(accelerator)
                 config = _adopted_config(plugin, fsdp_config, ddp_config)
                 device_type, mixed_precision = accelerator.device.type, accelerator.mixed_precision
@@ -111,7 +113,8 @@ class AccelerateStrategy(Strategy):
 
         Args:
             model: Not sharded; on the efficient path only global rank 0's values count.
-            *objects: Optimizers made on its parameters and not stepped yet, schedulers and data loaders.
+            *objects: Optimizers made on its parameters and not stepped yet, schedulers and data loaders. An optimizer that was
+                made before the wrap and is not passed here would train nothing: its first step raises `OptimizerError`.
 
         Returns:
             The model alone, or the model and the prepared objects in order.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import partial
 from typing import Any, final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -29,22 +28,26 @@ from shardwise.materialization import (
     timeout_seconds_of,
     trained_parameters_of,
 )
+from shardwise.plan import ROUTES
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
+from shardwise.strategies.awaited import Awaited, refuse_edited
+from shardwise.strategies.forgotten import replaced_parameters_marked
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.noted import Bindings, Origins
+from shardwise.strategies.notices import warn_of_half_masters, warn_of_one_rank
 from shardwise.strategies.pretrained import (
     Pretrained,
     load_deferred,
     load_on_source,
     plain_load_context,
 )
+from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.put_adapters import add_adapter, load_adapter
 from shardwise.strategies.resized import refuse_means, restore_means, skip_means
 from shardwise.strategies.wrap import WrapOptions, wrap
-
-ROUTES = ("auto", "direct", "rank0")
+from shardwise.tensors import floating_dtype
 
 
 class Strategy(ABC):
@@ -73,11 +76,12 @@ class Strategy(ABC):
         self.route = route
         self.cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
         self.direct_io = direct_io
-        self.timeout_seconds = timeout_seconds_of(timeout)
+        self.timeout_seconds = timeout_seconds_of(timeout, group=None)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
         self._bindings = Bindings()
+        self._awaited = Awaited()
         self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
         self._origins = Origins()
 
@@ -99,11 +103,12 @@ class Strategy(ABC):
             model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
             pretrained_model_name_or_path: Directory or hub id.
             dtype: In which shards are stored: `"auto"` for the checkpoint's own on every transformers version, or
-                a torch dtype.
+                a torch dtype or its name, `"bf16"` or `"bfloat16"`.
             missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or
                 patterns of names such as `"score.*"`, lets the model initialise them.
             defer: True: every rank gets meta parameters, bound to their checkpoint as objects: the model may become a
-                part of another one before the wrap. False: global rank 0 loads the values, which may be edited before
+                part of another one before the wrap; its values cannot be edited before that, which `wrap_model` refuses
+                where it can see it. False: global rank 0 loads the values, which may be edited before
                 the wrap, and the other ranks build on meta.
             **config_kwargs: Further arguments of `from_pretrained`; not `device_map`. `trust_remote_code` is False unless it is
                 given: no code of the checkpoint runs, and nobody is asked on the terminal.
@@ -112,15 +117,19 @@ class Strategy(ABC):
             The model.
 
         Raises:
-            ConfigurationError: An argument that cannot be combined with the strategy.
+            ConfigurationError: An argument that is not what it should be, or cannot be combined with the strategy.
             CheckpointError: Parameters are missing.
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
         config_kwargs.setdefault("trust_remote_code", False)
         agreement = self._agreement("load_pretrained")
-        is_deferred = defer and self.memory_efficient_init and self.route != "rank0"
+        is_deferred = defer and self.memory_efficient_init
         with agreement.phase("check") as check:
+            check_pretrained_arguments(model_cls, pretrained_model_name_or_path, config_kwargs)
+            # transformers takes a dtype for each part of a model as well, where it loads itself.
+            if is_deferred or not isinstance(dtype, Mapping):
+                dtype = floating_dtype(dtype, others=("auto",))
             check.same = comparable_lines(
                 "an argument of load_pretrained",
                 argument_lines(
@@ -145,6 +154,7 @@ class Strategy(ABC):
                 agreement=agreement,
             )
             self._bindings.add_model(model, binding)
+            self._awaited.add(model)
             self._refusals[model] = refuse_values_for_meta(model)
             refuse_means(model)
         else:
@@ -230,7 +240,7 @@ class Strategy(ABC):
             MissingDependencyError: peft is not installed.
             RankError: Another rank failed, or did not arrive.
         """
-        return load_adapter(
+        wrapped = load_adapter(
             model,
             directory,
             adapter_name=adapter_name,
@@ -239,6 +249,8 @@ class Strategy(ABC):
             bindings=self._bindings,
             agreement=self._agreement("load_adapter"),
         )
+        self._awaited.add(wrapped)
+        return wrapped
 
     def pretrained_load_context(self) -> AbstractContextManager[None]:
         """Return a context in which a plain `from_pretrained` loads on global rank 0 alone.
@@ -281,6 +293,8 @@ class Strategy(ABC):
                     "Make the optimizer after wrap_model, on that model's parameters, and not between a forward and its "
                     "backward; or make it before and pass it to wrap_model."
                 )
+        for model in self._wrapped:
+            self._notice(model, [optimizer])
         return self._take_optimizer(optimizer)
 
     @abstractmethod
@@ -306,6 +320,10 @@ class Strategy(ABC):
         *,
         shard: Callable[[], None] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(
+                f"wrap_model: expected a model first, an nn.Module, got {type(model).__name__}. Call wrap_model(model, *optimizers)."
+            )
         model = getattr(model, "_orig_mod", model)  # a compiled module calls the one inside, which is sharded
         inside = model_inside(model)
         record = self._pretrained.get(inside)
@@ -313,6 +331,12 @@ class Strategy(ABC):
         if refusal is not None:
             refusal.remove()
         restore_means(inside)
+        edited = self._awaited.take(model)
+
+        def refuse() -> None:
+            refuse_edited(edited)
+            self._refuse(model)
+
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,
@@ -321,16 +345,25 @@ class Strategy(ABC):
             efficient=self.memory_efficient_init,
             staging_bytes=default_staging_bytes(self.device_mesh.device_type),
             cpu_storage=self.cpu_storage,
+            route=self.route,
             timeout_seconds=self.timeout_seconds,
         )
-        self.last_report = wrap(
-            model,
-            optimizers,
-            options,
-            name=record.name if record is not None else type(model).__name__,
-            origins=self._origins.take(model),
-            deferred=with_adapters(self._bindings.take(model), model),
-            refuse=partial(self._refuse, model),
-            shard=shard,
-        )
+        with replaced_parameters_marked(model):
+            self.last_report = wrap(
+                model,
+                optimizers,
+                options,
+                name=record.name if record is not None else type(model).__name__,
+                origins=self._origins.take(model),
+                deferred=with_adapters(self._bindings.take(model), model),
+                refuse=refuse,
+                shard=shard,
+            )
         self._wrapped.add(model)
+        self._notice(model, optimizers)
+        if self.device_mesh.size() == 1:
+            warn_of_one_rank()
+
+    def _notice(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        if dist.get_rank() == source_rank_of(self.device_mesh):
+            warn_of_half_masters(model, optimizers, mixed_precision=self.mixed_precision)

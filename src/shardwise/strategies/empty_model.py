@@ -62,7 +62,7 @@ def build_empty(
         name: As the user gave it, for messages and as the config's name.
         directory: Where its config lies.
         source: Its weights; asked for dtypes only.
-        dtype: Of the parameters; `"auto"` is the config's, else that of the first floating point weight.
+        dtype: Of the parameters, a torch dtype; `"auto"` is the config's, else that of the first floating point weight.
         **kwargs: Further arguments of `from_pretrained`.
 
     Returns:
@@ -121,12 +121,8 @@ def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple
 
 
 def _dtype_of(config: Any, source: Source, dtype: Any) -> torch.dtype:
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype != "auto":
-        raise ConfigurationError(f"dtype: expected 'auto' or a torch dtype, got {dtype!r}")
     of_config = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if isinstance(of_config, str):
         of_config = getattr(torch, of_config)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, did_you_mean
 
 _STRATEGIES = {
     "FULL_SHARD": True,
@@ -18,6 +18,19 @@ _STRATEGIES = {
     "SHARD_GRAD_OP": False,
     "HYBRID_SHARD_ZERO2": False,
 }
+
+
+# Accelerate's words, without its prefix `fsdp_`.
+_OTHER_WORDS = {
+    "offload_params": "cpu_offload",
+    "transformer_cls_names_to_wrap": "wrap_classes",
+    "transformer_layer_cls_to_wrap": "wrap_classes",
+}
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    meant = did_you_mean(key.removeprefix("fsdp_"), known, other_words=_OTHER_WORDS)
+    return meant.replace("?", f" by {key!r}?")
 
 
 def _is_class_or_name(value: Any) -> bool:
@@ -119,6 +132,7 @@ class FSDPConfig:
         if unknown:
             raise ConfigurationError(
                 f"fsdp_config: unknown keys {', '.join(unknown)}. Known keys: {', '.join(known)}."
+                f"{''.join(_meant(key, known) for key in unknown)}"
             )
         for name in ("wrap_classes", "ignored_params"):
             value = options.get(name)

@@ -48,6 +48,23 @@ def resolve_mesh(device_mesh: DeviceMesh | None) -> DeviceMesh:
     )
 
 
+def device_type_of(device_mesh: DeviceMesh | None) -> str:
+    """Return the device type of a strategy's `device_mesh` argument; None stands for the default one.
+
+    Raises:
+        ConfigurationError: It is no mesh.
+    """
+    if device_mesh is None:
+        return default_device_type()
+    if not isinstance(device_mesh, DeviceMesh):
+        raise ConfigurationError(
+            f"device_mesh: expected a torch DeviceMesh or None, got {device_mesh!r}. Make one with "
+            "torch.distributed.device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=('dp_shard',)); None is one "
+            "axis over all ranks."
+        )
+    return device_mesh.device_type
+
+
 def default_device_type() -> str:
     """Return the accelerator's type if it has collectives and each local rank can have one, else the CPU's."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)

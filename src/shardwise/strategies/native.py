@@ -16,7 +16,7 @@ from shardwise.errors import ConfigurationError, ModelError
 from shardwise.materialization import CpuStorage
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
-from shardwise.strategies.mesh import default_device_type, resolve_mesh
+from shardwise.strategies.mesh import device_type_of, resolve_mesh
 from shardwise.strategies.precision import check_mixed_precision, policy_of
 
 
@@ -31,9 +31,10 @@ class NativeFSDPStrategy(Strategy):
         fsdp_config: Options of FSDP2; the keys are the fields of `FSDPConfig`.
         memory_efficient_init: Shard on meta and give each rank its own rows (True, the default), or shard what every
             rank has loaded (False). None: True, unless `fsdp_config` says otherwise.
-        route: `"auto"`: every rank reads its own bytes from the files where the model was loaded with `defer=True`;
-            `"direct"`: the same; `"rank0"`: global rank 0 loads and sends.
-        timeout: How long to wait for a rank that does not arrive, in seconds; None is 30 minutes.
+        route: Who reads what of a model that was loaded with `defer=True`: `"auto"`, `"direct"`, `"replicate"`, `"node"`,
+            `"rank0"` or `"striped"`. See `shardwise.materialize`.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the process
+            group's own timeout. After 20 s the ranks that have not arrived are named in the log.
         cpu_storage: `"map"` and `"auto"` let shards of CPU ranks be private pages of the files, which are read when they
             are touched; `"copy"` reads everything at the wrap. See `shardwise.materialize`.
         direct_io: Read files past the page cache where the file system can. See `shardwise.materialize`.
@@ -56,7 +57,7 @@ class NativeFSDPStrategy(Strategy):
         direct_io: bool = False,
     ) -> None:
         config = FSDPConfig.from_dict(fsdp_config)
-        device_type = device_mesh.device_type if device_mesh is not None else default_device_type()
+        device_type = device_type_of(device_mesh)
         check_mixed_precision(mixed_precision, device_type=device_type)
         if mixed_precision == "fp8":
             raise ConfigurationError(
@@ -82,7 +83,8 @@ class NativeFSDPStrategy(Strategy):
 
         Args:
             model: Not sharded; on the efficient path only global rank 0's values count.
-            *objects: Optimizers made on its parameters and not stepped yet.
+            *objects: Optimizers made on its parameters and not stepped yet. One that was made before the wrap and is not
+                passed here would train nothing: its first step raises `OptimizerError`.
 
         Returns:
             The model alone, or the model and the same optimizer objects in order.

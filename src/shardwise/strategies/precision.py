@@ -5,9 +5,21 @@ from __future__ import annotations
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, did_you_mean
 
 MIXED_PRECISIONS = ("no", "bf16", "fp16", "fp8")
+_OTHER_WORDS = {
+    "none": "no",
+    "false": "no",
+    "fp32": "no",
+    "float32": "no",
+    "bfloat16": "bf16",
+    "torch.bfloat16": "bf16",
+    "float16": "fp16",
+    "torch.float16": "fp16",
+    "half": "fp16",
+    "float8": "fp8",
+}
 
 
 def check_mixed_precision(mixed_precision: str, *, device_type: str) -> None:
@@ -18,7 +30,8 @@ def check_mixed_precision(mixed_precision: str, *, device_type: str) -> None:
     """
     if mixed_precision not in MIXED_PRECISIONS:
         raise ConfigurationError(
-            f"mixed_precision: expected one of {', '.join(MIXED_PRECISIONS)}, got {mixed_precision!r}"
+            f"mixed_precision: expected one of {', '.join(MIXED_PRECISIONS)}, got {mixed_precision!r}."
+            f"{did_you_mean(mixed_precision, MIXED_PRECISIONS, other_words=_OTHER_WORDS)}"
         )
     if mixed_precision == "fp16" and device_type == "cpu":
         raise ConfigurationError(

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -80,28 +82,30 @@ def load_deferred(
         PeerError: Another rank failed.
     """
     subfolder = config_kwargs.pop("subfolder", "")
-    opened = open_source(
-        name,
-        agreement=agreement,
-        revision=config_kwargs.get("revision"),
-        subfolder=subfolder,
-        access=HubAccess.from_arguments(config_kwargs),
-        direct_io=direct_io,
-    )
-    with agreement.phase("build"):
-        refuse_device_map(config_kwargs)
-        model, chosen = build_empty(model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs)
-        entries = entries_of(model)
-        binding = bind(model, entries, opened.source, rename=None, conversions=None)
-        permitted(binding.absent, missing, name=name, optional=binding.optional)
-        check_bound(entries, binding.bound)
-        _await_values(model, entries, binding, chosen)
-        warn_of_unexpected(binding, name, agreement)
+    with TemporaryDirectory(prefix="shardwise-") as configs:  # for a rank that does not see the checkpoint
+        opened = open_source(
+            name,
+            agreement=agreement,
+            revision=config_kwargs.get("revision"),
+            subfolder=subfolder,
+            access=HubAccess.from_arguments(config_kwargs),
+            direct_io=direct_io,
+            configs_into=Path(configs),
+        )
+        with agreement.phase("build"):
+            refuse_device_map(config_kwargs)
+            model, chosen = build_empty(
+                model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs
+            )
+            entries = entries_of(model)
+            binding = bind(model, entries, opened.source, rename=None, conversions=None)
+            permitted(binding.absent, missing, name=name, optional=binding.optional)
+            check_bound(entries, binding.bound)
+            _await_values(model, entries, binding, chosen)
+            warn_of_unexpected(binding, name, agreement)
     if binding.aliases:
         staging_bytes = default_staging_bytes("cpu")  # the values stay on the host
-        require_equal_aliases(
-            binding, opened.source, agreement=agreement, staging_bytes=staging_bytes, first_rank_reads=False
-        )
+        require_equal_aliases(binding, opened.source, agreement=agreement, staging_bytes=staging_bytes)
         opened.source.close()  # until the wrap, which opens what it reads
     return model, Pretrained(name=str(name), absent=frozenset()), binding
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -114,8 +115,10 @@ def load_adapter(
         MissingDependencyError: peft is not installed.
         PeerError: Another rank failed.
     """
-    opened = open_source(directory, agreement=agreement)
-    with agreement.phase("build"):
+    with ExitStack() as stack:
+        configs = stack.enter_context(TemporaryDirectory(prefix="shardwise-"))
+        opened = open_source(directory, agreement=agreement, configs_into=Path(configs))
+        stack.enter_context(agreement.phase("build"))
         config = _config_of(opened.path, is_trainable=is_trainable)
         start = getattr(config, "init_lora_weights", True)
         if (
@@ -151,7 +154,6 @@ def load_adapter(
         opened.source,
         agreement=agreement,
         staging_bytes=default_staging_bytes("cpu"),  # the values stay on the host
-        first_rank_reads=False,
     )
     opened.source.close()  # until the wrap, which opens what it reads
     return wrapped  # type: ignore[no-any-return]

@@ -70,6 +70,7 @@ class WrapOptions:
         efficient: Shard on meta and fill from the source rank; otherwise shard what every rank holds.
         staging_bytes: Bound of the staging buffers, in bytes.
         cpu_storage: Whether shards in host memory may be pages of the file.
+        route: That files are read on.
         timeout_seconds: How long to wait for other ranks.
     """
 
@@ -80,6 +81,7 @@ class WrapOptions:
     efficient: bool
     staging_bytes: int
     cpu_storage: CpuStorage
+    route: str
     timeout_seconds: float
 
 
@@ -102,19 +104,35 @@ class Cost:
 
     Args:
         route: How the values came.
+        reason: Why they came that way.
         storage_bytes: That this rank requested.
         network_bytes: That this rank received.
+        retried_reads: Of this rank.
         predicted: For the job.
         origins: Of the tensors that came from files or were made, by fqn.
         converted: Fqns of those that a conversion of whole tensors made.
     """
 
     route: str
+    reason: str
     storage_bytes: int
     network_bytes: int
+    retried_reads: int
     predicted: dict[str, int]
     origins: dict[str, str]
     converted: tuple[str, ...]
+
+
+_NOTHING_MOVED = Cost(
+    route="none",
+    reason="every rank had loaded the values",
+    storage_bytes=0,
+    network_bytes=0,
+    retried_reads=0,
+    predicted={"storage_bytes": 0, "network_bytes": 0},
+    origins={},
+    converted=(),
+)
 
 
 def wrap(
@@ -163,15 +181,7 @@ def wrap(
                 cost = _shard_and_fill(model, units, options, deferred, agreement, device)
             else:
                 _shard_values(model, agreement, shard or (lambda: _fully_shard(model, units, options)))
-                nothing = {"storage_bytes": 0, "network_bytes": 0}
-                cost = Cost(
-                    route="none",
-                    storage_bytes=0,
-                    network_bytes=0,
-                    predicted=nothing,
-                    origins={},
-                    converted=(),
-                )
+                cost = _NOTHING_MOVED
         with agreement.phase("finish"):
             own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
             known: dict[str, str] = json.loads(agreement.publish("origins", own))
@@ -183,8 +193,10 @@ def wrap(
             name=name,
             strategy=options.strategy,
             route=cost.route,
+            route_reason=cost.reason,
             storage_bytes=cost.storage_bytes,
             network_bytes=cost.network_bytes,
+            retried_reads=cost.retried_reads,
             predicted=cost.predicted,
             origins=origins_of(entries_of(model), known | cost.origins),
             converted=cost.converted,
@@ -230,6 +242,7 @@ def _option_lines(options: WrapOptions) -> tuple[str, ...]:
         f"option mixed precision: {options.policy}",
         f"option staging_bytes: {options.staging_bytes}",
         f"option cpu_storage: {options.cpu_storage}",
+        f"option route: {options.route}",
     )
 
 
@@ -250,9 +263,9 @@ def _shard_and_fill(
             source = take_values(model, keep=agreement.rank == source_rank)
         with phase("fully_shard"):
             _fully_shard(model, units, options)
-    cost = Cost(route="direct", storage_bytes=0, network_bytes=0, predicted={}, origins={}, converted=())
+    sent = None
     if held is None or held:
-        filled = fill_from_source(
+        sent = fill_from_source(
             model,
             source,
             ranks=agreement.ranks,
@@ -262,27 +275,30 @@ def _shard_and_fill(
             agreement=agreement,
             only=held,
         )
-        cost = Cost(
-            route="rank0" if held is None else "direct + rank0",
+    if held is None and sent is not None:
+        return Cost(
+            route="rank0",
+            reason="the source rank had loaded the values",
             storage_bytes=0,
-            network_bytes=filled.received_bytes,
-            predicted={"storage_bytes": 0, "network_bytes": filled.plan.network_bytes},
+            network_bytes=sent.received_bytes,
+            retried_reads=0,
+            predicted={"storage_bytes": 0, "network_bytes": sent.plan.network_bytes},
             origins={},
             converted=(),
         )
-    if held is None:
-        return cost
     del source
     with ExitStack() as stack:
         for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
             stack.callback(source_of_files.close)
-        read = _read_deferred(model, options, deferred, held, agreement, device)
-    moved = cost.predicted.get("network_bytes", 0)
+        read = _read_deferred(model, options, deferred, held or frozenset(), agreement, device)
+    sent_bytes = sent.plan.network_bytes if sent is not None else 0
     return Cost(
-        route=cost.route,
+        route=read.route if sent is None else f"{read.route} + rank0",
+        reason=read.reason if sent is None else f"{read.reason}; the source rank had values of the rest",
         storage_bytes=read.loaded.storage_bytes,
-        network_bytes=cost.network_bytes + read.loaded.network_bytes,
-        predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + moved},
+        network_bytes=read.loaded.network_bytes + (sent.received_bytes if sent is not None else 0),
+        retried_reads=read.loaded.retried_reads,
+        predicted={**read.predicted, "network_bytes": read.predicted["network_bytes"] + sent_bytes},
         origins=read.origins,
         converted=read.converted,
     )
@@ -306,6 +322,7 @@ def _read_deferred(
             cpu_storage=options.cpu_storage,
             dtype=None,
             buffers=None,
+            route=options.route,
             show_progress=shown_by_default(),
         ),
         agreement=agreement,

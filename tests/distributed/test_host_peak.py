@@ -1,0 +1,116 @@
+"""The published bound on host memory, over load and wrap, of a model that is larger than the bound on every rank."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shardwise as sw
+from shardwise.tensors import dtype_name
+from shardwise.testing import RankPool
+from tests.distributed.steps import Checkpoint, load, local_of, make_strategy
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs /proc for anonymous memory"),
+]
+
+MIB = 2**20
+STAGING_BYTES, META_MODEL_BYTES = 64 * MIB, 64 * MIB
+WHOLE_BYTES = 528 * MIB  # of which a fourth is more than staging and the meta model together
+CODES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+Large = Callable[[torch.dtype], str]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Large]:
+    """Checkpoints of zeros, nearly all of them in two tensors; the files are sparse, and take no time to write."""
+    folder = tmp_path_factory.mktemp("large")
+
+    def directory_of(dtype: torch.dtype) -> str:
+        directory = folder / dtype_name(dtype)
+        if not directory.is_dir():
+            write_zeros(directory, dtype)
+        return str(directory)
+
+    yield directory_of
+    shutil.rmtree(folder)
+
+
+def write_zeros(directory: Path, dtype: torch.dtype) -> None:
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=WHOLE_BYTES // (2 * 1024 * dtype.itemsize),
+        hidden_size=1024,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3ForCausalLM(config)
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    described, position = {}, 0
+    for name, tensor in model.state_dict().items():
+        nbytes = tensor.numel() * dtype.itemsize
+        described[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    header = json.dumps(described).encode()
+    header += b" " * (-len(header) % 8)
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + position)
+
+
+@pytest.mark.parametrize("cpu_storage", ["auto", "copy"], ids=["mapped", "copied"])
+@pytest.mark.parametrize("dtype", CODES, ids=dtype_name)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_anonymous_memory_over_load_and_wrap(
+    pool: RankPool, checkpoint: Checkpoint, large: Large, ranks: int, dtype: torch.dtype, cpu_storage: str
+) -> None:
+    # A first load imports modules, which would count here.
+    pool.run(load_and_wrap, checkpoint("qwen3_untied"), dtype, cpu_storage, ranks=ranks)
+    for peak, shard, read in pool.run(load_and_wrap, large(dtype), dtype, cpu_storage, ranks=ranks):
+        assert WHOLE_BYTES / ranks < shard < 1.05 * WHOLE_BYTES / ranks
+        assert shard > STAGING_BYTES + META_MODEL_BYTES  # so a second copy would not fit into the bound
+        assert read >= shard  # the values came from the file
+        kept = shard if cpu_storage == "copy" else 0
+        assert kept <= peak <= kept + STAGING_BYTES + META_MODEL_BYTES
+
+
+def test_a_cast_takes_the_shard_in_its_new_dtype_and_no_more(
+    pool: RankPool, checkpoint: Checkpoint, large: Large
+) -> None:
+    pool.run(load_and_wrap, checkpoint("qwen3_untied"), torch.float32, "auto", ranks=4)
+    for peak, shard, _ in pool.run(load_and_wrap, large(torch.bfloat16), torch.float32, "auto", ranks=4):
+        assert shard > 2 * WHOLE_BYTES / 4
+        assert shard <= peak <= shard + STAGING_BYTES + META_MODEL_BYTES
+
+
+def load_and_wrap(directory: str, dtype: torch.dtype, cpu_storage: Any) -> tuple[int, int, int]:
+    """Return the anonymous peak, this rank's shard and what this rank requested, in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not serve this one unseen
+    with sw.profile_memory() as profile:
+        strategy = make_strategy("native_fsdp", cpu_storage=cpu_storage)
+        model = strategy.wrap_model(load(strategy, directory, dtype=dtype, defer=True))
+    shard = sum(local_of(parameter).nbytes for parameter in model.parameters())
+    (own,) = (each for each in strategy.last_report.ranks if each.rank == torch.distributed.get_rank())
+    return profile.anon_peak_bytes, shard, own.storage_bytes

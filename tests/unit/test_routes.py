@@ -1,0 +1,262 @@
+"""Who reads what, for any mesh and any set of ranks that see the files: pure, without a process group."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from shardwise.checkpoint import StoredTensor
+from shardwise.errors import ConfigurationError
+from shardwise.plan import (
+    Layout,
+    Route,
+    Sight,
+    WantedTensor,
+    arriving_directly,
+    as_stored,
+    choose_route,
+    divide,
+    plan_exchange,
+    plan_load,
+    require_covered,
+)
+from shardwise.plan.routes import STRIPED_FROM_RANKS
+
+STAGING_BYTES = 2**20
+
+
+def wanted_of(
+    layout: Layout,
+    shapes: list[tuple[int, ...]],
+    *,
+    may_map: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[WantedTensor]:
+    wanted, start = [], 0
+    for number, shape in enumerate(shapes):
+        nbytes = math.prod(shape) * 2
+        stored = StoredTensor(
+            name=f"w{number}", shape=shape, dtype=torch.bfloat16, file="f", start=start, stop=start + nbytes
+        )
+        start += nbytes
+        wanted.append(
+            WantedTensor(
+                fqn=f"w{number}",
+                shape=shape,
+                dtype=dtype,
+                layout=layout,
+                pieces=as_stored(stored),
+                may_map=may_map,
+            )
+        )
+    return wanted
+
+
+def layout_of(*axes: tuple[int, Placement]) -> Layout:
+    shape = tuple(size for size, _ in axes)
+    return Layout(
+        mesh_shape=shape,
+        mesh_ranks=tuple(range(math.prod(shape))),
+        placements=tuple(placement for _, placement in axes),
+    )
+
+
+HSDP = layout_of((2, Replicate()), (2, Shard(0)))
+FSDP = layout_of((4, Shard(0)))
+LARGE = [(512, 4096)]  # 4 MiB
+
+
+def sight(nodes: str = "aaaa", blind: tuple[int, ...] = (), *, in_memory: bool = False) -> Sight:
+    ranks = tuple(range(len(nodes)))
+    return Sight(
+        ranks=ranks,
+        nodes=tuple(nodes),
+        readers=tuple(rank for rank in ranks if rank not in blind),
+        in_memory=in_memory,
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "seen", "may_map", "name", "reason"),
+    [
+        (FSDP, sight(), False, "direct", "no two keep the same"),
+        (HSDP, sight(), False, "replicate", "request 2.00 times"),
+        (HSDP, sight(), True, "direct", "no two keep"),  # the pages of one node are in its memory once
+        (HSDP, sight("aabb"), True, "replicate", "2.00 times"),
+        (HSDP, sight("abab"), True, "direct", "no two keep"),  # replicas are on one node
+        (FSDP, sight("aabb", (1, 3)), False, "node", "no access from ranks 1, 3, but"),
+        (FSDP, sight("aabb", (0, 2, 3)), False, "rank0", "rank 1 reads for all"),
+        (FSDP, sight(blind=(1, 2, 3), in_memory=True), False, "rank0", "rank 0 alone holds the values"),
+        (layout_of((1, Shard(0))), sight("a"), False, "direct", "there is one rank"),
+    ],
+)
+def test_auto(layout: Layout, seen: Sight, may_map: bool, name: str, reason: str) -> None:
+    route = choose_route("auto", wanted_of(layout, LARGE, may_map=may_map), seen, max_read_bytes=2**20)
+    assert route.name == name
+    assert reason in route.reason
+
+
+def test_auto_stripes_where_many_ranks_would_read_little_each() -> None:
+    ranks = STRIPED_FROM_RANKS
+    wanted = wanted_of(layout_of((ranks, Shard(0))), [(4096, 4096)] * 80)  # 512 KiB a rank of each
+    seen = Sight.of_all(range(ranks))
+    assert choose_route("auto", wanted, seen, max_read_bytes=2**24).name == "striped"
+    large = wanted_of(layout_of((ranks, Shard(0))), [(4096 * 4, 4096)] * 80)
+    assert choose_route("auto", large, seen, max_read_bytes=2**24).name == "direct"
+    mapped = wanted_of(layout_of((ranks, Shard(0))), [(4096, 4096)] * 80, may_map=True)
+    assert choose_route("auto", mapped, seen, max_read_bytes=2**24).name == "direct"
+
+
+@pytest.mark.parametrize("route", ["direct", "replicate", "striped"])
+def test_a_route_that_needs_every_rank_to_read_is_refused_where_one_cannot(route: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"got no access from ranks 1, 3"):
+        choose_route(route, wanted_of(FSDP, LARGE), sight("aabb", (1, 3)), max_read_bytes=2**20)
+
+
+def test_the_node_route_needs_a_reader_on_every_node() -> None:
+    with pytest.raises(ConfigurationError, match=r"expected a rank on every node .* got none on b"):
+        choose_route("node", wanted_of(FSDP, LARGE), sight("aabb", (2, 3)), max_read_bytes=2**20)
+
+
+# --- whatever the route, every shard is filled once, and storage is read no more than the route says ---
+
+LAYOUTS = [
+    FSDP,
+    HSDP,
+    layout_of((2, Replicate()), (3, Shard(0))),
+    layout_of((2, Shard(0)), (2, Replicate())),
+    layout_of((2, Shard(0)), (2, Shard(1))),
+    layout_of(
+        (3, Replicate()),
+    ),
+    layout_of((2, Replicate()), (2, Shard(1))),
+]
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    more=st.sampled_from(LAYOUTS),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 7)) | st.tuples(st.integers(0, 40)),
+        min_size=1,
+        max_size=5,
+    ),
+    route=st.sampled_from(["direct", "replicate", "node", "rank0", "striped"]),
+    nodes=st.lists(st.sampled_from("ab"), min_size=6, max_size=6),
+    buffer_bytes=st.integers(64, 400),
+)
+@settings(max_examples=300)
+def test_every_route_fills_every_shard(
+    layout: Layout,
+    more: Layout,
+    shapes: list[tuple[int, ...]],
+    route: str,
+    nodes: list[str],
+    buffer_bytes: int,
+) -> None:
+    if any(len(shape) == 1 for shape in shapes):
+        layout = more = HSDP
+    ranks = tuple(range(max(len(layout.mesh_ranks), len(more.mesh_ranks))))
+    seen = Sight(ranks=ranks, nodes=tuple(nodes[: len(ranks)]), readers=ranks)
+    wanted = wanted_of(layout, shapes)
+    wanted += [
+        WantedTensor(
+            fqn=f"more.{t.fqn}", shape=t.shape, dtype=t.dtype, layout=more, pieces=t.pieces, may_map=False
+        )
+        for t in wanted
+    ]
+    requested = 0
+    rounds: dict[tuple[tuple[int, ...], frozenset[int]], set[int]] = {}
+    orders: list[list[tuple[int, ...]]] = []
+    for rank in ranks:
+        division = divide(Route(name=route, reason=""), wanted, seen, rank=rank)
+        direct = plan_load([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
+        arriving = [arriving_directly(direct, wanted)]
+        requested += direct.storage_bytes
+        for sharing in division.sharings:
+            assert rank in sharing.ranks
+            plan = plan_exchange(
+                wanted,
+                sharing.chosen,
+                ranks=sharing.ranks,
+                rank=rank,
+                buffer_bytes=buffer_bytes,
+                readers=sharing.readers,
+            )
+            arriving.append(plan.arriving)
+            requested += plan.storage_bytes
+            assert plan.storage_bytes == 0 or rank in sharing.readers
+            rounds.setdefault((sharing.ranks, sharing.chosen), set()).add(len(plan))
+        orders.append([sharing.ranks for sharing in division.sharings])
+        require_covered(wanted, arriving, rank=rank, name="the case")
+    assert all(
+        len(of_group) == 1 for of_group in rounds.values()
+    )  # each rank waits for all rounds of its group
+    if route in ("replicate", "striped", "rank0"):
+        # The two tensors of one stored tensor may each be read; within one there is no second read.
+        assert requested <= 2 * sum(piece.stored.nbytes for t in wanted for piece in t.pieces)
+
+
+def test_replicas_read_a_share_each_of_what_they_keep_and_nothing_else() -> None:
+    wanted = wanted_of(HSDP, [(512, 1024)] * 4)
+    total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
+    by_rank = {}
+    for rank in range(4):
+        division = divide(Route(name="replicate", reason=""), wanted, sight(), rank=rank)
+        (sharing,) = division.sharings
+        assert sharing.ranks == ((0, 2), (1, 3))[rank % 2]
+        assert sharing.keep_the_same
+        plan = plan_exchange(
+            wanted,
+            sharing.chosen,
+            ranks=sharing.ranks,
+            rank=rank,
+            buffer_bytes=STAGING_BYTES,
+            readers=sharing.readers,
+        )
+        by_rank[rank] = plan
+    assert sum(plan.storage_bytes for plan in by_rank.values()) == total
+    assert {plan.storage_bytes for plan in by_rank.values()} == {total // 4}
+    assert {plan.network_bytes for plan in by_rank.values()} == {total // 4}
+
+
+def test_a_node_reads_only_what_its_ranks_own() -> None:
+    wanted = wanted_of(FSDP, [(512, 1024)] * 3)
+    total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
+    requested = []
+    for rank in range(4):
+        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3)), rank=rank).sharings
+        assert (sharing.ranks, sharing.readers) == (((0, 1), (1,)) if rank < 2 else ((2, 3), (2,)))
+        plan = plan_exchange(
+            wanted,
+            sharing.chosen,
+            ranks=sharing.ranks,
+            rank=rank,
+            buffer_bytes=STAGING_BYTES,
+            readers=sharing.readers,
+        )
+        requested.append(plan.storage_bytes)
+    assert requested == [0, total // 2, total // 2, 0]
+
+
+def test_pages_that_replicas_on_one_node_map_are_counted_once() -> None:
+    wanted = wanted_of(HSDP, LARGE, may_map=True)
+    total = wanted[0].pieces[0].stored.nbytes
+    for nodes, times in (("aaaa", 1), ("aabb", 2), ("abab", 1)):
+        node_of = sight(nodes).node_of
+        plans = [plan_load(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
+        assert sum(plan.storage_bytes for plan in plans) == times * total, nodes
+        assert all(len(plan.mapped) == 1 for plan in plans)
+
+
+def test_replicas_of_a_rank() -> None:
+    layout = layout_of((2, Replicate()), (3, Shard(0)), (2, Replicate()))
+    assert layout.replicas(3) == (2, 3, 8, 9)
+    assert layout.replicas(99) == ()
+    assert FSDP.replicas(2) == (2,)
