@@ -46,10 +46,6 @@ def cast_and_scale(model: Any) -> None:
     model.lm_head.weight.data.mul_(2)
 
 
-def resize(model: Any) -> None:
-    model.lm_head.weight.data = model.lm_head.weight.data.new_empty(120, 32)
-
-
 EDITS = [
     scale_data,
     scale_part_of_data,
@@ -57,7 +53,6 @@ EDITS = [
     initialise,
     write_through_the_state_dict,
     cast_and_scale,
-    resize,
 ]
 
 

@@ -15,7 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardwise.errors import LeftOnMetaError
 from shardwise.materialization import Entry, entries_of, listed
 
-_State = tuple[int, torch.Size]  # operations counted, shape
+_State = tuple[
+    int, torch.Size
+]  # operations counted, shape of a row: how many rows are read is decided at the wrap
 
 
 class AwaitedParameter(nn.Parameter):
@@ -54,9 +56,7 @@ class Awaited:
         for entry in _on_meta(model):
             if isinstance(entry.tensor, AwaitedParameter):
                 entry.tensor.__class__ = nn.Parameter  # type: ignore[assignment]
-            if entry.tensor in self._noted and _differs(
-                self._noted.pop(entry.tensor), _state_of(entry.tensor)
-            ):
+            if entry.tensor in self._noted and self._noted.pop(entry.tensor) != _state_of(entry.tensor):
                 edited.append(entry.fqn)
         return tuple(edited)
 
@@ -79,10 +79,5 @@ def _on_meta(model: nn.Module) -> list[Entry]:
     return [e for e in entries_of(model, roles=("parameter", "buffer")) if e.tensor.is_meta]
 
 
-def _differs(noted: _State, found: _State) -> bool:
-    # Embeddings may have another number of rows: `Bindings.take` reads those that the checkpoint has.
-    return noted[0] != found[0] or noted[1][1:] != found[1][1:] or len(noted[1]) != len(found[1])
-
-
 def _state_of(tensor: torch.Tensor) -> _State:
-    return tensor._version, tensor.shape
+    return tensor._version, tensor.shape[1:]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -115,39 +115,40 @@ def load_adapter(
         MissingDependencyError: peft is not installed.
         PeerError: Another rank failed.
     """
-    with TemporaryDirectory(prefix="shardwise-") as configs:  # for a rank that does not see the adapter
+    with ExitStack() as stack:
+        configs = stack.enter_context(TemporaryDirectory(prefix="shardwise-"))
         opened = open_source(directory, agreement=agreement, configs_into=Path(configs))
-        with agreement.phase("build"):
-            config = _config_of(opened.path, is_trainable=is_trainable)
-            start = getattr(config, "init_lora_weights", True)
-            if (
-                bindings.has(model)
-                and isinstance(start, str)
-                and not _is_one_of(start, _STARTS_THAT_LEAVE_THE_BASE)
-            ):
-                raise ConfigurationError(
-                    f"{directory}: expected an adapter of the base model as its checkpoint holds it, got one with "
-                    f"init_lora_weights={start!r}, for which PEFT changes the base's values first, and the values of this model are "
-                    "read at the wrap. Load it with load_pretrained(defer=False), or convert the adapter with PEFT's "
-                    "path_initial_model_for_weight_conversion."
-                )
-            wrapped: Any = _put(model, config, adapter_name, autocast_adapter_dtype)
-            if is_trainable and hasattr(wrapped, "set_requires_grad"):
-                wrapped.set_requires_grad(adapter_name)  # a further adapter is frozen until it is made active
-            names = _names_on_disk(wrapped, adapter_name, opened.source.tensors)
-            entries = [entry for entry in entries_of(wrapped) if entry.fqn in names]
-            binding = bind(
-                wrapped, entries, opened.source, rename=lambda fqn: names.get(fqn, fqn), conversions=None
+        stack.enter_context(agreement.phase("build"))
+        config = _config_of(opened.path, is_trainable=is_trainable)
+        start = getattr(config, "init_lora_weights", True)
+        if (
+            bindings.has(model)
+            and isinstance(start, str)
+            and not _is_one_of(start, _STARTS_THAT_LEAVE_THE_BASE)
+        ):
+            raise ConfigurationError(
+                f"{directory}: expected an adapter of the base model as its checkpoint holds it, got one with "
+                f"init_lora_weights={start!r}, for which PEFT changes the base's values first, and the values of this model are "
+                "read at the wrap. Load it with load_pretrained(defer=False), or convert the adapter with PEFT's "
+                "path_initial_model_for_weight_conversion."
             )
-            permitted(binding.absent, "error", name=directory)
-            if binding.unexpected:
-                raise CheckpointError(
-                    f"{directory}: expected parameters of the adapter alone, got {listed(binding.unexpected)}, which the model has no "
-                    "place for. Was it trained on another base model?"
-                )
-            check_bound(entries, binding.bound)
-            _to_meta(entries)  # on a rank whose base has values, PEFT has given the adapter some as well
-            bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in names], binding)
+        wrapped: Any = _put(model, config, adapter_name, autocast_adapter_dtype)
+        if is_trainable and hasattr(wrapped, "set_requires_grad"):
+            wrapped.set_requires_grad(adapter_name)  # a further adapter is frozen until it is made active
+        names = _names_on_disk(wrapped, adapter_name, opened.source.tensors)
+        entries = [entry for entry in entries_of(wrapped) if entry.fqn in names]
+        binding = bind(
+            wrapped, entries, opened.source, rename=lambda fqn: names.get(fqn, fqn), conversions=None
+        )
+        permitted(binding.absent, "error", name=directory)
+        if binding.unexpected:
+            raise CheckpointError(
+                f"{directory}: expected parameters of the adapter alone, got {listed(binding.unexpected)}, which the model has no "
+                "place for. Was it trained on another base model?"
+            )
+        check_bound(entries, binding.bound)
+        _to_meta(entries)  # on a rank whose base has values, PEFT has given the adapter some as well
+        bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in names], binding)
     require_equal_aliases(
         binding,
         opened.source,
