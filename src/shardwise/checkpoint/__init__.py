@@ -6,7 +6,7 @@ from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
 from shardwise.checkpoint.regular_file import read_text
 from shardwise.checkpoint.safetensors_source import SafetensorsSource
-from shardwise.checkpoint.source import Run, Source
+from shardwise.checkpoint.source import Run, Source, read_scattered
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
 
@@ -22,6 +22,7 @@ __all__ = [
     "download_snapshot",
     "load_pickle",
     "locate",
+    "read_scattered",
     "read_text",
     "snapshot_revision",
 ]

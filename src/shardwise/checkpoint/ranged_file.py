@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from shardwise.checkpoint.regular_file import open_regular, unreadable
 from shardwise.errors import ChangedFileError
 
 _PAGE_BYTES = mmap.PAGESIZE
+_MOST_PARTS = 512
+"""Buffers that one call fills; POSIX systems take 1,024."""
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EBUSY})
 """Errors that a network file system reports of a fault that may be over in a moment."""
 _PAUSES_SECONDS = (0.05, 0.2, 0.8)
@@ -90,22 +93,36 @@ class RangedFile:
             ChangedFileError: The file ends before.
             CheckpointError: The system reports an error, and goes on doing so.
         """
+        self.read_scattered(offset, [into])
+
+    def read_scattered(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill buffers with the bytes that follow each other in the file from an offset on, in one call of the system if it can.
+
+        Raises:
+            As `read_into`.
+        """
+        wanted = sum(map(len, parts))
         position = 0
-        while position < len(into):
-            got = self._read_some(offset + position, into[position:])
+        left = [part for part in parts if len(part)]
+        while left:
+            got = self._read_some(offset + position, left)
             if got == 0:
                 raise ChangedFileError(
-                    f"{self.path}: expected {len(into)} bytes at byte {offset}, got {position}: the file has become shorter since "
+                    f"{self.path}: expected {wanted} bytes at byte {offset}, got {position}: the file has become shorter since "
                     f"its header was read ({self.identity.size:,} bytes then). Do not replace files while they are loaded."
                 )
             position += got
+            while left and got >= len(left[0]):
+                got -= len(left.pop(0))
+            if got:
+                left[0] = left[0][got:]
 
-    def _read_some(self, offset: int, into: memoryview) -> int:
+    def _read_some(self, offset: int, parts: list[memoryview]) -> int:
         pauses = iter(_PAUSES_SECONDS)
         while True:
             try:
-                got = self._read_direct(offset, into)
-                return os.preadv(self._fd, [into], offset) if got is None else got
+                got = self._read_direct(offset, parts[0])
+                return os.preadv(self._fd, parts[:_MOST_PARTS], offset) if got is None else got
             except OSError as error:
                 pause = next(pauses, None) if error.errno in _TRANSIENT else None
                 if pause is None:

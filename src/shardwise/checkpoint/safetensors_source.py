@@ -203,6 +203,10 @@ class SafetensorsSource:
         """Fill a buffer with the bytes of a file from an offset on; see `Source`."""
         self._file(file).read_into(offset, into)
 
+    def read_scattered(self, file: str, offset: int, parts: Sequence[memoryview]) -> None:
+        """Fill buffers with bytes that follow each other in a file; see `shardwise.checkpoint.read_scattered`."""
+        self._file(file).read_scattered(offset, parts)
+
     def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         """Return private pages of files as flat tensors, one mapping for each file; see `Source`."""
         # Not one for each run: a process may have 65,530 mappings, and a mixture of experts has more tensors.

@@ -82,3 +82,26 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of open files. Mapped tensors stay usable."""
+
+
+def read_scattered(source: Source, file: str, offset: int, parts: Sequence[memoryview]) -> None:
+    """Fill buffers with the bytes that follow each other in a file from an offset on.
+
+    A source may have a method of this name that takes one request for all of them; else each is read on its own.
+
+    Args:
+        source: Of the file.
+        file: `StoredTensor.file` of a tensor of the source.
+        offset: First byte, from the start of the file.
+        parts: Writable, of bytes, in file order.
+
+    Raises:
+        CheckpointError: As `Source.read_into`.
+    """
+    at_once = getattr(source, "read_scattered", None)
+    if at_once is not None:
+        at_once(file, offset, parts)
+        return
+    for part in parts:
+        source.read_into(file, offset, part)
+        offset += len(part)

@@ -60,6 +60,26 @@ class Piece:
             expected *= size
         return True
 
+    def run_in(self, shape: Sequence[int]) -> range | None:
+        """Return the run of elements that it fills in a contiguous target of `shape`; None where these do not follow each other.
+
+        Args:
+            shape: Of the target.
+        """
+        steps, step = [0] * len(shape), 1
+        for dim in range(len(shape) - 1, -1, -1):
+            steps[dim] = step
+            step *= shape[dim]
+        expected = 1
+        for size, dim, stride in zip(
+            reversed(self.sizes), reversed(self.target_dims), reversed(self.target_strides), strict=True
+        ):
+            if steps[dim] * stride != expected:
+                return None
+            expected *= size
+        start = sum(at * of_dim for at, of_dim in zip(self.target_start, steps, strict=True))
+        return range(start, start + expected)
+
     @property
     def region(self) -> Region:
         """The smallest box of the target that holds it."""

@@ -7,12 +7,12 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
-from shardwise.checkpoint import Source
+from shardwise.checkpoint import Source, read_scattered
 from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.placing import as_memory, elements_in, place_in
@@ -21,6 +21,8 @@ from shardwise.plan import Fragment, LoadPlan, Read
 
 _log = logging.getLogger("shardwise")
 _MOST_THREADS = 8
+_MOST_BYTES = 16 * 2**20
+"""Of one request: enough for any disk, little enough for several threads to share the work."""
 _POLL_SECONDS = 0.25
 
 
@@ -108,20 +110,16 @@ class Reading:
             return
         threads = read_threads()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="shardwise-read")
-        in_flight: deque[tuple[Read, torch.Tensor | None, Future[None]]] = deque()
+        in_flight: deque[_Request] = deque()
         stalled = False
         try:
-            for read in self._plan.reads:
-                in_place = self._in_place(read) if self._in_place is not None else None
-                while len(in_flight) >= 2 * threads or (in_place is None and not self._ring.available):
-                    self._finish(*in_flight.popleft())
-                buffer = None if in_place is not None else self._ring.take()
-                memory = in_place if in_place is not None else as_memory(buffer[: read.nbytes])  # type: ignore[index]
-                in_flight.append(
-                    (read, buffer, pool.submit(self._source.read_into, read.file, read.start, memory))
-                )
+            for request in self._requests():
+                while len(in_flight) >= 2 * threads or (request.is_staged and not self._ring.available):
+                    self._finish(in_flight.popleft())
+                request.start(pool, self._source, self._ring)
+                in_flight.append(request)
             while in_flight:
-                self._finish(*in_flight.popleft())
+                self._finish(in_flight.popleft())
         except StalledReadError:
             stalled = True  # the thread that is stuck keeps what it writes into
             raise
@@ -129,17 +127,76 @@ class Reading:
             # Reads that have started write into shards and buffers: they end before these can go.
             pool.shutdown(wait=not stalled, cancel_futures=True)
 
-    def _finish(self, read: Read, buffer: torch.Tensor | None, future: Future[None]) -> None:
-        what = f"{self._source.name}, {read.file}: reading {read.nbytes:,} bytes at byte {read.start:,}"
-        await_read(future, self._agreement, what=what)
-        if buffer is not None:
-            for fragment in read.fragments:
-                elements = elements_in(
-                    buffer, fragment.start - read.start, fragment.stored.dtype, fragment.piece
-                )
-                self._place(fragment, elements)
-            self._ring.give_back(buffer)
-        self._done(read.nbytes)
+    def _requests(self) -> Iterator[_Request]:
+        """Join reads that follow each other in a file and go straight into place, each to its own."""
+        pending = _Request()
+        for read in self._plan.reads:
+            memory = self._in_place(read) if self._in_place is not None else None
+            if pending.reads and (memory is None or not pending.is_followed_by(read)):
+                yield pending
+                pending = _Request()
+            pending.reads.append(read)
+            if memory is None:
+                yield pending
+                pending = _Request()
+            else:
+                pending.parts.append(memory)
+        if pending.reads:
+            yield pending
+
+    def _finish(self, request: _Request) -> None:
+        what = f"{self._source.name}, {request.file}: reading {request.nbytes:,} bytes at byte {request.start_byte:,}"
+        await_read(request.future, self._agreement, what=what)
+        if request.buffer is not None:
+            for read in request.reads:
+                for fragment in read.fragments:
+                    offset = fragment.start - read.start
+                    elements = elements_in(request.buffer, offset, fragment.stored.dtype, fragment.piece)
+                    self._place(fragment, elements)
+            self._ring.give_back(request.buffer)
+        self._done(request.nbytes)
+
+
+class _Request:
+    """Bytes of one file that are asked for at once: one read through staging, or several that go straight into place."""
+
+    def __init__(self) -> None:
+        self.reads: list[Read] = []
+        self.parts: list[memoryview] = []
+        self.buffer: torch.Tensor | None = None
+        self.future: Future[None] = Future()
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether it needs a staging buffer."""
+        return not self.parts
+
+    @property
+    def file(self) -> str:
+        """Within the source."""
+        return self.reads[0].file
+
+    @property
+    def start_byte(self) -> int:
+        """First byte in the file."""
+        return self.reads[0].start
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes asked for."""
+        return self.reads[-1].stop - self.reads[0].start
+
+    def is_followed_by(self, read: Read) -> bool:
+        """Return whether a read may be asked for together with this."""
+        last = self.reads[-1]
+        return (read.file, read.start) == (last.file, last.stop) and self.nbytes + read.nbytes <= _MOST_BYTES
+
+    def start(self, pool: ThreadPoolExecutor, source: Source, ring: StagingRing) -> None:
+        """Begin to read on a thread."""
+        if self.is_staged:
+            self.buffer = ring.take()
+            self.parts = [as_memory(self.buffer[: self.nbytes])]
+        self.future = pool.submit(read_scattered, source, self.file, self.start_byte, self.parts)
 
 
 class Shards:
@@ -151,6 +208,7 @@ class Shards:
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets
+        self._memory: dict[str, tuple[torch.dtype, memoryview] | None] = {}
 
     def place(self, fragment: Fragment, elements: torch.Tensor) -> None:
         """Copy a fragment into its shard, cast to the shard's dtype."""
@@ -162,12 +220,15 @@ class Shards:
         if len(read.fragments) > 1:
             return None
         fragment = read.fragments[0]
-        target = self._targets[fragment.fqn]
-        if (
-            target.device.type != "cpu"
-            or target.dtype != fragment.stored.dtype
-            or not fragment.piece.is_one_run
-        ):
+        if not fragment.piece.is_one_run:
             return None
-        place = place_in(target, fragment.piece)
-        return as_memory(place) if place.is_contiguous() else None
+        if fragment.fqn not in self._memory:
+            target = self._targets[fragment.fqn]
+            is_plain = target.device.type == "cpu" and target.is_contiguous()
+            self._memory[fragment.fqn] = (target.dtype, as_memory(target)) if is_plain else None
+        found = self._memory[fragment.fqn]
+        if found is None or found[0] != fragment.stored.dtype:
+            return None
+        run = fragment.piece.run_in(tuple(self._targets[fragment.fqn].shape))
+        itemsize = found[0].itemsize
+        return found[1][run.start * itemsize : run.stop * itemsize] if run is not None else None
