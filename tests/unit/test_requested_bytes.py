@@ -31,7 +31,7 @@ def carried_out(
     for rank in ranks:
         direct = plan_load(alone, rank=rank, max_read_bytes=max_read_bytes)
         exchange = plan_exchange(
-            wanted, together, ranks=ranks, rank=rank, buffer_bytes=max_read_bytes, readers=len(ranks)
+            wanted, together, ranks=ranks, rank=rank, buffer_bytes=max_read_bytes, readers=ranks
         )
         requested += direct.storage_bytes + exchange.storage_bytes
         for mapped in direct.mapped:
