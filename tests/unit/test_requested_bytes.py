@@ -118,7 +118,13 @@ def test_the_interleaved_halves_of_one_tensor_are_read_once(ranks: int) -> None:
         pieces = tuple(StoredPiece(stored=stored, piece=part.piece) for part in half.parts)
         wanted.append(
             WantedTensor(
-                fqn=name, shape=(30, 4), dtype=torch.float32, layout=layout, pieces=pieces, may_map=False
+                fqn=name,
+                shape=(30, 4),
+                dtype=torch.float32,
+                layout=layout,
+                pieces=pieces,
+                may_map=False,
+                partial=False,
             )
         )
     requested, arrivals = carried_out(wanted, range(ranks), max_read_bytes=2**20)
