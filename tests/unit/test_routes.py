@@ -23,7 +23,7 @@ from shardwise.plan import (
     choose_route,
     divide,
     plan_exchange,
-    plan_load,
+    plan_reads,
     require_covered,
 )
 from shardwise.plan.routes import STRIPED_FROM_RANKS
@@ -176,7 +176,7 @@ def test_every_route_fills_every_shard(
     orders: list[list[tuple[int, ...]]] = []
     for rank in ranks:
         division = divide(Route(name=route, reason=""), wanted, seen, rank=rank)
-        direct = plan_load([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
+        direct = plan_reads([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
         arriving = [arriving_directly(direct, wanted)]
         requested += direct.storage_bytes
         for sharing in division.sharings:
@@ -250,7 +250,7 @@ def test_pages_that_replicas_on_one_node_map_are_counted_once() -> None:
     total = wanted[0].pieces[0].stored.nbytes
     for nodes, times in (("aaaa", 1), ("aabb", 2), ("abab", 1)):
         node_of = sight(nodes).node_of
-        plans = [plan_load(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
+        plans = [plan_reads(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
         assert sum(plan.storage_bytes for plan in plans) == times * total, nodes
         assert all(len(plan.mapped) == 1 for plan in plans)
 

@@ -32,13 +32,13 @@ from shardwise.plan import (
     choose_route,
     divide,
     plan_exchange,
-    plan_load,
+    plan_reads,
     require_covered,
 )
 
 CpuStorage = Literal["auto", "map", "copy"]
 CPU_STORAGE = ("auto", "map", "copy")
-EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
+EXCHANGE_BUFFERS = 5  # two extents, messages out, messages in, and what rounding and alignment add
 
 
 def checked_cpu_storage(cpu_storage: str, *, direct_io: bool) -> CpuStorage:
@@ -269,7 +269,7 @@ def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging
     max_read_bytes = read_bytes_of(staging_bytes)
     chosen = choose_route(route, pieces, sight, max_read_bytes=max_read_bytes)
     division = divide(chosen, pieces, sight, rank=rank)
-    direct = plan_load(
+    direct = plan_reads(
         [pieces[index] for index in division.direct],
         rank=rank,
         max_read_bytes=max_read_bytes,

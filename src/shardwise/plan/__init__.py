@@ -2,9 +2,9 @@
 
 from shardwise.plan.chosen import exchanged
 from shardwise.plan.coverage import arriving_directly, require_covered
-from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange
+from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange, slices_of
 from shardwise.plan.layout import Layout, Part
-from shardwise.plan.load_plan import Fragment, LoadPlan, Read, plan_load
+from shardwise.plan.load_plan import Fragment, LoadPlan, Read, plan_reads
 from shardwise.plan.routes import ROUTES, Division, Route, Sharing, Sight, choose_route, divide
 from shardwise.plan.scatter_plan import (
     BUCKETS_IN_FLIGHT,
@@ -15,6 +15,7 @@ from shardwise.plan.scatter_plan import (
     ScatterPlan,
     plan_scatter,
 )
+from shardwise.plan.slices import Extent, Slice, Slices
 from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DirectBucket",
     "Division",
     "ExchangePlan",
+    "Extent",
     "Fragment",
     "Layout",
     "LoadPlan",
@@ -37,6 +39,8 @@ __all__ = [
     "ScatterPlan",
     "Sharing",
     "Sight",
+    "Slice",
+    "Slices",
     "StoredPiece",
     "Transfer",
     "WantedTensor",
@@ -46,7 +50,8 @@ __all__ = [
     "divide",
     "exchanged",
     "plan_exchange",
-    "plan_load",
+    "plan_reads",
     "plan_scatter",
     "require_covered",
+    "slices_of",
 ]

@@ -89,7 +89,7 @@ class LoadPlan:
         return sum(read.nbytes for read in self.reads) + self.mapped_bytes
 
 
-def plan_load(
+def plan_reads(
     wanted: Sequence[WantedTensor],
     *,
     rank: int,
@@ -113,7 +113,7 @@ def plan_load(
         ConfigurationError: `max_read_bytes` is smaller than one element.
     """
     if max_read_bytes < 16:
-        raise ConfigurationError(f"plan_load: expected max_read_bytes of at least 16, got {max_read_bytes}")
+        raise ConfigurationError(f"plan_reads: expected max_read_bytes of at least 16, got {max_read_bytes}")
     mapped: list[Mapped] = []
     shared: set[str] = set()
     fragments: list[tuple[str, Fragment]] = []
