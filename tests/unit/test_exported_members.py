@@ -18,6 +18,7 @@ PUBLIC = [
     "ConfigurationError",
     "DamagedFileError",
     "LeftOnMetaError",
+    "LoadPlan",
     "LoadReport",
     "MemoryProfile",
     "Mismatch",
@@ -38,6 +39,7 @@ PUBLIC = [
     "VerifyReport",
     "fsdp_pretrained_load_context",
     "materialize",
+    "plan_load",
     "profile_memory",
     "verify_shards",
 ]

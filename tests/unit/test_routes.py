@@ -175,7 +175,7 @@ def test_every_route_fills_every_shard(
     rounds: dict[tuple[tuple[int, ...], frozenset[int]], set[int]] = {}
     orders: list[list[tuple[int, ...]]] = []
     for rank in ranks:
-        division = divide(Route(name=route, reason=""), wanted, seen, rank=rank)
+        division = divide(Route(name=route, reason=""), wanted, seen).of(rank)
         direct = plan_reads([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
         arriving = [arriving_directly(direct, wanted)]
         requested += direct.storage_bytes
@@ -208,7 +208,7 @@ def test_replicas_read_a_share_each_of_what_they_keep_and_nothing_else() -> None
     total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
     by_rank = {}
     for rank in range(4):
-        division = divide(Route(name="replicate", reason=""), wanted, sight(), rank=rank)
+        division = divide(Route(name="replicate", reason=""), wanted, sight()).of(rank)
         (sharing,) = division.sharings
         assert sharing.ranks == ((0, 2), (1, 3))[rank % 2]
         assert sharing.keep_the_same
@@ -231,7 +231,7 @@ def test_a_node_reads_only_what_its_ranks_own() -> None:
     total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
     requested = []
     for rank in range(4):
-        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3)), rank=rank).sharings
+        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3))).of(rank).sharings
         assert (sharing.ranks, sharing.readers) == (((0, 1), (1,)) if rank < 2 else ((2, 3), (2,)))
         plan = plan_exchange(
             wanted,

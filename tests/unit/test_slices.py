@@ -104,7 +104,7 @@ LAYOUTS = [
     alone=st.booleans(),
     gap=st.sampled_from([0, 10]),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_no_rank_reads_sends_or_receives_more_than_a_buffer_in_a_round(
     layout: Layout,
     more: Layout,
@@ -141,8 +141,7 @@ def test_no_rank_reads_sends_or_receives_more_than_a_buffer_in_a_round(
         extents = list(plan.extents())
         assert sum(extent.slices for extent in extents) == len(reads)
         assert sum(extent.nbytes for extent in extents) == plan.storage_bytes
-        most_read = max((read.nbytes for read in reads), default=0)
-        assert all(extent.nbytes <= max(buffer_bytes, most_read) for extent in extents)
+        assert all(extent.nbytes < buffer_bytes + ALIGNMENT_BYTES for extent in extents)
         for turn in of_rank:
             sent = sum(t.nbytes for message in turn.outgoing for t in message)
             received = [t.nbytes for message in turn.incoming for t in message]
@@ -170,7 +169,7 @@ def test_every_rank_reads_long_extents_and_hands_them_out_at_once(ranks: int) ->
     wanted = wanted_of(layout, layer * 32)
     slices = cut(wanted, ranks=ranks, buffer_bytes=buffer_bytes)
     for reader in (0, 17, ranks - 1):
-        extents = list(slices.extents(reader, max_bytes=buffer_bytes))
+        extents = list(slices.extents(reader))
         assert all(8 * MEBIBYTE <= extent.nbytes <= buffer_bytes for extent in extents)
     share = sum(tensor.pieces[0].stored.nbytes for tensor in wanted) / ranks
     assert slices.bytes_of_reader.max() <= 1.01 * share
@@ -194,7 +193,7 @@ def test_slices_are_small_where_few_ranks_own_all_that_is_read() -> None:
     assert max(received) <= buffer_bytes
     assert sum(received) == plan.network_bytes
     # Each rank reads its part at once all the same.
-    assert [extent.slices for extent in slices.extents(5, max_bytes=buffer_bytes)] == [slices.rounds]
+    assert [extent.slices for extent in slices.extents(5)] == [slices.rounds]
 
 
 @pytest.mark.parametrize(("gap", "slices"), [(0, 1), (2, 3)])

@@ -13,7 +13,7 @@ from shardwise.checkpoint import Source
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.placing import as_memory, elements_in, place_in
 from shardwise.materialization.staging import StagingRing
-from shardwise.plan import Fragment, LoadPlan, Read
+from shardwise.plan import Fragment, Read, ReadPlan
 
 _MOST_THREADS = 8
 _POLL_SECONDS = 0.25
@@ -39,7 +39,7 @@ class Reading:
 
     def __init__(
         self,
-        plan: LoadPlan,
+        plan: ReadPlan,
         *,
         source: Source,
         ring: StagingRing,

@@ -24,7 +24,7 @@ from shardwise.materialization.structure import Entry
 from shardwise.plan import (
     ExchangePlan,
     Layout,
-    LoadPlan,
+    ReadPlan,
     Route,
     Sight,
     WantedTensor,
@@ -118,7 +118,7 @@ class SourcePlan:
     wanted: Wanted
     route: Route
     in_memory: bool
-    direct: LoadPlan
+    direct: ReadPlan
     exchanges: tuple[ExchangePlan, ...]
     replicated: Mapping[tuple[int, ...], tuple[str, ...]]
     converters: tuple[int, ...]
@@ -268,7 +268,7 @@ def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging
     pieces, source = wanted.pieces, wanted.source
     max_read_bytes = read_bytes_of(staging_bytes)
     chosen = choose_route(route, pieces, sight, max_read_bytes=max_read_bytes)
-    division = divide(chosen, pieces, sight, rank=rank)
+    division = divide(chosen, pieces, sight).of(rank)
     direct = plan_reads(
         [pieces[index] for index in division.direct],
         rank=rank,

@@ -16,7 +16,7 @@ messages together they are N times as many as one rank's own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -116,7 +116,7 @@ class ExchangePlan:
     def extents(self) -> Iterator[Extent]:
         """Yield what this rank reads at once, in order: slices that follow each other, up to a buffer's size."""
         if self._reader is not None:
-            yield from self.slices.extents(self._reader, max_bytes=self.buffer_bytes)
+            yield from self.slices.extents(self._reader)
 
     def rounds(self) -> Iterator[Round]:
         """Yield this rank's part in each round, in order."""
@@ -184,7 +184,7 @@ def slices_of(
         )
         most_bytes = load.most_bytes(slices) if slice_bytes > least_bytes else 0
         if most_bytes <= buffer_bytes:
-            return slices
+            return replace(slices, most_received_bytes=most_bytes or buffer_bytes)
         # What one rank gets in a round shrinks with the slices, more or less.
         slice_bytes = max(least_bytes, min(slice_bytes * 7 // 8, slice_bytes * buffer_bytes // most_bytes))
 

@@ -63,7 +63,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadPlan:
+class ReadPlan:
     """What one rank reads.
 
     Args:
@@ -96,7 +96,7 @@ def plan_reads(
     max_read_bytes: int,
     max_gap_bytes: int = MAX_GAP_BYTES,
     node_of: Mapping[int, str] | None = None,
-) -> LoadPlan:
+) -> ReadPlan:
     """Plan what one rank reads so that it holds its parts of all tensors.
 
     Args:
@@ -130,7 +130,7 @@ def plan_reads(
                 (each.stored.file, fragment)
                 for fragment in fragments_of(tensor.fqn, each.stored, each.piece, max_read_bytes)
             )
-    return LoadPlan(
+    return ReadPlan(
         rank=rank,
         mapped=tuple(mapped),
         reads=tuple(coalesce(fragments, max_read_bytes=max_read_bytes, max_gap_bytes=max_gap_bytes)),

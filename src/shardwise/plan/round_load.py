@@ -9,34 +9,20 @@ other piece only a bound is known, from how many elements of a run of the file o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise.conversion import Piece
-from shardwise.plan.boxes import ALIGNMENT_BYTES, row_major_strides
+from shardwise.plan.boxes import ALIGNMENT_BYTES
+from shardwise.plan.equal_runs import EqualRuns, equal_runs, sharded_axis
 from shardwise.plan.layout import Layout
-from shardwise.plan.slices import Counts, Slices
+from shardwise.plan.slices import Counts, Slices, merged
 from shardwise.plan.strips import Strip
 from shardwise.plan.wanted import WantedTensor
 
 _MOST_CELLS = 2**22  # of a table of rounds by ranks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rows:
-    """A piece whose elements belong to ranks in equal runs.
-
-    Args:
-        offset: From an element of the stored tensor to one of the tensor, both row-major.
-        run: Elements of each rank but the last ones.
-    """
-
-    offset: int
-    run: int
 
 
 class RoundLoad:
@@ -58,7 +44,7 @@ class RoundLoad:
         self._before = np.concatenate([[0], np.cumsum(lengths)])  # bytes
         self._layouts: list[Layout] = []
         number_of: dict[int, int] = {}
-        known: dict[tuple[int, tuple[int, ...], Piece], _Rows | None] = {}
+        known: dict[tuple[int, tuple[int, ...], Piece], EqualRuns | None] = {}
         rows: list[tuple[int, int, int, int, int, int]] = []  # strip, layout, offset, run, first, last
         others: dict[tuple[int, tuple[int, ...], Piece], list[int]] = {}
         for at, strip in enumerate(strips):
@@ -66,7 +52,7 @@ class RoundLoad:
                 tensor = wanted[index]
                 key = (id(tensor.layout), tensor.shape, piece)
                 if key not in known:
-                    known[key] = _rows_of(piece, tensor.shape, tensor.layout)
+                    known[key] = equal_runs(piece, tensor.shape, tensor.layout)
                 found = known[key]
                 if found is None:
                     others.setdefault(key, []).append(at)
@@ -75,7 +61,7 @@ class RoundLoad:
                 if layout == len(self._layouts):
                     self._layouts.append(tensor.layout)
                 first = piece.source_start
-                rows.append((at, layout, found.offset, found.run, first, first + piece.source_span))
+                rows.append((at, layout, found.offset, found.numel, first, first + piece.source_span))
         self._rows = np.array(rows, dtype=np.int64).reshape(-1, 6)
         layout_of = {id(tensor.layout): tensor.layout for tensor in wanted}
         self._others = [
@@ -122,7 +108,7 @@ class RoundLoad:
     def _units(self, slices: Slices) -> tuple[Counts, Counts, Counts, Counts]:
         """Return strip, slice, first and last element of each run of elements of one strip in one slice."""
         at = self._before[slices.strip] + slices.element * self._itemsize[slices.strip]
-        edges = np.union1d(self._before[:-1], at)
+        edges = merged(self._before[:-1], at)
         strip = np.searchsorted(self._before, edges, side="right") - 1
         of_slice = np.searchsorted(at, edges, side="right") - 1
         ends = np.append(edges[1:], self._before[-1])
@@ -189,41 +175,12 @@ def _down(nbytes: Counts) -> Counts:
 
 def _position_of(readers: Sequence[int], layout: Layout) -> Counts:
     """Return which shard each reader keeps; -1 for one outside of the mesh."""
-    axis = _sharded_axis(layout)
+    axis = sharded_axis(layout)
     found = []
     for reader in readers:
         coordinate = layout.coordinate(reader)
         found.append(-1 if coordinate is None else coordinate[axis] if axis is not None else 0)
     return np.array(found, dtype=np.int64)
-
-
-def _sharded_axis(layout: Layout) -> int | None:
-    sharded = [
-        axis
-        for axis, placement in enumerate(layout.placements)
-        if isinstance(placement, (Shard, _StridedShard))
-    ]
-    return sharded[0] if sharded else None
-
-
-def _rows_of(piece: Piece, shape: tuple[int, ...], layout: Layout) -> _Rows | None:
-    """Return how a piece's elements belong to ranks, if that is in equal runs."""
-    sharded = [p for p in layout.placements if isinstance(p, (Shard, _StridedShard))]
-    if any(isinstance(p, _StridedShard) or p.dim != 0 for p in sharded) or len(sharded) > 1:
-        return None
-    strides = row_major_strides(shape)
-    if any(
-        strides[dim] * step != source
-        for dim, step, source in zip(
-            piece.target_dims, piece.target_strides, piece.source_strides, strict=True
-        )
-    ):
-        return None
-    place = sum(at * stride for at, stride in zip(piece.target_start, strides, strict=True))
-    shards = len(layout.mesh_ranks) // layout.copies
-    rows = -(-shape[0] // shards) if sharded else shape[0] if shape else 1
-    run = rows * (strides[0] if shape else 1)
-    return _Rows(offset=place - piece.source_start, run=run)
 
 
 def _owned_of_run(piece: Piece, shape: tuple[int, ...], layout: Layout, run: Counts) -> Counts:

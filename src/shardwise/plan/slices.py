@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,15 +95,21 @@ class Slices:
         start: Of each slice: first byte in the file.
         stop: Of each slice: last byte in the file, exclusive.
         reader: Of each slice: position among the readers.
+        extent: Of each slice: which of equal parts of everything it belongs to, in order.
+        most_sent_bytes: Of one slice by its reader, at most.
+        most_received_bytes: By one rank in one round, at most.
     """
 
-    strips: Sequence[Strip]
+    strips: list[Strip]
     readers: int
     strip: Counts
     element: Counts
     start: Counts
     stop: Counts
     reader: Counts
+    extent: Counts
+    most_sent_bytes: int
+    most_received_bytes: int = 0
 
     def __len__(self) -> int:
         """Return the number of slices."""
@@ -184,29 +191,51 @@ class Slices:
             at, skipped = at + 1, 0
         return Slice(file=file, start=int(self.start[number]), stop=stop, units=tuple(units))
 
-    def extents(self, reader: int, *, max_bytes: int) -> Iterator[Extent]:
+    @cached_property
+    def _begins_extent(self) -> NDArray[np.bool_]:
+        """Whether each slice is read without the one before: another part, or not next to it in the file."""
+        file = np.cumsum([a.stored.file != b.stored.file for a, b in pairwise(self.strips[:1] + self.strips)])
+        of_slice = file[self.strip]
+        goes_on = (
+            (self.extent[1:] == self.extent[:-1])
+            & (self.start[1:] == self.stop[:-1])
+            & (of_slice[1:] == of_slice[:-1])
+        )
+        return np.append(True, ~goes_on)
+
+    @cached_property
+    def extents_of_reader(self) -> Counts:
+        """How many extents each reader reads."""
+        return np.bincount(self.reader[self._begins_extent[: len(self)]], minlength=self.readers)
+
+    @cached_property
+    def longest_extent_bytes(self) -> int:
+        """Size of the longest extent."""
+        if not len(self):
+            return 0
+        head = np.flatnonzero(self._begins_extent)
+        return int((self.stop[np.append(head[1:], len(self)) - 1] - self.start[head]).max())
+
+    def extents(self, reader: int) -> Iterator[Extent]:
         """Yield what a reader reads at once, in the order of its rounds.
 
         Args:
             reader: Its position among the readers.
-            max_bytes: Largest extent of more than one slice.
         """
-        file, start, stop, count = "", 0, 0, 0
-        for number in self.of_reader(reader).tolist():
-            name = self.strips[self.strip[number]].stored.file
-            low, high = int(self.start[number]), int(self.stop[number])
-            if count and name == file and low == stop and high - start <= max_bytes:
-                stop, count = high, count + 1
-                continue
-            if count:
-                yield Extent(file=file, start=start, stop=stop, slices=count)
-            file, start, stop, count = name, low, high, 1
-        if count:
-            yield Extent(file=file, start=start, stop=stop, slices=count)
+        numbers = self.of_reader(reader)
+        heads = np.flatnonzero(self._begins_extent[numbers])
+        for head, after in pairwise([*heads.tolist(), len(numbers)]):
+            first, last = numbers[head], numbers[after - 1]
+            yield Extent(
+                file=self.strips[self.strip[first]].stored.file,
+                start=int(self.start[first]),
+                stop=int(self.stop[last]),
+                slices=after - head,
+            )
 
 
 def cut_strips(
-    strips: Sequence[Strip],
+    strips: list[Strip],
     *,
     extent_bytes: int,
     slice_bytes: int,
@@ -229,7 +258,15 @@ def cut_strips(
     if not strips:
         none = np.zeros(0, dtype=np.int64)
         return Slices(
-            strips=strips, readers=readers, strip=none, element=none, start=none, stop=none, reader=none
+            strips=strips,
+            readers=readers,
+            strip=none,
+            element=none,
+            start=none,
+            stop=none,
+            reader=none,
+            extent=none,
+            most_sent_bytes=0,
         )
     starts = np.array([strip.start for strip in strips], dtype=np.int64)
     stops = np.array([strip.stop for strip in strips], dtype=np.int64)
@@ -254,7 +291,7 @@ def cut_strips(
     extent = np.repeat(np.arange(extents), pieces)
     within = np.arange(len(extent)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     step, more = np.divmod(np.diff(edges)[extent], pieces[extent])
-    cuts = np.union1d(edges[extent] + within * step + np.minimum(within, more), sent_before[:-1][begins])
+    cuts = merged(edges[extent] + within * step + np.minimum(within, more), sent_before[:-1][begins])
 
     strip = np.searchsorted(sent_before, cuts, side="right") - 1
     element = (cuts - sent_before[strip]) // sent_sizes[strip]
@@ -265,12 +302,21 @@ def cut_strips(
     end_of_run = stops[np.append(np.flatnonzero(begins)[1:], len(strips)) - 1]
     last = np.append(run[1:] != run[:-1], True)
     stop = np.where(last, end_of_run[run - 1], np.append(start[1:], 0))
+    extent = np.searchsorted(edges, cuts, side="right") - 1
     if reader_of is None:
-        reader = (np.searchsorted(edges, cuts, side="right") - 1) % readers
+        reader = extent % readers
     else:
         reader = np.array([reader_of(name) for name in names], dtype=np.int64)[files[strip]]
     return Slices(
-        strips=strips, readers=readers, strip=strip, element=element, start=start, stop=stop, reader=reader
+        strips=strips,
+        readers=readers,
+        strip=strip,
+        element=element,
+        start=start,
+        stop=stop,
+        reader=reader,
+        extent=extent,
+        most_sent_bytes=int(np.diff(cuts, append=sent_before[-1]).max()),
     )
 
 
@@ -279,3 +325,9 @@ def _multiples(total: int, parts: int) -> Counts:
     step, more = divmod(total, parts)  # first: the product of total and number may not fit 64 bits
     number = np.arange(parts)
     return number * step + number * more // parts
+
+
+def merged(first: Counts, second: Counts) -> Counts:
+    """Return the numbers of two sorted arrays in order, each once."""
+    both = np.sort(np.concatenate([first, second]), kind="stable")  # which merges sorted runs
+    return both[np.append(True, both[1:] != both[:-1])]
