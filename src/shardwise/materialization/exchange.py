@@ -40,8 +40,11 @@ class Exchange:
         self._done = done
         device = plane.device if plane is not None else torch.device("cpu")
         self._pinned = device.type != "cpu"
-        self._send = GrowingBuffer(torch.device("cpu"), pinned=self._pinned)
-        self._receive = GrowingBuffer(device, pinned=False)
+        most_sent, most_received = plan.slices.most_sent_bytes, plan.slices.most_received_bytes
+        self._send = GrowingBuffer(torch.device("cpu"), pinned=self._pinned, expected_bytes=most_sent)
+        self._receive = GrowingBuffer(
+            device, pinned=False, expected_bytes=min(most_received, plan.network_bytes)
+        )
 
     def run(self) -> None:
         """Read, exchange and place everything.
@@ -52,7 +55,7 @@ class Exchange:
         """
         nothing = torch.empty(0, dtype=torch.uint8)
         with ReadAhead(
-            self._plan.extents(),
+            list(self._plan.extents()),
             source=self._source,
             pinned=self._pinned,
             check=self._plane.check if self._plane is not None else _alone,

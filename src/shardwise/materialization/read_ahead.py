@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Self
 
@@ -28,7 +28,7 @@ class ReadAhead:
 
     def __init__(
         self,
-        extents: Iterable[Extent],
+        extents: Sequence[Extent],
         *,
         source: Source,
         pinned: bool,
@@ -39,7 +39,10 @@ class ReadAhead:
         self._source = source
         self._check = check
         self._done = done
-        self._buffers = [GrowingBuffer(torch.device("cpu"), pinned=pinned) for _ in range(2)]
+        longest_bytes = max((extent.nbytes for extent in extents), default=0)
+        self._buffers = [
+            GrowingBuffer(torch.device("cpu"), pinned=pinned, expected_bytes=longest_bytes) for _ in range(2)
+        ]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shardwise-read")
         self._next: tuple[Extent, torch.Tensor, Future[None]] | None = None
         self._current: tuple[Extent, torch.Tensor] | None = None
@@ -94,23 +97,27 @@ def _holds(extent: Extent, read: Slice) -> bool:
 
 
 class GrowingBuffer:
-    """Bytes that are used again and again; as large as the most that was wanted so far.
+    """Bytes that are used again and again; nothing is allocated before the first use.
+
+    A buffer that grows step by step leaves holes in the heap that nothing fits in.
 
     Args:
         device: Of the bytes.
         pinned: Whether they lie in pinned host memory.
+        expected_bytes: Most that will be wanted; more is possible.
     """
 
-    def __init__(self, device: torch.device, *, pinned: bool) -> None:
+    def __init__(self, device: torch.device, *, pinned: bool, expected_bytes: int) -> None:
         self._device = device
         self._pinned = pinned
+        self._expected_bytes = expected_bytes
         self._bytes = self._made(0)
 
     def first(self, nbytes: int) -> torch.Tensor:
         """Return the first bytes of it; what they hold is undefined."""
         if nbytes > len(self._bytes):
             self._bytes = self._made(0)  # the two never live together
-            self._bytes = self._made(nbytes)
+            self._bytes = self._made(max(nbytes, self._expected_bytes))
         return self._bytes[:nbytes]
 
     def _made(self, nbytes: int) -> torch.Tensor:

@@ -92,8 +92,10 @@ def cost_of_job(
         cost.reads[at] += len(plan.reads)
         cost.read_bytes[at] += sum(read.nbytes for read in plan.reads)
         cost.mapped_bytes[at] += sum(mapped.nbytes for mapped in plan.mapped)
-        through = [read for read in plan.reads if not (staging.in_place and _fits_in_place(read, dtype_of))]
-        cost.staging_bytes[at] = min(staging.ring_buffers, len(through)) * staging.read_bytes
+        through = sorted(
+            read.nbytes for read in plan.reads if not (staging.in_place and _fits_in_place(read, dtype_of))
+        )
+        cost.staging_bytes[at] = sum(through[-staging.ring_buffers :])
     for groups in division.sharings:
         known: dict[tuple[tuple[int, ...], tuple[int, ...]], JobCost] = {}
         for sharing in groups:
