@@ -14,6 +14,9 @@ from shardwise.plan.routes import JobDivision, Sharing, Sight
 from shardwise.plan.slices import Counts
 from shardwise.plan.wanted import WantedTensor
 
+_FEW_RANKS = 16
+"""So many ranks that keep the same are planned one by one: each reads, and so does not receive, a large part."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Staging:
@@ -145,9 +148,10 @@ def _cost_of_sharing(
     cost.storage_bytes[readers] = cost.read_bytes[readers] = slices.bytes_of_reader
     cost.reads[readers] = slices.extents_of_reader
     if len(sharing.ranks) > 1:
-        received_of_class: dict[int, int] = {}
+        received_of_class: dict[tuple[int, int | bool], int] = {}
+        each = sharing.keep_the_same and len(sharing.ranks) <= _FEW_RANKS
         for position, rank in enumerate(sharing.ranks):
-            number = class_of[rank]
+            number = (class_of[rank], position if each else rank in sharing.readers)
             if number not in received_of_class:
                 plan = plan_exchange(
                     wanted,

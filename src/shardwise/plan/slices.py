@@ -330,4 +330,5 @@ def _multiples(total: int, parts: int) -> Counts:
 def merged(first: Counts, second: Counts) -> Counts:
     """Return the numbers of two sorted arrays in order, each once."""
     both = np.sort(np.concatenate([first, second]), kind="stable")  # which merges sorted runs
-    return both[np.append(True, both[1:] != both[:-1])]
+    found: Counts = both[np.append(True, both[1:] != both[:-1])]
+    return found
