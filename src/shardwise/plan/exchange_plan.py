@@ -15,15 +15,17 @@ messages together they are N times as many as one rank's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from shardwise.conversion import Piece
 from shardwise.plan.boxes import aligned
+from shardwise.plan.equal_runs import equal_runs
 from shardwise.plan.round_load import RoundLoad
-from shardwise.plan.slices import Extent, Slice, Slices, Unit, cut_strips
+from shardwise.plan.slices import Counts, Extent, Slice, Slices, Unit, cut_strips
 from shardwise.plan.strips import Strip, strips_of
 from shardwise.plan.wanted import WantedTensor
 
@@ -75,7 +77,7 @@ class Round:
     receive_bytes: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExchangePlan:
     """One rank's part in an exchange.
 
@@ -86,6 +88,7 @@ class ExchangePlan:
         readers: Those of them that read.
         slices: That they read.
         buffer_bytes: Bound of what a rank reads at once, sends or receives in one round, in bytes, alignment aside.
+        reaching: Which slices hold something of this rank, in order.
         arriving: Elements that reach this rank's shards, by fqn, with those that it reads itself.
         network_bytes: Of messages from other ranks, alignment included.
     """
@@ -96,6 +99,7 @@ class ExchangePlan:
     readers: tuple[int, ...]
     slices: Slices
     buffer_bytes: int
+    reaching: Counts
     arriving: Mapping[str, int]
     network_bytes: int
 
@@ -122,22 +126,22 @@ class ExchangePlan:
         """Yield this rank's part in each round, in order."""
         own = self.ranks.index(self.rank)
         position_of = {rank: position for position, rank in enumerate(self.ranks)}
+        turns = self.slices.round_of[self.reaching]
+        order = np.argsort(turns, kind="stable")  # rounds are met one after the other
+        first_of_turn = np.searchsorted(turns[order], np.arange(len(self) + 1))
         for turn in range(len(self)):
-            read: Slice | None = None
+            number = self.slices.number(self._reader, turn) if self._reader is not None else None
+            read = self.slices.slice(number) if number is not None else None
             incoming: list[tuple[Transfer, ...]] = [()] * len(self.ranks)
-            for reader, rank in enumerate(self.readers):
-                number = self.slices.number(reader, turn)
-                if number is None:
-                    continue
-                of_reader = self.slices.slice(number)
-                if rank == self.rank:
-                    read = of_reader
-                else:
-                    incoming[position_of[rank]] = _transfers(of_reader, self.wanted, self.rank)
-            outgoing = [
-                _transfers(read, self.wanted, other) if position != own else ()
-                for position, other in enumerate(self.ranks)
-            ]
+            for at in order[first_of_turn[turn] : first_of_turn[turn + 1]]:
+                reaching = self.reaching[at]
+                sender = position_of[self.readers[self.slices.reader[reaching]]]
+                if sender != own:
+                    incoming[sender] = _transfers(self.slices.slice(reaching), self.wanted, self.rank)
+            outgoing: list[tuple[Transfer, ...]] = [()] * len(self.ranks)
+            for rank in _owners(read, self.wanted, self.ranks):
+                if rank != self.rank and rank in position_of:
+                    outgoing[position_of[rank]] = _transfers(read, self.wanted, rank)
             yield Round(
                 read=read,
                 kept=_transfers(read, self.wanted, self.rank),
@@ -226,7 +230,8 @@ def plan_exchange(
         )
     arriving: dict[str, int] = {}
     network_bytes = 0
-    for number in _reaching(rank, slices, wanted):
+    reaching = _reaching(rank, slices, wanted)
+    for number in reaching.tolist():
         message = _transfers(slices.slice(number), wanted, rank)
         network_bytes += _length(message) if readers[slices.reader[number]] != rank else 0
         for transfer in message:
@@ -238,12 +243,13 @@ def plan_exchange(
         readers=tuple(readers),
         slices=slices,
         buffer_bytes=buffer_bytes,
+        reaching=reaching,
         arriving=arriving,
         network_bytes=network_bytes,
     )
 
 
-def _reaching(rank: int, slices: Slices, wanted: Sequence[WantedTensor]) -> list[int]:
+def _reaching(rank: int, slices: Slices, wanted: Sequence[WantedTensor]) -> Counts:
     """Return which slices may hold something of a rank, in order."""
     found: list[tuple[int, int, int]] = []
     for number, strip in enumerate(slices.strips):
@@ -257,6 +263,24 @@ def _reaching(rank: int, slices: Slices, wanted: Sequence[WantedTensor]) -> list
         if low < high:
             found.append((number, low - strip.low, high - strip.low))
     return slices.holding(found)
+
+
+def _owners(read: Slice | None, wanted: Sequence[WantedTensor], ranks: Sequence[int]) -> Collection[int]:
+    """Return ranks of which a slice may hold something; all, where only a look at each of them would tell."""
+    owners: set[int] = set()
+    for unit in read.units if read is not None else ():
+        for index, piece in unit.takers:
+            tensor = wanted[index]
+            runs = equal_runs(piece, tensor.shape, tensor.layout)
+            if runs is None:
+                return ranks
+            low = max(unit.low, piece.source_start) + runs.offset
+            high = min(unit.high, piece.source_start + piece.source_span) + runs.offset
+            if low < high:
+                shards = tensor.layout.ranks_of_shards
+                for of_shard in shards[low // runs.numel : (high - 1) // runs.numel + 1]:
+                    owners.update(of_shard)
+    return owners
 
 
 def _length(message: tuple[Transfer, ...]) -> int:

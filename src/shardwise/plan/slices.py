@@ -159,14 +159,14 @@ class Slices:
     def _first_element(self) -> Counts:
         return self._elements_before[self.strip] + self.element
 
-    def holding(self, runs: Sequence[tuple[int, int, int]]) -> list[int]:
+    def holding(self, runs: Sequence[tuple[int, int, int]]) -> Counts:
         """Return which slices hold something of some runs of elements, in order.
 
         Args:
             runs: Index of a strip, first element and the one after the last, counted from the start of the strip.
         """
         if not runs:
-            return []
+            return np.zeros(0, dtype=np.int64)
         strip, low, high = np.array(runs, dtype=np.int64).T
         base = self._elements_before[strip]
         first = np.searchsorted(self._first_element, base + low, side="right") - 1
@@ -174,9 +174,9 @@ class Slices:
         marks = np.zeros(len(self) + 1, dtype=np.int64)
         np.add.at(marks, first, 1)
         np.add.at(marks, last, -1)
-        return np.flatnonzero(np.cumsum(marks[:-1]) > 0).tolist()
+        return np.flatnonzero(np.cumsum(marks[:-1]) > 0)
 
-    def slice(self, number: int) -> Slice:
+    def slice(self, number: int | np.int64) -> Slice:
         """Return one slice with its units."""
         stop = int(self.stop[number])
         units: list[Unit] = []
