@@ -23,9 +23,10 @@ import torch
 
 from shardwise.conversion import Piece
 from shardwise.plan.boxes import aligned
+from shardwise.plan.cutting import cut_strips
 from shardwise.plan.equal_runs import equal_runs
 from shardwise.plan.round_load import RoundLoad
-from shardwise.plan.slices import Counts, Extent, Slice, Slices, Unit, cut_strips
+from shardwise.plan.slices import Counts, Extent, Slice, Slices, Unit
 from shardwise.plan.strips import Strip, strips_of
 from shardwise.plan.wanted import WantedTensor
 

@@ -16,9 +16,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from shardwise.conversion import Piece
 from shardwise.plan.boxes import ALIGNMENT_BYTES
+from shardwise.plan.cutting import merged
 from shardwise.plan.equal_runs import EqualRuns, equal_runs, sharded_axis
 from shardwise.plan.layout import Layout
-from shardwise.plan.slices import Counts, Slices, merged
+from shardwise.plan.slices import Counts, Slices
 from shardwise.plan.strips import Strip
 from shardwise.plan.wanted import WantedTensor
 
