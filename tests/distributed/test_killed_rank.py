@@ -46,18 +46,18 @@ def die_while_reading(directory: str, count: int) -> None:
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(64, 6, bias=False) for _ in range(count)))
     fully_shard(model)
-    original = SafetensorsSource.read_into
+    original = SafetensorsSource.read_scattered
 
-    def killed(self: SafetensorsSource, file: str, offset: int, into: memoryview) -> None:
+    def killed(self: SafetensorsSource, file: str, offset: int, parts: Any) -> None:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, file, offset, into)
+        original(self, file, offset, parts)
 
-    SafetensorsSource.read_into = killed  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered = killed  # type: ignore[method-assign]
     try:
         sw.materialize(model, directory, cpu_storage="copy", staging_bytes=64 * 1024, timeout=TIMEOUT_SECONDS)
     finally:
-        SafetensorsSource.read_into = original  # type: ignore[method-assign]
+        SafetensorsSource.read_scattered = original  # type: ignore[method-assign]
 
 
 def test_the_ranks_that_are_left_name_it_at_the_timeout(pool: RankPool, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion.tracing import TracedTensor
 from shardwise.materialization.placing import place_in
-from shardwise.plan import Layout, StoredPiece, WantedTensor, exchanged, plan_exchange, plan_load
+from shardwise.plan import Layout, StoredPiece, WantedTensor, exchanged, plan_exchange, plan_reads
 from tests.unit.test_load_plan import Case, checkpoints, empty_shard, wanted_tensors
 
 MAX_WASTE = 1.02  # as published
@@ -29,7 +29,7 @@ def carried_out(
     arrivals = {(rank, t.fqn): empty_shard(t, rank).to(torch.int64) for rank in ranks for t in wanted}
     requested = 0
     for rank in ranks:
-        direct = plan_load(alone, rank=rank, max_read_bytes=max_read_bytes)
+        direct = plan_reads(alone, rank=rank, max_read_bytes=max_read_bytes)
         exchange = plan_exchange(
             wanted, together, ranks=ranks, rank=rank, buffer_bytes=max_read_bytes, readers=ranks
         )

@@ -23,7 +23,7 @@ from shardwise.plan import (
     choose_route,
     divide,
     plan_exchange,
-    plan_load,
+    plan_reads,
     require_covered,
 )
 from shardwise.plan.routes import STRIPED_FROM_RANKS
@@ -53,6 +53,7 @@ def wanted_of(
                 layout=layout,
                 pieces=as_stored(stored),
                 may_map=may_map,
+                partial=False,
             )
         )
     return wanted
@@ -167,7 +168,13 @@ def test_every_route_fills_every_shard(
     wanted = wanted_of(layout, shapes)
     wanted += [
         WantedTensor(
-            fqn=f"more.{t.fqn}", shape=t.shape, dtype=t.dtype, layout=more, pieces=t.pieces, may_map=False
+            fqn=f"more.{t.fqn}",
+            shape=t.shape,
+            dtype=t.dtype,
+            layout=more,
+            pieces=t.pieces,
+            may_map=False,
+            partial=False,
         )
         for t in wanted
     ]
@@ -175,8 +182,8 @@ def test_every_route_fills_every_shard(
     rounds: dict[tuple[tuple[int, ...], frozenset[int]], set[int]] = {}
     orders: list[list[tuple[int, ...]]] = []
     for rank in ranks:
-        division = divide(Route(name=route, reason=""), wanted, seen, rank=rank)
-        direct = plan_load([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
+        division = divide(Route(name=route, reason=""), wanted, seen).of(rank)
+        direct = plan_reads([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
         arriving = [arriving_directly(direct, wanted)]
         requested += direct.storage_bytes
         for sharing in division.sharings:
@@ -208,7 +215,7 @@ def test_replicas_read_a_share_each_of_what_they_keep_and_nothing_else() -> None
     total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
     by_rank = {}
     for rank in range(4):
-        division = divide(Route(name="replicate", reason=""), wanted, sight(), rank=rank)
+        division = divide(Route(name="replicate", reason=""), wanted, sight()).of(rank)
         (sharing,) = division.sharings
         assert sharing.ranks == ((0, 2), (1, 3))[rank % 2]
         assert sharing.keep_the_same
@@ -231,7 +238,7 @@ def test_a_node_reads_only_what_its_ranks_own() -> None:
     total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
     requested = []
     for rank in range(4):
-        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3)), rank=rank).sharings
+        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3))).of(rank).sharings
         assert (sharing.ranks, sharing.readers) == (((0, 1), (1,)) if rank < 2 else ((2, 3), (2,)))
         plan = plan_exchange(
             wanted,
@@ -250,7 +257,7 @@ def test_pages_that_replicas_on_one_node_map_are_counted_once() -> None:
     total = wanted[0].pieces[0].stored.nbytes
     for nodes, times in (("aaaa", 1), ("aabb", 2), ("abab", 1)):
         node_of = sight(nodes).node_of
-        plans = [plan_load(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
+        plans = [plan_reads(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
         assert sum(plan.storage_bytes for plan in plans) == times * total, nodes
         assert all(len(plan.mapped) == 1 for plan in plans)
 
