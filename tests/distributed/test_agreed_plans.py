@@ -179,7 +179,7 @@ class Named:
             for i in range(COUNT)
         }
 
-    def read_into(self, file: str, offset: int, parts: Any) -> None:
+    def read_into(self, file: str, offset: int, into: memoryview) -> None:
         into[:] = bytes(len(into))
 
     def mapped(self, file: str, offset: int, *, dtype: torch.dtype, numel: int) -> None:

@@ -59,7 +59,7 @@ def fill_slowly(directory: str, is_terminal: bool, progress: bool | None, second
     sys.stderr = terminal
     try:
         # As little staging makes many small reads.
-        sw.materialize(model, directory, cpu_storage="copy", staging_bytes=MIB, progress=progress)
+        sw.materialize(model, directory, cpu_storage="copy", staging_bytes=MIB // 8, progress=progress)
     finally:
         sys.stderr = before
         SafetensorsSource.read_scattered = original  # type: ignore[method-assign]

@@ -38,6 +38,7 @@ from shardwise.strategies.empty_model import build_empty
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.pretrained import await_values
 from shardwise.strategies.wrapping import ignored_parameters
+from shardwise.tensors import floating_dtype
 
 DEVICES = ("cpu", "accelerator")
 
@@ -95,14 +96,13 @@ def plan_load(
         UnsupportedParameterError: FSDP2 cannot shard a parameter.
     """
     _check(route, device, ranks_per_node)
+    stored = floating_dtype(dtype or "auto", others=("auto",))
     axes = axes_of(mesh_shape)
     on_host = device == "cpu"
     cpu_storage = checked_cpu_storage(cpu_storage, direct_io=False) if on_host else "copy"
     staging = staging_bytes or default_staging_bytes(device)
     with resting_collector():
-        subject = _subject(
-            checkpoint_or_config, dtype=dtype or "auto", model_cls=model_cls, revision=revision
-        )
+        subject = _subject(checkpoint_or_config, dtype=stored, model_cls=model_cls, revision=revision)
         model, binding = subject.model, subject.binding
         entries = entries_of(model)
         layouts = _layouts(model, entries, tuple(axes.values()))
