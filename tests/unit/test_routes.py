@@ -114,6 +114,16 @@ def test_auto_stripes_where_many_ranks_would_read_little_each() -> None:
     assert choose_route("auto", mapped, seen, max_read_bytes=2**24).name == "direct"
 
 
+def test_auto_looks_at_the_reads_of_all_ranks() -> None:
+    ranks = 2 * STRIPED_FROM_RANKS
+    layout = layout_of((ranks, Shard(0)))
+    # The first rank reads 64 MiB in four runs beside; all of them read little of very many.
+    wanted = wanted_of(layout, [(1, 2**23)] * 4 + [(4096, 4096)] * 80)
+    route = choose_route("auto", wanted, Sight.of_all(range(ranks)), max_read_bytes=2**24)
+    assert route.name == "striped"
+    assert "a rank would make 80 reads of 262 KiB on average" in route.reason
+
+
 @pytest.mark.parametrize("route", ["direct", "replicate", "striped"])
 def test_a_route_that_needs_every_rank_to_read_is_refused_where_one_cannot(route: str) -> None:
     with pytest.raises(ConfigurationError, match=r"got no access from ranks 1, 3"):

@@ -44,13 +44,3 @@ def equal_runs(piece: Piece, shape: tuple[int, ...], layout: Layout) -> EqualRun
         return EqualRuns(offset=shift, numel=math.prod(shape))
     shards = len(layout.mesh_ranks) // layout.copies
     return EqualRuns(offset=shift, numel=-(-shape[0] // shards) * math.prod(shape[1:]))
-
-
-def sharded_axis(layout: Layout) -> int | None:
-    """Return the first mesh axis that shards, None where each rank keeps everything."""
-    sharded = [
-        axis
-        for axis, placement in enumerate(layout.placements)
-        if isinstance(placement, (Shard, _StridedShard))
-    ]
-    return sharded[0] if sharded else None

@@ -175,7 +175,7 @@ def slices_of(
     strips = strips_of(wanted, chosen, owners=ranks)
     position_of = {reader: position for position, reader in enumerate(readers)}
     position_of_file = None if reader_of is None else lambda file: position_of[reader_of(file)]
-    load = RoundLoad(strips, wanted, readers)
+    load = RoundLoad(strips, wanted, owners=ranks, readers=readers)
     buffer_bytes = slice_bytes = max(buffer_bytes, _LEAST_BYTES)
     # Even if all that is read in one round were one rank's, it would fit a buffer.
     least_bytes = max(_LEAST_BYTES, buffer_bytes // max(1, len(readers) * _most_takers(strips)))

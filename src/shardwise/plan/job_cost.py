@@ -170,10 +170,8 @@ def _cost_of_sharing(
         received[readers] = 0
     cost.staging_bytes[:] = received
     cost.device_staging_bytes[:] = received
+    cost.staging_bytes[readers] += slices.two_extents_bytes
     reads = readers[slices.bytes_of_reader > 0]
-    cost.staging_bytes[reads] += np.minimum(2, slices.extents_of_reader[slices.bytes_of_reader > 0]) * (
-        slices.longest_extent_bytes
-    )
     cost.staging_bytes[reads] += sent
     cost.device_staging_bytes[reads] += sent
     return cost

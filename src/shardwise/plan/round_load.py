@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from shardwise.conversion import Piece
 from shardwise.plan.boxes import ALIGNMENT_BYTES
 from shardwise.plan.cutting import merged
-from shardwise.plan.equal_runs import EqualRuns, equal_runs, sharded_axis
+from shardwise.plan.equal_runs import EqualRuns, equal_runs
 from shardwise.plan.layout import Layout
 from shardwise.plan.slices import Counts, Slices
 from shardwise.plan.strips import Strip
@@ -32,12 +32,19 @@ class RoundLoad:
     Args:
         strips: Of the exchange.
         wanted: The tensors.
-        readers: Global ranks that read.
+        owners: Global ranks that take part.
+        readers: Those of them that read.
     """
 
     def __init__(
-        self, strips: Sequence[Strip], wanted: Sequence[WantedTensor], readers: Sequence[int]
+        self,
+        strips: Sequence[Strip],
+        wanted: Sequence[WantedTensor],
+        *,
+        owners: Sequence[int],
+        readers: Sequence[int],
     ) -> None:
+        self._owners = frozenset(owners)
         self._readers = readers
         self._itemsize = np.array([strip.stored.dtype.itemsize for strip in strips], dtype=np.int64)
         self._low = np.array([strip.low for strip in strips], dtype=np.int64)
@@ -134,10 +141,11 @@ class RoundLoad:
         whole = -(-run * itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         short_first = _down((low - first * run) * itemsize)
         short_last = _down(((last + 1) * run - high) * itemsize)
-        position = _position_of(self._readers, layout)[reader]
-        # What a reader takes of its own slice is not sent; where it keeps one of several copies, the others get it.
+        # What a reader takes of its own slice is not sent to it.
+        position = self._positions(layout)[reader]
         own_low, own_high = np.maximum(low, position * run), np.minimum(high, (position + 1) * run)
-        own = _down(np.maximum(own_high - own_low, 0) * itemsize) * ((position >= 0) & (layout.copies == 1))
+        own = _down(np.maximum(own_high - own_low, 0) * itemsize) * (position >= 0)
+        kept, readers_of = self._readers_of_shards(layout)
         order = np.argsort(turn, kind="stable")
         found = np.zeros(rounds, dtype=np.int64)
         width = shards + 2
@@ -153,9 +161,35 @@ class RoundLoad:
             load = np.cumsum(starts.reshape(-1, width), axis=1)
             points = np.bincount(row + first[those], short_first[those], cells)
             points += np.bincount(row + last[those], short_last[those], cells)
-            points += np.bincount(row + np.maximum(position[those], 0), own[those], cells)
-            found[start:stop] = (load - points.reshape(-1, width)).max(axis=1).astype(np.int64)
+            left = load - points.reshape(-1, width)
+            wide = len(self._readers) + 1  # the last one stands for ranks that do not read
+            of_reader = np.bincount(
+                (turn[those] - start) * wide + reader[those], own[those], (stop - start) * wide
+            ).reshape(-1, wide)
+            # Of the ranks that keep a shard, the one that has read least of it gets most.
+            left = left[:, kept] - of_reader[:, readers_of].min(axis=2)
+            found[start:stop] = left.max(axis=1, initial=0).astype(np.int64)
         return found
+
+    def _positions(self, layout: Layout) -> Counts:
+        """Return which shard each reader keeps; -1 for one outside of the mesh."""
+        shard_of = {rank: shard for shard, ranks in enumerate(layout.ranks_of_shards) for rank in ranks}
+        return np.array([shard_of.get(reader, -1) for reader in self._readers], dtype=np.int64)
+
+    def _readers_of_shards(self, layout: Layout) -> tuple[Counts, Counts]:
+        """Return which shards the owners keep, and for each of these the numbers of the owners that keep it as readers.
+
+        An owner that does not read has the number after the last reader's.
+        """
+        number_of = {reader: number for number, reader in enumerate(self._readers)}
+        found = {
+            shard: [number_of.get(rank, len(self._readers)) for rank in ranks if rank in self._owners]
+            for shard, ranks in enumerate(layout.ranks_of_shards)
+        }
+        kept = [shard for shard, numbers in found.items() if numbers]
+        most = max((len(found[shard]) for shard in kept), default=0)
+        padded = [found[shard] + found[shard][:1] * (most - len(found[shard])) for shard in kept]
+        return np.array(kept, dtype=np.int64), np.array(padded, dtype=np.int64)
 
     def _bounded(self, strip: Counts, low: Counts, high: Counts, turn: Counts, rounds: int) -> Counts:
         """Return a bound of what a rank gets in each round of pieces that are no equal runs."""
@@ -172,16 +206,6 @@ class RoundLoad:
 
 def _down(nbytes: Counts) -> Counts:
     return nbytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-
-
-def _position_of(readers: Sequence[int], layout: Layout) -> Counts:
-    """Return which shard each reader keeps; -1 for one outside of the mesh."""
-    axis = sharded_axis(layout)
-    found = []
-    for reader in readers:
-        coordinate = layout.coordinate(reader)
-        found.append(-1 if coordinate is None else coordinate[axis] if axis is not None else 0)
-    return np.array(found, dtype=np.int64)
 
 
 def _owned_of_run(piece: Piece, shape: tuple[int, ...], layout: Layout, run: Counts) -> Counts:

@@ -206,12 +206,16 @@ class Slices:
         return np.bincount(self.reader[self._begins_extent[: len(self)]], minlength=self.readers)
 
     @cached_property
-    def longest_extent_bytes(self) -> int:
-        """Size of the longest extent."""
-        if not len(self):
-            return 0
-        head = np.flatnonzero(self._begins_extent)
-        return int((self.stop[np.append(head[1:], len(self)) - 1] - self.start[head]).max())
+    def two_extents_bytes(self) -> Counts:
+        """Most bytes of one extent and the next, of each reader."""
+        head = np.flatnonzero(self._begins_extent[: len(self)])
+        nbytes = self.stop[np.append(head[1:], len(self)) - 1] - self.start[head] if len(head) else head
+        order = np.argsort(self.reader[head], kind="stable")
+        nbytes, reader = nbytes[order], self.reader[head][order]
+        following = np.append(nbytes[1:] * (reader[1:] == reader[:-1]), 0)[: len(nbytes)]
+        found = np.zeros(self.readers, dtype=np.int64)
+        np.maximum.at(found, reader, nbytes + following)
+        return found
 
     def extents(self, reader: int) -> Iterator[Extent]:
         """Yield what a reader reads at once, in the order of its rounds.

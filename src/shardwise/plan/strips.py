@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import Piece
+from shardwise.plan.layout import Layout
 from shardwise.plan.wanted import WantedTensor
 
 Taker = tuple[int, Piece]  # index into the wanted tensors, and what it takes of a whole stored tensor
@@ -55,13 +56,16 @@ def strips_of(
     """
     takers: dict[str, tuple[StoredTensor, list[Taker]]] = {}
     spans = _Spans(wanted, owners)
+    sends = {
+        id(layout): _sends(layout, owners) for layout in {id(t.layout): t.layout for t in wanted}.values()
+    }
     for index in sorted(chosen):
         for each in wanted[index].pieces:
             takers.setdefault(each.stored.name, (each.stored, []))[1].append((index, each.piece))
     strips: list[Strip] = []
     for stored, of_stored in sorted(takers.values(), key=lambda item: (item[0].file, item[0].start)):
         whole = bounds_of(of_stored)
-        sent = sum(piece.numel * wanted[index].layout.copies for index, piece in of_stored)
+        sent = sum(piece.numel * sends[id(wanted[index].layout)] for index, piece in of_stored)
         weight = max(1, -(-sent // (whole[1] - whole[0])))
         of_all = tuple(of_stored)
         strips += (
@@ -83,6 +87,13 @@ def bounds_of(takers: Sequence[Taker]) -> tuple[int, int]:
     first = min(piece.source_start for _, piece in takers)
     last = max(piece.source_start + piece.source_span for _, piece in takers)
     return first, last
+
+
+def _sends(layout: Layout, owners: Sequence[int]) -> int:
+    """Return to how many of the owners a reader among them sends an element that they keep, at most."""
+    everyone = frozenset(owners)
+    copies = max((len(everyone.intersection(ranks)) for ranks in layout.ranks_of_shards), default=0)
+    return copies - 1 if copies == len(everyone) else copies  # the reader keeps one of them itself
 
 
 class _Spans:
