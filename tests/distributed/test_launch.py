@@ -30,6 +30,10 @@ def _collect_launchers() -> Iterator[None]:
     gc.collect()
 
 
+def grace() -> str:
+    return os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+
+
 def sum_of_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     announce(f"adding {arguments['add']}")
     print("to the log, not to the terminal")
@@ -38,7 +42,7 @@ def sum_of_ranks(arguments: Mapping[str, Any]) -> dict[str, Any]:
     dist.all_reduce(total)
     rank = dist.get_rank()
     dist.destroy_process_group()
-    return {"rank": rank, "total": int(total), "threads": os.environ["OMP_NUM_THREADS"]}
+    return {"rank": rank, "total": int(total), "threads": os.environ["OMP_NUM_THREADS"], "grace": grace()}
 
 
 def fail_on_rank_1(arguments: Mapping[str, Any]) -> None:
@@ -82,7 +86,7 @@ def test_two_ranks_work_together_and_return(
     environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     said: list[str] = []
     results = run(sum_of_ranks, tmp_path, said=said, add=10)
-    assert results == {rank: {"rank": rank, "total": 21, "threads": "1"} for rank in (0, 1)}
+    assert results == {rank: {"rank": rank, "total": 21, "threads": "1", "grace": "10"} for rank in (0, 1)}
     assert said == ["adding 10"]
     assert dict(os.environ) == environment
     assert signal.getsignal(signal.SIGTERM) is handler

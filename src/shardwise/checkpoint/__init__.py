@@ -6,13 +6,14 @@ from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
 from shardwise.checkpoint.regular_file import read_text
 from shardwise.checkpoint.safetensors_source import SafetensorsSource
-from shardwise.checkpoint.source import Run, Source, read_scattered
+from shardwise.checkpoint.source import Readable, Run, Source, read_scattered
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
 
 __all__ = [
     "HubAccess",
     "Location",
+    "Readable",
     "Run",
     "SafetensorsSource",
     "Source",

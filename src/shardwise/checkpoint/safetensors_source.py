@@ -76,6 +76,8 @@ class SafetensorsSource:
         self._opened: set[str] = set()
         self._retries = 0
         self._lock = threading.Lock()
+        self._opening: dict[str, threading.Lock] = {}
+        self._closed = 0  # times
 
     @classmethod
     def open(cls, path: Path, *, name: str | None = None, direct_io: bool = False) -> SafetensorsSource:
@@ -233,8 +235,9 @@ class SafetensorsSource:
             opened.require_unchanged()
 
     def close(self) -> None:
-        """Close files; a later read opens them again."""
+        """Close files; a later read opens them again. Does not wait for reads that are in progress: they fail."""
         with self._lock:
+            self._closed += 1
             for opened in self._open.values():
                 self._retries += opened.retries
                 opened.close()
@@ -242,16 +245,27 @@ class SafetensorsSource:
 
     def _file(self, name: str) -> RangedFile:
         with self._lock:
-            opened = self._open.get(name)
-            if opened is None:
-                opened = RangedFile(resolve_inside(self._directory, name), bounce=self._bounce)
-                try:
-                    self._require_described(name, opened)
-                except BaseException:
-                    opened.close()
-                    raise
-                self._open[name] = opened
-                self._opened.add(name)
+            if name in self._open:
+                return self._open[name]
+            opening, closed = self._opening.setdefault(name, threading.Lock()), self._closed
+        # Not under the lock that `close` takes: opening reads the header, and a mount that is gone may never answer.
+        with opening:
+            found = self._open.get(name)
+            if found is not None:
+                return found
+            opened = RangedFile(resolve_inside(self._directory, name), bounce=self._bounce)
+            try:
+                self._require_described(name, opened)
+                with self._lock:
+                    if closed != self._closed:
+                        raise CheckpointError(
+                            f"{opened.path}: expected an open checkpoint, got one that was closed meanwhile."
+                        )
+                    self._open[name] = opened
+                    self._opened.add(name)
+            except BaseException:
+                opened.close()
+                raise
             return opened
 
     def _require_described(self, name: str, opened: RangedFile) -> None:

@@ -33,16 +33,8 @@ class Run:
         return self.start + self.numel * self.dtype.itemsize
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Full tensors by name, read by byte ranges; `shardwise.testing.SourceTests` is what an implementation must pass.
-
-    Reads may come from several threads at a time.
-    """
-
-    @property
-    def name(self) -> str:
-        """What a message calls it: a path, a hub id."""
+class Readable(Protocol):
+    """Full tensors by name, read by byte ranges."""
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -59,6 +51,18 @@ class Source(Protocol):
         Raises:
             CheckpointError: The file ends before, cannot be read, or is not the one that was described.
         """
+
+
+@runtime_checkable
+class Source(Readable, Protocol):
+    """What can hand out tensor bytes; `shardwise.testing.SourceTests` is what an implementation must pass.
+
+    Reads may come from several threads at a time.
+    """
+
+    @property
+    def name(self) -> str:
+        """What a message calls it: a path, a hub id."""
 
     def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         """Return flat tensors over the bytes of files, which can be written without changing the files.

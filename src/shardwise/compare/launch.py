@@ -27,6 +27,8 @@ from shardwise.errors import CommandError, ConfigurationError
 
 _MONITOR_INTERVAL_SECONDS: Final = 0.05
 _ELASTIC_LOGGER: Final = "torch.distributed.elastic"
+_GRACE_SECONDS: Final = 10
+"""That ranks have to leave when this process is told to; torch's own default is 30 s."""
 _STATUS_OF_SIGNAL_0: Final = 128  # as shells have it
 _HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -127,7 +129,8 @@ def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> Non
         # -P: the folder of the file is not to be searched for modules.
         elastic_launch(config, sys.executable)("-P", rank_program, str(request))
     except ChildFailedError as error:
-        found = first_failure(error, log_directory=log_directory)
+        unfinished = [rank for rank in range(ranks) if not result_file(request.parent, rank=rank).exists()]
+        found = first_failure(error, log_directory=log_directory, unfinished=unfinished)
         raise CommandError(
             f"{name}: rank {found.rank} of {ranks} failed first: {found.message} "
             f"The output of every rank is in {log_directory}."
@@ -143,8 +146,8 @@ def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> Non
 def _rank_environment(*, progress_file: Path) -> Iterator[None]:
     # The ranks inherit this process's environment. One thread each, as torchrun does: the cores are shared.
     added = {PROGRESS_FILE_VARIABLE: str(progress_file)}
-    if "OMP_NUM_THREADS" not in os.environ:
-        added["OMP_NUM_THREADS"] = "1"
+    defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE_SECONDS)}
+    added |= {name: value for name, value in defaults.items() if name not in os.environ}
     # The launcher sets this one itself, and leaves it.
     touched = [*added, "TORCHELASTIC_SIGNALS_TO_HANDLE"]
     before = {name: os.environ.get(name) for name in touched}

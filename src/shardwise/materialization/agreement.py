@@ -34,6 +34,7 @@ _WARN_AFTER_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
 _SECONDS_BETWEEN_STEPS = 1.0
+_SECONDS_BETWEEN_ANSWERS = 0.5
 _MOST_SECONDS_TO_TELL = 5.0  # how long the store's host stays for ranks that do not know of a failure yet
 
 
@@ -97,6 +98,7 @@ class Agreement:
         self._has_forgotten = False
         self._last_check_seconds = 0.0
         self._last_step_seconds = 0.0
+        self._last_answer_seconds = 0.0
 
     @property
     def name(self) -> str:
@@ -218,6 +220,39 @@ class Agreement:
             self._last_check_seconds = seconds
             if self._store.has([self._outcome_key]):
                 self._raise_peer_error(self._outcome())
+            self._answer(seconds)
+
+    def silent_ranks(self, *, within_seconds: float) -> list[int]:
+        """Ask all ranks of the call for an answer, and return those that gave none; they have ended, are cut off, or are busy.
+
+        A rank answers while it waits for another one.
+
+        Args:
+            within_seconds: How long to wait for answers.
+
+        Raises:
+            PeerError: Another rank has failed.
+        """
+        self._store.set(self._question_key, str(self.rank))
+        deadline = time.monotonic() + within_seconds
+        while time.monotonic() < deadline:
+            self.check(now=True)
+            time.sleep(_LONGEST_PAUSE_SECONDS / 10)
+        return [rank for rank, key in self._answer_keys.items() if not self._store.has([key])]
+
+    def _answer(self, seconds: float) -> None:
+        if seconds - self._last_answer_seconds >= _SECONDS_BETWEEN_ANSWERS:
+            self._last_answer_seconds = seconds
+            if self._store.has([self._question_key]):
+                self._store.set(self._answer_keys[self.rank], "")
+
+    @property
+    def _question_key(self) -> str:
+        return f"{self._prefix}/{self._phase}/question"
+
+    @property
+    def _answer_keys(self) -> dict[int, str]:
+        return {rank: f"{self._prefix}/{self._phase}/answer/{rank}" for rank in self.ranks}
 
     @property
     def _outcome_key(self) -> str:

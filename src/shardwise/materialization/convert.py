@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shardwise.checkpoint import Source, StateDictSource, StoredTensor
+from shardwise.checkpoint import Readable, StateDictSource, StoredTensor
 from shardwise.conversion import WholeGroup
 from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.materialization.data_plane import DataPlane
@@ -120,7 +120,7 @@ def plan_conversions(
 
 def convert(
     steps: Sequence[ConversionStep],
-    source: Source,
+    source: Readable,
     *,
     place: Mapping[str, torch.Tensor],
     plane: DataPlane | None,
@@ -147,12 +147,12 @@ def convert(
         del results  # else they would live on while the next step reads its sources
 
 
-def source_bytes_of(whole: WholeGroup, source: Source) -> int:
+def source_bytes_of(whole: WholeGroup, source: Readable) -> int:
     """Return the bytes of the stored tensors that a conversion takes."""
     return sum(source.tensors[name].nbytes for name in whole.group.source_names)
 
 
-def held_bytes_of(step: ConversionStep, source: Source) -> int:
+def held_bytes_of(step: ConversionStep, source: Readable) -> int:
     """Return the most bytes that a step holds at a time: its sources, as the conversion takes them, and its results.
 
     What an operation keeps for itself while it runs is not known here.
@@ -178,7 +178,7 @@ def _taken_as(stored: StoredTensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if is_plain else stored.dtype
 
 
-def _results(step: ConversionStep, source: Source, done: Callable[[int], None]) -> dict[str, torch.Tensor]:
+def _results(step: ConversionStep, source: Readable, done: Callable[[int], None]) -> dict[str, torch.Tensor]:
     whole = step.whole
     if whole is None or whole.group.convert is None:
         return {}
@@ -209,7 +209,7 @@ def _results(step: ConversionStep, source: Source, done: Callable[[int], None]) 
     return results
 
 
-def _read_whole(source: Source, name: str, dtype: torch.dtype, done: Callable[[int], None]) -> torch.Tensor:
+def _read_whole(source: Readable, name: str, dtype: torch.dtype, done: Callable[[int], None]) -> torch.Tensor:
     stored = source.tensors[name]
     if not stored.nbytes:
         return torch.empty(stored.shape, dtype=_taken_as(stored, dtype))

@@ -120,12 +120,14 @@ class DataPlane:
             work.wait()
         except RuntimeError as error:
             # A rank that failed closes its connections a moment before it says why; a killed one cannot say it.
-            broke_off = time.monotonic()
-            while time.monotonic() - broke_off < _SECONDS_FOR_THE_CAUSE:
-                self._agreement.check(now=True)
-                time.sleep(_LONGEST_PAUSE_SECONDS)
+            silent = self._agreement.silent_ranks(within_seconds=_SECONDS_FOR_THE_CAUSE)
+            named = (
+                f" (no answer from {', '.join(map(str, silent))} of {len(self._agreement.ranks)})"
+                if silent
+                else ""
+            )
             raise RankError(
-                f"rank {self._agreement.rank}: {what} broke off: {error}. A rank has ended or lost its connection: "
+                f"rank {self._agreement.rank}: {what} broke off: {error}. A rank has ended or lost its connection{named}: "
                 "look for the first error in the ranks' logs, and for the kernel's out-of-memory killer."
             ) from error
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from shardwise.checkpoint import Source
+from shardwise.checkpoint import Readable
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.placing import elements_in, packed_in, place_in
 from shardwise.materialization.read_ahead import GrowingBuffer, ReadAhead
@@ -28,7 +28,7 @@ class Exchange:
         self,
         plan: ExchangePlan,
         *,
-        source: Source,
+        source: Readable,
         targets: Mapping[str, torch.Tensor],
         plane: DataPlane | None,
         done: Callable[[int], None],

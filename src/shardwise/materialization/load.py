@@ -12,6 +12,7 @@ from torch import nn
 
 from shardwise.checkpoint import Run
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_source import awaited
 from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
@@ -163,13 +164,14 @@ def execute(
             ring.drain()
             del ring
         for plan in plans:
-            with phase("exchange"):
-                for each in plan.exchanges:
-                    plane = planes.get(each.ranks)
-                    Exchange(each, source=plan.source, targets=targets, plane=plane, done=done).run()
-            with phase("convert"):
-                plane = planes.get(plan.converters)
-                convert(plan.steps, plan.source, place=targets, plane=plane, done=done)
+            with awaited(plan.source, agreement) as source:
+                with phase("exchange"):
+                    for each in plan.exchanges:
+                        plane = planes.get(each.ranks)
+                        Exchange(each, source=source, targets=targets, plane=plane, done=done).run()
+                with phase("convert"):
+                    plane = planes.get(plan.converters)
+                    convert(plan.steps, source, place=targets, plane=plane, done=done)
             with phase("compare replicas"):
                 for ranks, fqns in plan.replicated.items():
                     if ranks in planes:

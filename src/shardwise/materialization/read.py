@@ -8,7 +8,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 
 import torch
 
@@ -16,6 +16,7 @@ from shardwise.checkpoint import Source, read_scattered
 from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.placing import as_memory, elements_in, place_in
+from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
 from shardwise.plan import Fragment, Read, ReadPlan
 
@@ -23,7 +24,13 @@ _log = logging.getLogger("shardwise")
 _MOST_THREADS = 8
 _MOST_BYTES = 16 * 2**20
 """Of one request: enough for any disk, little enough for several threads to share the work."""
-_POLL_SECONDS = 0.25
+_LOOKS = 20
+"""In the time that a read may take, at others' failures."""
+_LONGEST_PAUSE_SECONDS = 0.25
+_PART_OF_TIMEOUT = 0.75
+"""That one read may take: its rank names the file before the others, who wait for it, give up at the timeout."""
+SECONDS_FOR_STARTED_READS = 2.0
+"""After a failure: reads that have started write into shards and buffers, and had better end before these go."""
 
 
 def read_threads() -> int:
@@ -42,27 +49,29 @@ def await_read(future: Future[None], agreement: Agreement, *, what: str) -> None
     Raises:
         CheckpointError: The read failed.
         PeerError: Another rank failed.
-        StalledReadError: It has not returned within the call's timeout.
+        StalledReadError: It has not returned within three quarters of the call's timeout.
     """
     started = time.monotonic()
+    longest = _PART_OF_TIMEOUT * agreement.timeout_seconds
+    warn_after = min(agreement.warn_after_seconds, longest / 2)
     has_warned = False
-    while not wait([future], timeout=_POLL_SECONDS).done:
+    while not wait([future], timeout=min(_LONGEST_PAUSE_SECONDS, longest / _LOOKS)).done:
         agreement.check()
         waited = time.monotonic() - started
-        if waited > agreement.timeout_seconds:
+        if waited > longest:
             raise StalledReadError(
-                f"{what} has not returned for {agreement.timeout_seconds:g} s on rank {agreement.rank} ({socket.gethostname()}). "
-                "Check the disk or the mount there; a longer timeout waits longer."
+                f"{what} has not returned for {longest:g} s on rank {agreement.rank} ({socket.gethostname()}). "
+                f"Check the disk or the mount there, or pass a longer timeout than {agreement.timeout_seconds:g} s."
             )
-        if waited > agreement.warn_after_seconds and not has_warned:
+        if waited > warn_after and not has_warned:
             has_warned = True
             _log.warning(
-                "%s has not returned for %g s on rank %d (%s); it goes on waiting for at most %g s (timeout=)",
+                "%s has not returned for %.3g s on rank %d (%s); it goes on waiting for at most %g s (timeout=)",
                 what,
-                agreement.warn_after_seconds,
+                waited,
                 agreement.rank,
                 socket.gethostname(),
-                agreement.timeout_seconds,
+                longest,
             )
     future.result()
 
@@ -108,24 +117,23 @@ class Reading:
         """
         if not self._plan.reads:
             return
-        threads = read_threads()
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="shardwise-read")
+        count = read_threads()
+        threads = ReaderThreads(count)
         in_flight: deque[_Request] = deque()
-        stalled = False
+        seconds = SECONDS_FOR_STARTED_READS
         try:
             for request in self._requests():
-                while len(in_flight) >= 2 * threads or (request.is_staged and not self._ring.available):
+                while len(in_flight) >= 2 * count or (request.is_staged and not self._ring.available):
                     self._finish(in_flight.popleft())
-                request.start(pool, self._source, self._ring)
+                request.start(threads, self._source, self._ring)
                 in_flight.append(request)
             while in_flight:
                 self._finish(in_flight.popleft())
         except StalledReadError:
-            stalled = True  # the thread that is stuck keeps what it writes into
+            seconds = 0.0  # the others wait to be told
             raise
         finally:
-            # Reads that have started write into shards and buffers: they end before these can go.
-            pool.shutdown(wait=not stalled, cancel_futures=True)
+            threads.close(within_seconds=seconds)
 
     def _requests(self) -> Iterator[_Request]:
         """Join reads that follow each other in a file and go straight into place, each to its own."""
@@ -192,12 +200,12 @@ class _Request:
         last = self.reads[-1]
         return (read.file, read.start) == (last.file, last.stop) and self.nbytes + read.nbytes <= most_bytes
 
-    def start(self, pool: ThreadPoolExecutor, source: Source, ring: StagingRing) -> None:
+    def start(self, threads: ReaderThreads, source: Source, ring: StagingRing) -> None:
         """Begin to read on a thread."""
         if self.is_staged:
             self.buffer = ring.take()
             self.parts = [as_memory(self.buffer[: self.nbytes])]
-        self.future = pool.submit(read_scattered, source, self.file, self.start_byte, self.parts)
+        self.future = threads.submit(read_scattered, source, self.file, self.start_byte, self.parts)
 
 
 class Shards:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 
-from shardwise.checkpoint import Source, StoredTensor
+from shardwise.checkpoint import Readable, Source, StoredTensor
 from shardwise.errors import CheckpointError
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_source import awaited
 from shardwise.materialization.binding import Alias, Binding, listed
 from shardwise.materialization.placing import as_memory
 from shardwise.materialization.sight import agreed_sights, is_in_memory
@@ -54,15 +55,16 @@ def require_equal_aliases(
             for number, (alias, stored) in enumerate(pairs)
             for start, stop in _pieces(alias.stored, stored, most_bytes)
         )
-        for turn, (number, start, stop) in enumerate(pieces):
-            if readers[turn % len(readers)] != agreement.rank:
-                continue
-            agreement.check()
-            alias, stored = pairs[number]
-            first, other = _read(source, stored, start, stop), _read(source, alias.stored, start, stop)
-            requested_bytes += first.nbytes + other.nbytes
-            if not _equal(first, other):
-                differing.add(number)
+        with awaited(source, agreement) as bounded:
+            for turn, (number, start, stop) in enumerate(pieces):
+                if readers[turn % len(readers)] != agreement.rank:
+                    continue
+                agreement.check()
+                alias, stored = pairs[number]
+                first, other = _read(bounded, stored, start, stop), _read(bounded, alias.stored, start, stop)
+                requested_bytes += first.nbytes + other.nbytes
+                if not _equal(first, other):
+                    differing.add(number)
         gathered = agreement.gather("differing ties", json.dumps(sorted(differing)))
         found = sorted({number for text in gathered for number in json.loads(text)})
         if found:
@@ -95,7 +97,7 @@ def _pieces(one: StoredTensor, other: StoredTensor, most_bytes: int) -> Iterator
         yield start, min(count, start + step)
 
 
-def _read(source: Source, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+def _read(source: Readable, stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
     buffer = torch.empty(stop - start, dtype=stored.dtype, device="cpu")
     source.read_into(stored.file, stored.start + start * stored.dtype.itemsize, as_memory(buffer))
     return buffer

@@ -17,6 +17,7 @@ from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
+from shardwise.materialization.awaited_source import awaited
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.convert import (
@@ -231,7 +232,8 @@ def verify_shards(
             )
             for step in steps:
                 made = {fqn: torch.empty_like(targets[fqn]) for fqn in step.exchange.arriving}
-                convert([step], source, place=made, plane=plane, done=lambda _: None)
+                with awaited(source, agreement) as bounded:
+                    convert([step], bounded, place=made, plane=plane, done=lambda _: None)
                 for fqn, shard in made.items():
                     count, at = _differing(targets[fqn], shard)
                     if count:

@@ -1,0 +1,77 @@
+"""Threads that read: a rank can leave one behind that is stuck in the system, and still end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+_Job = tuple[Future[None], Callable[..., None], tuple[Any, ...]]
+
+
+class ReaderThreads:
+    """A few daemon threads, started as they are needed.
+
+    The executor of the standard library is of no use here: the interpreter waits for its threads when it ends, and a read from a
+    mount that is gone may never return.
+
+    Args:
+        count: Most threads.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, function: Callable[..., None], *args: Any) -> Future[None]:
+        """Call a function on a thread."""
+        future: Future[None] = Future()
+        self._jobs.put((future, function, args))
+        if len(self._threads) < self._count:
+            name = f"shardwise-read-{len(self._threads)}"
+            thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return future
+
+    def close(self, *, within_seconds: float) -> bool:
+        """Begin no further call, and wait for those that run.
+
+        Args:
+            within_seconds: Longest wait. A thread that is stuck is left; what it writes into lives as long as it does.
+
+        Returns:
+            Whether all threads have ended.
+        """
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                job[0].cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + within_seconds
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+
+def _work(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        future, function, args = job
+        if future.set_running_or_notify_cancel():
+            try:
+                function(*args)
+            except BaseException as error:  # for whoever waits for the result
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+        del (
+            job,
+            future,
+            function,
+            args,
+        )  # else the last buffer would live while the thread waits for the next one

@@ -1,0 +1,160 @@
+"""Slow reads and stopped ranks are waited for while anything moves; a read that hangs is named by its rank and file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import shardwise as sw
+from shardwise.checkpoint.ranged_file import RangedFile
+from shardwise.errors import StalledReadError
+from shardwise.materialization import read
+from shardwise.testing import RankPool
+from tests.distributed.steps import every_rank
+
+pytestmark = pytest.mark.distributed
+
+TENSORS = 12
+SECONDS_PER_READ = 0.5
+TIMEOUT_SECONDS = 2.0  # more than four reads, less than a half of all
+STALL_TIMEOUT_SECONDS = 4.0
+SLOW = 1  # the rank that has the trouble
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """bf16 tensors, which go through staging one by one where a model is float32."""
+    directory = tmp_path_factory.mktemp("slow")
+    torch.manual_seed(0)
+    values = {f"{i}.weight": torch.randn(64, 64).bfloat16() for i in range(TENSORS)}
+    save_file(values, directory / "model.safetensors")
+    return str(directory)
+
+
+def sharded() -> nn.Module:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(TENSORS)))
+    fully_shard(model)
+    return model
+
+
+@contextmanager
+def reads_of_one_rank(before: Callable[[], Any]) -> Iterator[None]:
+    """Call something before each read of a tensor on the rank that has the trouble; one read at a time on every rank."""
+    original = RangedFile.read_scattered
+
+    def hindered(self: RangedFile, offset: int, parts: Sequence[memoryview]) -> None:
+        if threading.current_thread().name.startswith("shardwise-read"):  # and not of a header
+            before()
+        original(self, offset, parts)
+
+    has_it = dist.get_rank() == SLOW
+    with (
+        mock.patch.object(RangedFile, "read_scattered", hindered if has_it else original),
+        mock.patch.object(read, "read_threads", return_value=1),
+    ):
+        yield
+
+
+def fill(directory: str, route: str, *, timeout: float) -> None:
+    model = sharded()
+    sw.materialize(
+        model, directory, route=route, dtype=torch.float32, staging_bytes=64 * 1024, timeout=timeout
+    )
+    for name, value in load_file(Path(directory) / "model.safetensors").items():
+        assert torch.equal(model.get_parameter(name).full_tensor(), value.float()), name
+
+
+def fill_slowly(directory: str, route: str) -> float:
+    started = time.monotonic()
+    with reads_of_one_rank(lambda: time.sleep(SECONDS_PER_READ)):
+        fill(directory, route, timeout=TIMEOUT_SECONDS)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("route", ["direct", "striped"])
+def test_reads_that_last_longer_than_the_timeout_together_but_not_each(
+    pool: RankPool, files: str, route: str
+) -> None:
+    seconds = pool.run(fill_slowly, files, route, ranks=2)
+    assert min(seconds) > 1.2 * TIMEOUT_SECONDS  # the other rank has waited for that long
+
+
+def stall(directory: str, route: str) -> tuple[str, str, float, list[str], bool]:
+    """Return error, its text, seconds until it, warnings, and whether a second load went well while the read still hangs."""
+    release, warnings = threading.Event(), Warnings()
+    started = time.monotonic()
+    logging.getLogger("shardwise").addHandler(warnings)
+    try:
+        with reads_of_one_rank(lambda: release.wait(60)), pytest.raises(sw.ShardwiseError) as caught:
+            fill(directory, route, timeout=STALL_TIMEOUT_SECONDS)
+        seconds = time.monotonic() - started
+        every_rank(None)
+        stuck = [thread for thread in threading.enumerate() if thread.name.startswith("shardwise-read")]
+        assert len(stuck) == (dist.get_rank() == SLOW)  # nothing else is left, and nothing on the other ranks
+        assert all(thread.daemon for thread in stuck)
+        fill(directory, route, timeout=60)
+        return type(caught.value).__name__, str(caught.value), seconds, warnings.texts, True
+    finally:
+        release.set()
+        logging.getLogger("shardwise").removeHandler(warnings)
+
+
+class Warnings(logging.Handler):
+    """What was logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.mark.parametrize("route", ["direct", "striped"])
+def test_a_read_that_hangs_is_named_on_all_ranks_and_a_retry_works(
+    pool: RankPool, files: str, route: str
+) -> None:
+    seen = pool.run(stall, files, route, ranks=3)
+    for rank, (kind, text, seconds, warnings, _) in enumerate(seen):
+        assert kind == (StalledReadError.__name__ if rank == SLOW else "PeerError"), text
+        assert "model.safetensors: reading" in text
+        assert f"has not returned for 3 s on rank {SLOW} (" in text
+        assert seconds < STALL_TIMEOUT_SECONDS + 3
+        assert any("model.safetensors: reading" in warning for warning in warnings) == (rank == SLOW)
+
+
+def stop_once(directory: str) -> float:
+    """Return how long the load took; the rank is stopped for three seconds of it."""
+    stopped: list[bool] = []
+
+    def stop() -> None:
+        if not stopped:
+            stopped.append(True)
+            subprocess.Popen(["/bin/sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    started = time.monotonic()
+    with reads_of_one_rank(stop):
+        fill(directory, "direct", timeout=10)
+    return time.monotonic() - started
+
+
+def test_a_rank_that_is_stopped_for_a_while_is_waited_for(pool: RankPool, files: str) -> None:
+    assert min(pool.run(stop_once, files, ranks=2)) > 2.5

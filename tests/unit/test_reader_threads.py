@@ -1,0 +1,94 @@
+"""Threads that read: results and errors, what is cancelled, and a process that ends although one is stuck."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import CancelledError
+
+import pytest
+
+from shardwise.materialization.reader_threads import ReaderThreads
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shardwise-read")]
+
+
+def test_calls_run_at_the_same_time_and_end_with_their_threads() -> None:
+    threads = ReaderThreads(3)
+    together = threading.Barrier(3, timeout=10)
+    futures = [threads.submit(lambda _: together.wait() and None, number) for number in range(3)]
+    for future in futures:
+        assert future.result(timeout=10) is None
+    assert len(readers()) == 3
+    assert threads.close(within_seconds=10)
+    assert readers() == []
+
+
+def test_no_more_threads_than_are_needed() -> None:
+    threads = ReaderThreads(8)
+    threads.submit(time.sleep, 0).result(timeout=10)
+    assert len(readers()) == 1
+    assert threads.close(within_seconds=10)
+
+
+def fail() -> None:
+    raise OSError("no such share")
+
+
+def test_an_error_is_the_futures() -> None:
+    threads = ReaderThreads(1)
+    failing = threads.submit(fail)
+    with pytest.raises(OSError, match="no such share"):
+        failing.result(timeout=10)
+    threads.submit(time.sleep, 0).result(timeout=10)  # the thread goes on
+    assert threads.close(within_seconds=10)
+
+
+def test_what_has_not_begun_is_cancelled_and_what_is_stuck_is_left() -> None:
+    threads, release = ReaderThreads(1), threading.Event()
+    stuck = threads.submit(release.wait)
+    waiting = threads.submit(fail)
+    started = time.monotonic()
+    assert not threads.close(within_seconds=0.2)
+    assert time.monotonic() - started < 5
+    with pytest.raises(CancelledError):
+        waiting.result(timeout=10)
+    assert not stuck.done()
+    release.set()
+    assert threads.close(within_seconds=10)
+    assert readers() == []
+
+
+class Buffer:
+    """Something that can be watched."""
+
+
+def test_a_thread_that_waits_keeps_no_buffer() -> None:
+    threads, buffer = ReaderThreads(1), Buffer()
+    watched = weakref.ref(buffer)
+    threads.submit(lambda _: None, buffer).result(timeout=10)
+    del buffer
+    deadline = time.monotonic() + 10
+    while watched() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert watched() is None
+    assert threads.close(within_seconds=10)
+
+
+def test_a_process_ends_although_a_read_is_stuck() -> None:
+    program = (
+        "import threading\n"
+        "from shardwise.materialization.reader_threads import ReaderThreads\n"
+        "threads = ReaderThreads(1)\n"
+        "threads.submit(threading.Event().wait)\n"
+        "print(threads.close(within_seconds=0.1))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False\n"
