@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from shardwise.checkpoint import Source
+from shardwise.checkpoint import Readable
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import Extent, Slice
 
@@ -30,7 +30,7 @@ class ReadAhead:
         self,
         extents: Sequence[Extent],
         *,
-        source: Source,
+        source: Readable,
         pinned: bool,
         check: Callable[[], None],
         done: Callable[[int], None],
