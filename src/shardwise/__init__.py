@@ -38,6 +38,7 @@ from shardwise.errors import (
 
 if TYPE_CHECKING:
     from shardwise.materialization import Mismatch, VerifyReport, materialize, verify_shards
+    from shardwise.planning import LoadPlan, plan_load
     from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
     from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
     from shardwise.transformers_model import TransformersModel
@@ -54,6 +55,7 @@ __all__ = [
     "ConfigurationError",
     "DamagedFileError",
     "LeftOnMetaError",
+    "LoadPlan",
     "LoadReport",
     "MemoryProfile",
     "Mismatch",
@@ -77,6 +79,7 @@ __all__ = [
     "VerifyReport",
     "fsdp_pretrained_load_context",
     "materialize",
+    "plan_load",
     "profile_memory",
     "verify_shards",
 ]
@@ -84,6 +87,7 @@ __all__ = [
 # Looked up at first use: importing torch takes seconds, and the command line's help needs none of it.
 _LAZY = {
     "AccelerateStrategy": "shardwise.strategies",
+    "LoadPlan": "shardwise.planning",
     "LoadReport": "shardwise.profiling",
     "MemoryProfile": "shardwise.profiling",
     "Mismatch": "shardwise.materialization",
@@ -93,6 +97,7 @@ _LAZY = {
     "VerifyReport": "shardwise.materialization",
     "fsdp_pretrained_load_context": "shardwise.strategies",
     "materialize": "shardwise.materialization",
+    "plan_load": "shardwise.planning",
     "profile_memory": "shardwise.profiling",
     "verify_shards": "shardwise.materialization",
 }

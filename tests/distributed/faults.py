@@ -94,12 +94,12 @@ def _disk_error(route: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _failing_reads_of_tensors() -> Iterator[None]:
-    read_into, preadv, of_thread = SafetensorsSource.read_into, os.preadv, threading.local()
+    read_scattered, preadv, of_thread = SafetensorsSource.read_scattered, os.preadv, threading.local()
 
-    def marked(self: Any, file: str, offset: int, into: memoryview) -> None:
+    def marked(self: Any, file: str, offset: int, parts: Any) -> None:
         of_thread.reads_tensors = True
         try:
-            read_into(self, file, offset, into)
+            read_scattered(self, file, offset, parts)
         finally:
             of_thread.reads_tensors = False
 
@@ -108,7 +108,10 @@ def _failing_reads_of_tensors() -> Iterator[None]:
             raise OSError(errno.EIO, "Input/output error")
         return preadv(fd, buffers, offset)
 
-    with mock.patch.object(SafetensorsSource, "read_into", marked), mock.patch.object(os, "preadv", failing):
+    with (
+        mock.patch.object(SafetensorsSource, "read_scattered", marked),
+        mock.patch.object(os, "preadv", failing),
+    ):
         yield
 
 
@@ -343,6 +346,7 @@ def _arguments(directory: str, route: str, mesh: DeviceMesh) -> dict[str, Any]:
         "missing": "init",
         "buffers": {"scale": torch.zeros(4)},
         "cpu_storage": "copy",
+        "staging_bytes": 65_536,  # so little that every rank has something to read
         "timeout": TIMEOUT_SECONDS,
     }
 

@@ -245,20 +245,20 @@ def fail_to_read_on_rank_1(directory: str) -> float:
         model.big = nn.Parameter(torch.empty(1000, 400))
         model.small = many()
     fully_shard(model)
-    original = SafetensorsSource.read_into
+    original = SafetensorsSource.read_scattered
 
-    def failing(self: Any, file: str, offset: int, into: memoryview) -> None:
+    def failing(self: Any, file: str, offset: int, parts: Any) -> None:
         if dist.get_rank() == 1:
             raise CheckpointError("the disk is gone")
-        original(self, file, offset, into)
+        original(self, file, offset, parts)
 
-    SafetensorsSource.read_into = failing  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered = failing  # type: ignore[method-assign]
     started = time.monotonic()
     try:
         with pytest.raises(CheckpointError if dist.get_rank() == 1 else PeerError, match="the disk is gone"):
             sw.materialize(model, directory, cpu_storage="copy", timeout=90)
     finally:
-        SafetensorsSource.read_into = original  # type: ignore[method-assign]
+        SafetensorsSource.read_scattered = original  # type: ignore[method-assign]
     every_rank(0.0)
     return time.monotonic() - started
 

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -47,21 +48,21 @@ def fill_slowly(directory: str, is_terminal: bool, progress: bool | None, second
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(512, 1024, bias=False) for _ in range(TENSORS)))
     fully_shard(model)
-    original = SafetensorsSource.read_into
+    original = SafetensorsSource.read_scattered
 
-    def slowly(self: SafetensorsSource, file: str, offset: int, into: memoryview) -> None:
+    def slowly(self: SafetensorsSource, file: str, offset: int, parts: Any) -> None:
         time.sleep(seconds_per_read * (dist.get_rank() + 1))
-        original(self, file, offset, into)
+        original(self, file, offset, parts)
 
     terminal, before = Terminal(is_terminal=is_terminal), sys.stderr
-    SafetensorsSource.read_into = slowly  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered = slowly  # type: ignore[method-assign]
     sys.stderr = terminal
     try:
         # As little staging makes many small reads.
-        sw.materialize(model, directory, cpu_storage="copy", staging_bytes=MIB, progress=progress)
+        sw.materialize(model, directory, cpu_storage="copy", staging_bytes=MIB // 8, progress=progress)
     finally:
         sys.stderr = before
-        SafetensorsSource.read_into = original  # type: ignore[method-assign]
+        SafetensorsSource.read_scattered = original  # type: ignore[method-assign]
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
 
 

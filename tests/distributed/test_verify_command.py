@@ -47,9 +47,9 @@ def test_a_flipped_byte_on_disk_is_named_and_status_1(checkpoint: Checkpoint, tm
     )
     assert done.exit_code == 1, done.output
     # 40 rows on two ranks: row 30 is row 10 of the second.
-    line = f"{name} (rank 1): 1 elements differ from {name} in model.safetensors, the first at (10, 0) of the shard"
+    line = f"{name} (rank 1): 1 element differs from {name} in model.safetensors, the first at (10, 0) of the shard"
     assert line in done.stdout
-    assert "1 shards differ" in done.stdout
+    assert "1 shard differs" in done.stdout
     (mismatch,) = json.loads(report.read_text())["mismatches"]
     assert (mismatch["fqn"], mismatch["rank"], mismatch["first_index"]) == (name, 1, [10, 0])
 

@@ -136,18 +136,18 @@ def read_slowly(directory: str, dim: int, timeout: float) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = nn.Linear(512, 64, bias=False, device="meta")
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(dim)], src_data_rank=None))
-    original = SafetensorsSource.read_into
+    original = SafetensorsSource.read_scattered
 
-    def slow(self: SafetensorsSource, file: str, offset: int, into: memoryview) -> None:
+    def slow(self: SafetensorsSource, file: str, offset: int, parts: Any) -> None:
         if dist.get_rank() == 2:
             time.sleep(1.6 if timeout > 1 else 1)
-        original(self, file, offset, into)
+        original(self, file, offset, parts)
 
-    SafetensorsSource.read_into = slow  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered = slow  # type: ignore[method-assign]
     try:
         sw.materialize(model, directory, timeout=timeout, cpu_storage="copy")
     finally:
-        SafetensorsSource.read_into = original  # type: ignore[method-assign]
+        SafetensorsSource.read_scattered = original  # type: ignore[method-assign]
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=30), dist.group.WORLD)
     assert model.weight.full_tensor().isfinite().all()
 
@@ -192,20 +192,20 @@ def test_case_38_every_rank_names_the_file_that_one_cannot_read(
 
 
 def fail_in_read(directory: str, name: str, failing: int) -> None:
-    original = SafetensorsSource.read_into
+    original = SafetensorsSource.read_scattered
 
-    def read_into(self: SafetensorsSource, file: str, offset: int, into: memoryview) -> None:
+    def broken(self: SafetensorsSource, file: str, offset: int, parts: Any) -> None:
         if dist.get_rank() == failing:
             raise OSError(f"{file}: no such share")
-        original(self, file, offset, into)
+        original(self, file, offset, parts)
 
     strategy = make_strategy(name, cpu_storage="copy")
     model = load(strategy, directory, defer=True)
-    SafetensorsSource.read_into = read_into  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered = broken  # type: ignore[method-assign]
     try:
         strategy.wrap_model(model)
     finally:
-        SafetensorsSource.read_into = original  # type: ignore[method-assign]
+        SafetensorsSource.read_scattered = original  # type: ignore[method-assign]
 
 
 ROWS = (1, 17, 31)

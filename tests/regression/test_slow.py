@@ -37,11 +37,11 @@ class Requests:
 def counted() -> Iterator[Requests]:
     """Count requests of this rank below everything that a report could get wrong."""
     requests = Requests()
-    read_into, mapped = SafetensorsSource.read_into, SafetensorsSource.mapped
+    read_scattered, mapped = SafetensorsSource.read_scattered, SafetensorsSource.mapped
 
-    def reading(self: Any, file: str, offset: int, into: memoryview) -> None:
-        requests.reads.append(len(into))
-        read_into(self, file, offset, into)
+    def reading(self: Any, file: str, offset: int, parts: Any) -> None:
+        requests.reads.append(sum(map(len, parts)))
+        read_scattered(self, file, offset, parts)
 
     def mapping(self: Any, runs: Sequence[Run]) -> list[torch.Tensor | None]:
         found = mapped(self, runs)
@@ -53,12 +53,12 @@ def counted() -> Iterator[Requests]:
             requests.opened.append(path.name)
             super().__init__(path, **options)
 
-    SafetensorsSource.read_into, SafetensorsSource.mapped = reading, mapping  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered, SafetensorsSource.mapped = reading, mapping  # type: ignore[method-assign]
     original, safetensors_source.RangedFile = safetensors_source.RangedFile, Opening  # type: ignore[misc]
     try:
         yield requests
     finally:
-        SafetensorsSource.read_into, SafetensorsSource.mapped = read_into, mapped  # type: ignore[method-assign]
+        SafetensorsSource.read_scattered, SafetensorsSource.mapped = read_scattered, mapped  # type: ignore[method-assign]
         safetensors_source.RangedFile = original  # type: ignore[misc]
 
 

@@ -31,6 +31,16 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "plan": {
+        "--ranks",
+        "--mesh",
+        "--dtype",
+        "--route",
+        "--device",
+        "--ranks-per-node",
+        "--json",
+        "--debug",
+    },
     "verify": {"--against", "--ranks", "--json", "--debug"},
 }
 

@@ -19,6 +19,7 @@ PUBLIC = [
     "ConfigurationError",
     "DamagedFileError",
     "LeftOnMetaError",
+    "LoadPlan",
     "LoadReport",
     "MemoryProfile",
     "Mismatch",
@@ -42,6 +43,7 @@ PUBLIC = [
     "VerifyReport",
     "fsdp_pretrained_load_context",
     "materialize",
+    "plan_load",
     "profile_memory",
     "verify_shards",
 ]

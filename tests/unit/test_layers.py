@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strategies",),
     ("transformers_model", "training"),
     ("report", "compare"),
+    ("planning",),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -26,7 +26,7 @@ from shardwise.plan import (
     as_stored,
     exchanged,
     plan_exchange,
-    plan_load,
+    plan_reads,
     require_covered,
 )
 from shardwise.plan.chosen import SMALL_TENSORS
@@ -160,7 +160,7 @@ def test_reads_and_mapped_extents_fill_every_shard(case: Case, max_read_bytes: i
     content, wanted, ranks = case.content, case.wanted, case.ranks
     by_fqn = {tensor.fqn: tensor for tensor in wanted}
     for rank in ranks:
-        plan = plan_load(wanted, rank=rank, max_read_bytes=max_read_bytes, max_gap_bytes=gap)
+        plan = plan_reads(wanted, rank=rank, max_read_bytes=max_read_bytes, max_gap_bytes=gap)
         shards = {tensor.fqn: empty_shard(tensor, rank) for tensor in wanted}
         for mapped in plan.mapped:
             tensor = by_fqn[mapped.fqn]
@@ -283,7 +283,7 @@ def wanted_tensors(
 def test_whole_job_requests_each_byte_of_row_shards_once() -> None:
     wanted = wanted_tensors(3, (1021, 512), Shard(0), ranks=4)
     assert exchanged(wanted, ranks=range(4)) == frozenset()
-    plans = [plan_load(wanted, rank=rank, max_read_bytes=2**16) for rank in range(4)]
+    plans = [plan_reads(wanted, rank=rank, max_read_bytes=2**16) for rank in range(4)]
     assert sum(plan.storage_bytes for plan in plans) == sum(
         tensor.pieces[0].stored.nbytes for tensor in wanted
     )
@@ -292,7 +292,7 @@ def test_whole_job_requests_each_byte_of_row_shards_once() -> None:
 def test_column_shards_are_exchanged_and_not_read_by_every_rank() -> None:
     wanted = wanted_tensors(1, (64, 64), Shard(1), ranks=4)
     assert exchanged(wanted, ranks=range(4)) == {0}
-    alone = plan_load(wanted, rank=0, max_read_bytes=2**20)
+    alone = plan_reads(wanted, rank=0, max_read_bytes=2**20)
     assert alone.storage_bytes > 0.95 * wanted[0].pieces[0].stored.nbytes  # what each rank would have read
 
 
@@ -323,10 +323,10 @@ def test_a_few_small_tensors_between_large_ones_are_read_by_their_owners() -> No
 
 def test_a_gap_is_read_along_where_it_is_small_against_what_is_wanted() -> None:
     fits, too_much = wanted_around_a_gap(rows=25), wanted_around_a_gap(rows=24)
-    assert [read.nbytes for read in plan_load(fits, rank=0, max_read_bytes=2**20).reads] == [51 * 4096]
-    apart = plan_load(fits, rank=0, max_read_bytes=2**20, max_gap_bytes=4095)
+    assert [read.nbytes for read in plan_reads(fits, rank=0, max_read_bytes=2**20).reads] == [51 * 4096]
+    apart = plan_reads(fits, rank=0, max_read_bytes=2**20, max_gap_bytes=4095)
     assert [read.nbytes for read in apart.reads] == [25 * 4096] * 2
-    assert [read.nbytes for read in plan_load(too_much, rank=0, max_read_bytes=2**20).reads] == [
+    assert [read.nbytes for read in plan_reads(too_much, rank=0, max_read_bytes=2**20).reads] == [
         24 * 4096
     ] * 2
 
@@ -342,11 +342,11 @@ def wanted_around_a_gap(*, rows: int) -> list[WantedTensor]:
 
 def test_a_short_shard_is_copied_because_it_needs_padding() -> None:
     wanted = wanted_tensors(1, (5, 4), Shard(0), ranks=2, may_map=True)
-    assert len(plan_load(wanted, rank=0, max_read_bytes=2**20).mapped) == 1
-    last = plan_load(wanted, rank=1, max_read_bytes=2**20)
+    assert len(plan_reads(wanted, rank=0, max_read_bytes=2**20).mapped) == 1
+    last = plan_reads(wanted, rank=1, max_read_bytes=2**20)
     assert (len(last.mapped), len(last.reads)) == (0, 1)
 
 
 def test_a_read_holds_at_least_one_element() -> None:
     with pytest.raises(ConfigurationError, match="expected max_read_bytes of at least 16, got 8"):
-        plan_load([], rank=0, max_read_bytes=8)
+        plan_reads([], rank=0, max_read_bytes=8)

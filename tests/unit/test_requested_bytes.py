@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion.tracing import TracedTensor
 from shardwise.materialization.placing import place_in
-from shardwise.plan import Layout, StoredPiece, WantedTensor, exchanged, plan_exchange, plan_load
+from shardwise.plan import Layout, StoredPiece, WantedTensor, exchanged, plan_exchange, plan_reads
 from tests.unit.test_load_plan import Case, checkpoints, empty_shard, wanted_tensors
 
 MAX_WASTE = 1.02  # as published
@@ -29,9 +29,9 @@ def carried_out(
     arrivals = {(rank, t.fqn): empty_shard(t, rank).to(torch.int64) for rank in ranks for t in wanted}
     requested = 0
     for rank in ranks:
-        direct = plan_load(alone, rank=rank, max_read_bytes=max_read_bytes)
+        direct = plan_reads(alone, rank=rank, max_read_bytes=max_read_bytes)
         exchange = plan_exchange(
-            wanted, together, ranks=ranks, rank=rank, buffer_bytes=max_read_bytes, readers=len(ranks)
+            wanted, together, ranks=ranks, rank=rank, buffer_bytes=max_read_bytes, readers=ranks
         )
         requested += direct.storage_bytes + exchange.storage_bytes
         for mapped in direct.mapped:
@@ -118,7 +118,13 @@ def test_the_interleaved_halves_of_one_tensor_are_read_once(ranks: int) -> None:
         pieces = tuple(StoredPiece(stored=stored, piece=part.piece) for part in half.parts)
         wanted.append(
             WantedTensor(
-                fqn=name, shape=(30, 4), dtype=torch.float32, layout=layout, pieces=pieces, may_map=False
+                fqn=name,
+                shape=(30, 4),
+                dtype=torch.float32,
+                layout=layout,
+                pieces=pieces,
+                may_map=False,
+                partial=False,
             )
         )
     requested, arrivals = carried_out(wanted, range(ranks), max_read_bytes=2**20)

@@ -23,7 +23,7 @@ from shardwise.plan import (
     choose_route,
     divide,
     plan_exchange,
-    plan_load,
+    plan_reads,
     require_covered,
 )
 from shardwise.plan.routes import STRIPED_FROM_RANKS
@@ -53,6 +53,7 @@ def wanted_of(
                 layout=layout,
                 pieces=as_stored(stored),
                 may_map=may_map,
+                partial=False,
             )
         )
     return wanted
@@ -113,6 +114,16 @@ def test_auto_stripes_where_many_ranks_would_read_little_each() -> None:
     assert choose_route("auto", mapped, seen, max_read_bytes=2**24).name == "direct"
 
 
+def test_auto_looks_at_the_reads_of_all_ranks() -> None:
+    ranks = 2 * STRIPED_FROM_RANKS
+    layout = layout_of((ranks, Shard(0)))
+    # The first rank reads 64 MiB in four runs beside; all of them read little of very many.
+    wanted = wanted_of(layout, [(1, 2**23)] * 4 + [(4096, 4096)] * 80)
+    route = choose_route("auto", wanted, Sight.of_all(range(ranks)), max_read_bytes=2**24)
+    assert route.name == "striped"
+    assert "a rank would make 80 reads of 262 KiB on average" in route.reason
+
+
 @pytest.mark.parametrize("route", ["direct", "replicate", "striped"])
 def test_a_route_that_needs_every_rank_to_read_is_refused_where_one_cannot(route: str) -> None:
     with pytest.raises(ConfigurationError, match=r"got no access from ranks 1, 3"):
@@ -167,7 +178,13 @@ def test_every_route_fills_every_shard(
     wanted = wanted_of(layout, shapes)
     wanted += [
         WantedTensor(
-            fqn=f"more.{t.fqn}", shape=t.shape, dtype=t.dtype, layout=more, pieces=t.pieces, may_map=False
+            fqn=f"more.{t.fqn}",
+            shape=t.shape,
+            dtype=t.dtype,
+            layout=more,
+            pieces=t.pieces,
+            may_map=False,
+            partial=False,
         )
         for t in wanted
     ]
@@ -175,8 +192,8 @@ def test_every_route_fills_every_shard(
     rounds: dict[tuple[tuple[int, ...], frozenset[int]], set[int]] = {}
     orders: list[list[tuple[int, ...]]] = []
     for rank in ranks:
-        division = divide(Route(name=route, reason=""), wanted, seen, rank=rank)
-        direct = plan_load([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
+        division = divide(Route(name=route, reason=""), wanted, seen).of(rank)
+        direct = plan_reads([wanted[i] for i in division.direct], rank=rank, max_read_bytes=64)
         arriving = [arriving_directly(direct, wanted)]
         requested += direct.storage_bytes
         for sharing in division.sharings:
@@ -208,7 +225,7 @@ def test_replicas_read_a_share_each_of_what_they_keep_and_nothing_else() -> None
     total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
     by_rank = {}
     for rank in range(4):
-        division = divide(Route(name="replicate", reason=""), wanted, sight(), rank=rank)
+        division = divide(Route(name="replicate", reason=""), wanted, sight()).of(rank)
         (sharing,) = division.sharings
         assert sharing.ranks == ((0, 2), (1, 3))[rank % 2]
         assert sharing.keep_the_same
@@ -231,7 +248,7 @@ def test_a_node_reads_only_what_its_ranks_own() -> None:
     total = sum(tensor.pieces[0].stored.nbytes for tensor in wanted)
     requested = []
     for rank in range(4):
-        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3)), rank=rank).sharings
+        (sharing,) = divide(Route(name="node", reason=""), wanted, sight("aabb", (0, 3))).of(rank).sharings
         assert (sharing.ranks, sharing.readers) == (((0, 1), (1,)) if rank < 2 else ((2, 3), (2,)))
         plan = plan_exchange(
             wanted,
@@ -250,7 +267,7 @@ def test_pages_that_replicas_on_one_node_map_are_counted_once() -> None:
     total = wanted[0].pieces[0].stored.nbytes
     for nodes, times in (("aaaa", 1), ("aabb", 2), ("abab", 1)):
         node_of = sight(nodes).node_of
-        plans = [plan_load(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
+        plans = [plan_reads(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
         assert sum(plan.storage_bytes for plan in plans) == times * total, nodes
         assert all(len(plan.mapped) == 1 for plan in plans)
 

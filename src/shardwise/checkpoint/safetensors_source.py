@@ -203,7 +203,7 @@ class SafetensorsSource:
 
     def read_into(self, file: str, offset: int, into: memoryview) -> None:
         """Fill a buffer with the bytes of a file from an offset on; see `Source`."""
-        self._file(file).read_into(offset, into)
+        self.read_scattered(file, offset, [into])
 
     def read_scattered(self, file: str, offset: int, parts: Sequence[memoryview]) -> None:
         """Fill buffers with bytes that follow each other in a file; see `shardwise.checkpoint.read_scattered`."""

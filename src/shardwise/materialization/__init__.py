@@ -11,6 +11,7 @@ from shardwise.materialization.binding import (
     nothing_bound,
     permitted,
 )
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import (
     comparable_digests,
     comparable_lines,
@@ -18,6 +19,7 @@ from shardwise.materialization.comparing import (
     digest_of,
 )
 from shardwise.materialization.device import device_of
+from shardwise.materialization.dtypes import kept_dtypes
 from shardwise.materialization.fill import Filled, fill_from_source
 from shardwise.materialization.materialize import (
     FilledFromFiles,
@@ -32,7 +34,8 @@ from shardwise.materialization.open_source import open_source
 from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
-from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage
+from shardwise.materialization.source_cost import SourceCost, cost_of_source
+from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import local_bytes_of, reshard, trained_parameters_of
 from shardwise.materialization.stored_ties import require_equal_aliases
@@ -51,6 +54,7 @@ __all__ = [
     "Filled",
     "FilledFromFiles",
     "Mismatch",
+    "SourceCost",
     "Structure",
     "VerifyReport",
     "argument_lines",
@@ -62,12 +66,14 @@ __all__ = [
     "comparable_digests",
     "comparable_lines",
     "comparable_structure",
+    "cost_of_source",
     "default_staging_bytes",
     "device_of",
     "digest_of",
     "entries_of",
     "fill_from_files",
     "fill_from_source",
+    "kept_dtypes",
     "listed",
     "local_bytes_of",
     "materialize",
@@ -79,11 +85,13 @@ __all__ = [
     "permitted",
     "require_equal_aliases",
     "reshard",
+    "resting_collector",
     "shown_by_default",
     "stored_dtypes",
     "take_values",
     "timeout_seconds_of",
     "trained_parameters_of",
     "verify_shards",
+    "wanted_of",
     "warn_of_unexpected",
 ]

@@ -7,6 +7,7 @@ made for one call and dropped after it.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,6 +41,14 @@ class DataPlane:
     def close(self) -> None:
         """Let go of the group; the plane is of no use afterwards."""
         del self.group
+
+    def check(self) -> None:
+        """Raise if another rank has failed.
+
+        Raises:
+            PeerError: With its error.
+        """
+        self._agreement.check()
 
     def connect(self) -> None:
         """Make the connections that some backends leave to the first collective, where a rank that is late blocks the others."""
@@ -159,13 +168,14 @@ def open_data_plane(
         if backend != dist.Backend.GLOO:
             plane.connect()
         yield plane
-    except BaseException:
+    except BaseException as error:
         group.abort()
+        # gloo closes a group's connections when the last reference to it, or to a transfer on it, goes, and a peer that waits
+        # for this rank's data learns of it only then. The frames of an error's traceback would keep the references.
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
         dist.destroy_process_group(group)
-        # gloo closes a group's connections when its last reference goes, and a peer that waits for this rank's data learns of it
-        # only then. The frames of an error's traceback would keep the references for as long as the error is looked at.
         plane.close()
         del group
 

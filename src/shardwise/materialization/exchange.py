@@ -1,4 +1,4 @@
-"""Execute an exchange: in each round this rank reads one slice and every rank gets its pieces of all slices."""
+"""Execute an exchange: in each round this rank hands out one slice and every rank gets its pieces of all slices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from shardwise.checkpoint import Readable
 from shardwise.materialization.data_plane import DataPlane
-from shardwise.materialization.placing import as_memory, elements_in, packed_in, place_in
+from shardwise.materialization.placing import elements_in, packed_in, place_in
+from shardwise.materialization.read_ahead import GrowingBuffer, ReadAhead
 from shardwise.plan import ExchangePlan, Round, Transfer
 
 
@@ -20,7 +21,7 @@ class Exchange:
         source: Open.
         targets: This rank's shards by tensor name.
         plane: Carries the messages; None where there is one rank.
-        done: Told the bytes of each slice read.
+        done: Told the bytes of each extent read.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Exchange:
         self._plane = plane
         self._done = done
         device = plane.device if plane is not None else torch.device("cpu")
-        pinned = device.type != "cpu"
-        self._slice = _Buffer(device=torch.device("cpu"), pinned=pinned)
-        self._send = _Buffer(device=torch.device("cpu"), pinned=pinned)
-        self._receive = _Buffer(device=device, pinned=False)
+        self._pinned = device.type != "cpu"
+        most_sent, most_received = plan.slices.most_sent_bytes, plan.slices.most_received_bytes
+        self._send = GrowingBuffer(torch.device("cpu"), pinned=self._pinned, expected_bytes=most_sent)
+        self._receive = GrowingBuffer(
+            device, pinned=False, expected_bytes=min(most_received, plan.network_bytes)
+        )
 
     def run(self) -> None:
         """Read, exchange and place everything.
@@ -50,15 +53,19 @@ class Exchange:
             CheckpointError: A read failed.
             PeerError: Another rank failed.
         """
-        for number, turn in enumerate(self._plan.rounds(), start=1):
-            self._run_round(turn, what=f"round {number} of {len(self._plan)} of the exchange")
+        nothing = torch.empty(0, dtype=torch.uint8)
+        with ReadAhead(
+            list(self._plan.extents()),
+            source=self._source,
+            pinned=self._pinned,
+            check=self._plane.check if self._plane is not None else _alone,
+            done=self._done,
+        ) as ahead:
+            for number, turn in enumerate(self._plan.rounds(), start=1):
+                content = ahead.content_of(turn.read) if turn.read is not None else nothing
+                self._run_round(turn, content, what=f"round {number} of {len(self._plan)} of the exchange")
 
-    def _run_round(self, turn: Round, *, what: str) -> None:
-        slice_bytes = turn.read.nbytes if turn.read is not None else 0
-        content = self._slice.first(slice_bytes)
-        if turn.read is not None:
-            self._source.read_into(turn.read.file, turn.read.start, as_memory(content))
-            self._done(slice_bytes)
+    def _run_round(self, turn: Round, content: torch.Tensor, *, what: str) -> None:
         receive = self._receive.first(sum(turn.receive_bytes))
         work = None
         if self._plane is not None:
@@ -100,25 +107,5 @@ class Exchange:
             place_in(self._targets[transfer.fqn], transfer.piece).copy_(elements)
 
 
-class _Buffer:
-    """Bytes that each round reuses; as large as the largest round so far.
-
-    Args:
-        device: Of the bytes.
-        pinned: Whether they lie in pinned host memory.
-    """
-
-    def __init__(self, *, device: torch.device, pinned: bool) -> None:
-        self._device = device
-        self._pinned = pinned
-        self._bytes = self._made(0)
-
-    def first(self, nbytes: int) -> torch.Tensor:
-        """Return the first bytes of it; what they hold is undefined."""
-        if nbytes > len(self._bytes):
-            self._bytes = self._made(0)  # the two never live together
-            self._bytes = self._made(nbytes)
-        return self._bytes[:nbytes]
-
-    def _made(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned, device=self._device)
+def _alone() -> None:
+    """No other rank can fail."""

@@ -24,7 +24,7 @@ from shardwise.materialization.source_plan import SourcePlan
 from shardwise.materialization.staging import read_bytes_of, staging_ring
 from shardwise.materialization.storage import allocate_parameters, around_local, local_of
 from shardwise.materialization.structure import entries_of
-from shardwise.plan import LoadPlan, plan_load
+from shardwise.plan import ReadPlan, plan_reads
 from shardwise.profiling import phase
 
 
@@ -95,8 +95,8 @@ def _map(plan: SourcePlan, dtypes: Mapping[str, torch.dtype]) -> list[torch.Tens
 
 def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:
     wanted = [dataclasses.replace(t, may_map=False) for t in plan.wanted.pieces if t.fqn in unmapped]
-    extra = plan_load(wanted, rank=plan.direct.rank, max_read_bytes=read_bytes_of(staging_bytes))
-    direct = LoadPlan(
+    extra = plan_reads(wanted, rank=plan.direct.rank, max_read_bytes=read_bytes_of(staging_bytes))
+    direct = ReadPlan(
         rank=plan.direct.rank,
         mapped=tuple(item for item in plan.direct.mapped if item.fqn not in unmapped),
         reads=(*plan.direct.reads, *extra.reads),

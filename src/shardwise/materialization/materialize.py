@@ -157,7 +157,8 @@ def materialize(
         buffers: Values of buffers that no checkpoint holds, by name or as a function of name and tensor; otherwise
             those on meta are made again by their modules. A buffer that has storage keeps its values, also where they differ
             between ranks: after `to_empty`, which leaves garbage in it, pass them here.
-        group: Ranks that take part; None is the default group.
+        group: Ranks that take part; None is the default group. Models may differ between groups, as the stages of a pipeline
+            do: each group compares, reads and reports its own, and what else the checkpoint holds is no warning then.
         timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
         device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
@@ -202,7 +203,8 @@ def materialize(
             check.same = comparable_structure(
                 Structure.of(entries),
                 (*storage_lines(entries), *options),
-                remedy="Build the model from the same config and pass the same arguments on every rank.",
+                remedy="Build the model from the same config and pass the same arguments on every rank. Stages of a pipeline "
+                "are filled in calls of their own: pass the ranks of a stage as group=.",
             )
         checkpoint = checkpoint_of(checkpoint, kind)
         source = None
@@ -420,6 +422,11 @@ def _bind(
 
 
 def warn_of_unexpected(binding: Binding, name: str, agreement: Agreement) -> None:
-    """Log, once in the job, what a checkpoint holds that the model does not take."""
+    """Log, once in the call, what a checkpoint holds that the model does not take.
+
+    No warning where a part of the job's ranks makes the call: they may be a stage of a pipeline, and the rest is for others.
+    """
     if binding.unexpected and agreement.rank == agreement.ranks[0]:
-        _log.warning("%s holds tensors that the model does not take: %s", name, listed(binding.unexpected))
+        is_part = dist.is_initialized() and len(agreement.ranks) < dist.get_world_size()
+        level = logging.INFO if is_part else logging.WARNING
+        _log.log(level, "%s holds tensors that the model does not take: %s", name, listed(binding.unexpected))

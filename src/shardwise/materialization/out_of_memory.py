@@ -40,5 +40,5 @@ def naming_out_of_memory(what: str, *, device: torch.device, rank: int) -> Itera
             else "Use more ranks, a smaller dtype, fsdp_config={'cpu_offload': True}, or free what this process holds there."
         )
         raise OutOfMemoryError(
-            f"{what}: expected {where} for them on rank {rank} ({socket.gethostname()}), got {error}. {remedy}"
+            f"{what}: expected {where} for them on rank {rank} ({socket.gethostname()}), got {str(error).strip().rstrip('.')}. {remedy}"
         ) from error

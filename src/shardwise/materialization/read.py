@@ -18,7 +18,7 @@ from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.placing import as_memory, elements_in, place_in
 from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
-from shardwise.plan import Fragment, LoadPlan, Read
+from shardwise.plan import Fragment, Read, ReadPlan
 
 _log = logging.getLogger("shardwise")
 _MOST_THREADS = 8
@@ -91,7 +91,7 @@ class Reading:
 
     def __init__(
         self,
-        plan: LoadPlan,
+        plan: ReadPlan,
         *,
         source: Source,
         ring: StagingRing,
@@ -138,9 +138,10 @@ class Reading:
     def _requests(self) -> Iterator[_Request]:
         """Join reads that follow each other in a file and go straight into place, each to its own."""
         pending = _Request()
+        most_bytes = min(_MOST_BYTES, self._ring.count * self._ring.nbytes)
         for read in self._plan.reads:
             memory = self._in_place(read) if self._in_place is not None else None
-            if pending.reads and (memory is None or not pending.is_followed_by(read)):
+            if pending.reads and (memory is None or not pending.is_followed_by(read, most_bytes)):
                 yield pending
                 pending = _Request()
             pending.reads.append(read)
@@ -194,10 +195,10 @@ class _Request:
         """Bytes asked for."""
         return self.reads[-1].stop - self.reads[0].start
 
-    def is_followed_by(self, read: Read) -> bool:
+    def is_followed_by(self, read: Read, most_bytes: int) -> bool:
         """Return whether a read may be asked for together with this."""
         last = self.reads[-1]
-        return (read.file, read.start) == (last.file, last.stop) and self.nbytes + read.nbytes <= _MOST_BYTES
+        return (read.file, read.start) == (last.file, last.stop) and self.nbytes + read.nbytes <= most_bytes
 
     def start(self, threads: ReaderThreads, source: Source, ring: StagingRing) -> None:
         """Begin to read on a thread."""

@@ -25,7 +25,7 @@ from shardwise.materialization.structure import Entry
 from shardwise.plan import (
     ExchangePlan,
     Layout,
-    LoadPlan,
+    ReadPlan,
     Route,
     Sight,
     WantedTensor,
@@ -33,13 +33,13 @@ from shardwise.plan import (
     choose_route,
     divide,
     plan_exchange,
-    plan_load,
+    plan_reads,
     require_covered,
 )
 
 CpuStorage = Literal["auto", "map", "copy"]
 CPU_STORAGE = ("auto", "map", "copy")
-EXCHANGE_BUFFERS = 4  # slice, messages out, messages in, and what rounding and alignment add
+EXCHANGE_BUFFERS = 5  # two extents, messages out, messages in, and what rounding and alignment add
 
 
 def checked_cpu_storage(cpu_storage: str, *, direct_io: bool) -> CpuStorage:
@@ -119,7 +119,7 @@ class SourcePlan:
     wanted: Wanted
     route: Route
     in_memory: bool
-    direct: LoadPlan
+    direct: ReadPlan
     exchanges: tuple[ExchangePlan, ...]
     replicated: Mapping[tuple[int, ...], tuple[str, ...]]
     converters: tuple[int, ...]
@@ -277,8 +277,8 @@ def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging
     pieces, source = wanted.pieces, wanted.source
     max_read_bytes = read_bytes_of(staging_bytes)
     chosen = choose_route(route, pieces, sight, max_read_bytes=max_read_bytes)
-    division = divide(chosen, pieces, sight, rank=rank)
-    direct = plan_load(
+    division = divide(chosen, pieces, sight).of(rank)
+    direct = plan_reads(
         [pieces[index] for index in division.direct],
         rank=rank,
         max_read_bytes=max_read_bytes,

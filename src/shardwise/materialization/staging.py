@@ -12,7 +12,7 @@ _MEBIBYTE = 2**20
 _STAGING_BYTES = {"cpu": 64 * _MEBIBYTE}
 _STAGING_BYTES_ON_ACCELERATORS = 256 * _MEBIBYTE
 _LARGEST_READ_BYTES = 4 * _MEBIBYTE
-_BUFFERS = 8
+RING_BUFFERS = 8
 
 
 def default_staging_bytes(device_type: str) -> int:
@@ -22,12 +22,12 @@ def default_staging_bytes(device_type: str) -> int:
 
 def read_bytes_of(staging_bytes: int) -> int:
     """Return the size of one read, and of one staging buffer."""
-    return max(16, min(_LARGEST_READ_BYTES, staging_bytes // _BUFFERS))
+    return max(16, min(_LARGEST_READ_BYTES, staging_bytes // RING_BUFFERS))
 
 
 def staging_ring(staging_bytes: int, device: torch.device) -> StagingRing:
     """Return the staging buffers of a call, within its bound."""
-    return StagingRing(count=_BUFFERS, nbytes=read_bytes_of(staging_bytes), device=device)
+    return StagingRing(count=RING_BUFFERS, nbytes=read_bytes_of(staging_bytes), device=device)
 
 
 class StagingRing:

@@ -37,7 +37,7 @@ from shardwise.materialization.staging import default_staging_bytes, read_bytes_
 from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
-from shardwise.plan import Fragment, WantedTensor, plan_load
+from shardwise.plan import Fragment, WantedTensor, plan_reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +201,7 @@ def verify_shards(
         if converted and len(ranks) > 1:  # before a rank can fail to read: see `execute`
             device = next(iter(targets.values())).device
             plane = stack.enter_context(open_data_plane(ranks, device=device, agreement=agreement))
-        plan = plan_load(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
+        plan = plan_reads(wanted, rank=agreement.rank, max_read_bytes=read_bytes_of(staging))
         differing: dict[str, list[tuple[tuple[int, ...], int, str, str]]] = {}
 
         def compare(fragment: Fragment, elements: torch.Tensor) -> None:

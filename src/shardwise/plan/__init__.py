@@ -1,11 +1,13 @@
 """Pure planning: which region of which tensor each rank owns, and how it travels. No I/O, no process group."""
 
 from shardwise.plan.chosen import exchanged
+from shardwise.plan.classes import rank_classes
 from shardwise.plan.coverage import arriving_directly, require_covered
-from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange
+from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange, slices_of
+from shardwise.plan.job_cost import JobCost, Staging, add_cost, cost_of_job
 from shardwise.plan.layout import Layout, Part
-from shardwise.plan.load_plan import Fragment, LoadPlan, Read, plan_load
-from shardwise.plan.routes import ROUTES, Division, Route, Sharing, Sight, choose_route, divide
+from shardwise.plan.load_plan import Fragment, Read, ReadPlan, plan_reads
+from shardwise.plan.routes import ROUTES, Division, JobDivision, Route, Sharing, Sight, choose_route, divide
 from shardwise.plan.scatter_plan import (
     BUCKETS_IN_FLIGHT,
     Bucket,
@@ -15,6 +17,7 @@ from shardwise.plan.scatter_plan import (
     ScatterPlan,
     plan_scatter,
 )
+from shardwise.plan.slices import Extent, Slice, Slices
 from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
 
 __all__ = [
@@ -24,29 +27,39 @@ __all__ = [
     "DirectBucket",
     "Division",
     "ExchangePlan",
+    "Extent",
     "Fragment",
+    "JobCost",
+    "JobDivision",
     "Layout",
-    "LoadPlan",
     "Mapped",
     "Part",
     "Piece",
     "PlannedTensor",
     "Read",
+    "ReadPlan",
     "Round",
     "Route",
     "ScatterPlan",
     "Sharing",
     "Sight",
+    "Slice",
+    "Slices",
+    "Staging",
     "StoredPiece",
     "Transfer",
     "WantedTensor",
+    "add_cost",
     "arriving_directly",
     "as_stored",
     "choose_route",
+    "cost_of_job",
     "divide",
     "exchanged",
     "plan_exchange",
-    "plan_load",
+    "plan_reads",
     "plan_scatter",
+    "rank_classes",
     "require_covered",
+    "slices_of",
 ]

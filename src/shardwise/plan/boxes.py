@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from shardwise.conversion import Piece
 from shardwise.tensors import Region
 
 ALIGNMENT_BYTES = 16
@@ -65,3 +66,20 @@ def cut(region: Region, strides: tuple[int, ...], max_span: int) -> Iterator[Reg
 def split_region(region: Region, *, max_numel: int) -> Iterator[Region]:
     """Cut a region that is packed on its own into parts of at most `max_numel` elements."""
     return cut(region, row_major_strides(region.shape), max_numel)
+
+
+def shift_of(piece: Piece, shape: Sequence[int]) -> int | None:
+    """Return what to add to the place of an element in the source to get its place in the target, both row by row.
+
+    Args:
+        piece: Of a source.
+        shape: Of the target.
+
+    Returns:
+        The number; None where it differs between elements of the piece.
+    """
+    strides = row_major_strides(shape)
+    loops = zip(piece.target_dims, piece.target_strides, piece.source_strides, strict=True)
+    if any(strides[dim] * step != source for dim, step, source in loops):
+        return None
+    return offset_of(piece.target_start, strides) - piece.source_start

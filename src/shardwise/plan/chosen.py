@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardwise.conversion import Piece
+from shardwise.plan.boxes import shift_of
 from shardwise.plan.wanted import WantedTensor
 
 MAX_WASTE = 1.02
@@ -13,6 +14,8 @@ SMALL_BYTES = 256 * 2**10
 """A rank's run of bytes below this is a small read."""
 SMALL_TENSORS = 64
 """So many small runs in a row are read together."""
+
+_JUDGED_RANKS = 64  # of very many, every so many-th one stands for the others
 
 
 def exchanged(wanted: Sequence[WantedTensor], *, ranks: Sequence[int]) -> frozenset[int]:
@@ -64,14 +67,22 @@ class _Judge:
         """Return whether runs of bytes that cover what each rank needs hold much that it does not need."""
         key = (id(tensor.layout), tensor.shape, tuple(each.piece for each in tensor.pieces))
         if key not in self._known:
-            needed = spanned = 0
-            for rank in self._ranks:
-                for each in tensor.pieces:
-                    for piece in tensor.layout.local_pieces(each.piece, tensor.shape, rank):
-                        needed += piece.numel
-                        spanned += piece.source_span
-            self._known[key] = spanned > MAX_WASTE * needed
+            self._known[key] = self._wastes(tensor)
         return self._known[key]
+
+    def _wastes(self, tensor: WantedTensor) -> bool:
+        pieces = [each.piece for each in tensor.pieces]
+        if tensor.layout.shards_rows_only and all(
+            piece.is_one_run and shift_of(piece, tensor.shape) is not None for piece in pieces
+        ):
+            return False  # rows of such a piece are one run as well
+        needed = spanned = 0
+        for rank in self._ranks[:: max(1, len(self._ranks) // _JUDGED_RANKS)]:
+            for piece in pieces:
+                for local in tensor.layout.local_pieces(piece, tensor.shape, rank):
+                    needed += local.numel
+                    spanned += local.source_span
+        return spanned > MAX_WASTE * needed
 
     def is_small(self, tensor: WantedTensor) -> bool:
         """Return whether the first rank's part of a tensor is runs of few bytes that are not mapped."""

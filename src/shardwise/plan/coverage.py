@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 from shardwise.errors import CheckpointError
-from shardwise.plan.load_plan import LoadPlan
+from shardwise.plan.load_plan import ReadPlan
 from shardwise.plan.wanted import WantedTensor
 
 
-def arriving_directly(plan: LoadPlan, wanted: Iterable[WantedTensor]) -> dict[str, int]:
+def arriving_directly(plan: ReadPlan, wanted: Iterable[WantedTensor]) -> dict[str, int]:
     """Return how many elements of each shard are mapped or read by this rank for itself, by fqn."""
     itemsize = {tensor.fqn: tensor.dtype.itemsize for tensor in wanted}
     found = {item.fqn: item.nbytes // itemsize[item.fqn] for item in plan.mapped}

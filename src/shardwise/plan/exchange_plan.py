@@ -2,9 +2,12 @@
 
 Two kinds of tensor go this way. A rank's part may be many short runs of bytes, as of a shard on a dim other than 0 or of a
 transposed weight, so that every rank would read nearly the whole tensor to get its elements. And thousands of small parts
-would be as many small reads on every rank. Their bytes are cut into slices in file order, dealt out to the ranks in turn,
-and exchanged in rounds: in one round each rank reads one slice and one all-to-all moves the pieces. Where one rank alone
-holds the bytes, it reads all slices.
+would be as many small reads on every rank. Their bytes are cut into extents in file order, and dealt out to the ranks in
+turn. In one round each rank hands out one slice of what it has read, and one all-to-all moves the pieces. Where one rank
+alone holds the bytes, it reads everything.
+
+A slice is as large as three buffers allow: it fits one itself; what its reader sends of it fits one, also if several ranks
+keep copies; and what the slices of one round bring to one rank fits one. All ranks find the same size.
 
 A plan keeps the slices and what they bring to this rank in all. Rounds are made when they are carried out: of all ranks'
 messages together they are N times as many as one rank's own.
@@ -12,16 +15,22 @@ messages together they are N times as many as one rank's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from shardwise.conversion import Piece
 from shardwise.plan.boxes import aligned
-from shardwise.plan.slices import Slice, Unit, slices_of
+from shardwise.plan.cutting import cut_strips
+from shardwise.plan.equal_runs import equal_runs
+from shardwise.plan.round_load import RoundLoad
+from shardwise.plan.slices import Counts, Extent, Slice, Slices, Unit
+from shardwise.plan.strips import Strip, strips_of
 from shardwise.plan.wanted import WantedTensor
+
+_LEAST_BYTES = 16  # holds an element of any dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +62,7 @@ class Round:
     """One rank's part in one round.
 
     Args:
-        read: What it reads; None where the slices ran out.
+        read: The slice that it hands out; None where it has none left.
         kept: What it takes of its own slice.
         outgoing: For each rank, in the order of the plan's ranks; none for itself.
         incoming: From each rank, in the same order; none from itself.
@@ -69,7 +78,7 @@ class Round:
     receive_bytes: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExchangePlan:
     """One rank's part in an exchange.
 
@@ -77,7 +86,10 @@ class ExchangePlan:
         wanted: The tensors; the same on all ranks.
         ranks: Global ranks that take part.
         rank: This one.
-        of_reader: What each rank reads, in the order of `ranks`, one slice in each round.
+        readers: Those of them that read.
+        slices: That they read.
+        buffer_bytes: Bound of what a rank reads at once, sends or receives in one round, in bytes, alignment aside.
+        reaching: Which slices hold something of this rank, in order.
         arriving: Elements that reach this rank's shards, by fqn, with those that it reads itself.
         network_bytes: Of messages from other ranks, alignment included.
     """
@@ -85,30 +97,52 @@ class ExchangePlan:
     wanted: tuple[WantedTensor, ...]
     ranks: tuple[int, ...]
     rank: int
-    of_reader: tuple[tuple[Slice, ...], ...]
+    readers: tuple[int, ...]
+    slices: Slices
+    buffer_bytes: int
+    reaching: Counts
     arriving: Mapping[str, int]
     network_bytes: int
 
     def __len__(self) -> int:
         """Return the number of rounds, equal on every rank."""
-        return max(len(slices) for slices in self.of_reader)
+        return self.slices.rounds
 
     @property
     def storage_bytes(self) -> int:
         """Bytes that this rank requests."""
-        return sum(each.nbytes for each in self.of_reader[self.ranks.index(self.rank)])
+        at = self._reader
+        return int(self.slices.bytes_of_reader[at]) if at is not None else 0
+
+    @property
+    def _reader(self) -> int | None:
+        return self.readers.index(self.rank) if self.rank in self.readers else None
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield what this rank reads at once, in order: slices that follow each other, up to a buffer's size."""
+        if self._reader is not None:
+            yield from self.slices.extents(self._reader)
 
     def rounds(self) -> Iterator[Round]:
         """Yield this rank's part in each round, in order."""
         own = self.ranks.index(self.rank)
-        for of_round in zip_longest(*self.of_reader):
-            read = of_round[own]
-            outgoing: list[tuple[Transfer, ...]] = []
-            incoming: list[tuple[Transfer, ...]] = []
-            for position, other in enumerate(self.ranks):
-                of_other = of_round[position]
-                outgoing.append(_transfers(read, self.wanted, other) if position != own else ())
-                incoming.append(_transfers(of_other, self.wanted, self.rank) if position != own else ())
+        position_of = {rank: position for position, rank in enumerate(self.ranks)}
+        turns = self.slices.round_of[self.reaching]
+        order = np.argsort(turns, kind="stable")  # rounds are met one after the other
+        first_of_turn = np.searchsorted(turns[order], np.arange(len(self) + 1))
+        for turn in range(len(self)):
+            number = self.slices.number(self._reader, turn) if self._reader is not None else None
+            read = self.slices.slice(number) if number is not None else None
+            incoming: list[tuple[Transfer, ...]] = [()] * len(self.ranks)
+            for at in order[first_of_turn[turn] : first_of_turn[turn + 1]]:
+                reaching = self.reaching[at]
+                sender = position_of[self.readers[self.slices.reader[reaching]]]
+                if sender != own:
+                    incoming[sender] = _transfers(self.slices.slice(reaching), self.wanted, self.rank)
+            outgoing: list[tuple[Transfer, ...]] = [()] * len(self.ranks)
+            for rank in _owners(read, self.wanted, self.ranks):
+                if rank != self.rank and rank in position_of:
+                    outgoing[position_of[rank]] = _transfers(read, self.wanted, rank)
             yield Round(
                 read=read,
                 kept=_transfers(read, self.wanted, self.rank),
@@ -117,6 +151,52 @@ class ExchangePlan:
                 send_bytes=tuple(map(_length, outgoing)),
                 receive_bytes=tuple(map(_length, incoming)),
             )
+
+
+def slices_of(
+    wanted: Sequence[WantedTensor],
+    chosen: frozenset[int],
+    *,
+    ranks: Sequence[int],
+    buffer_bytes: int,
+    readers: Sequence[int],
+    reader_of: Callable[[str], int] | None,
+) -> Slices:
+    """Return what is read in an exchange, by which rank and in which round; the same on all ranks.
+
+    Args:
+        wanted: The tensors; the same on all ranks.
+        chosen: Indices of those that are exchanged.
+        ranks: Global ranks that take part, in one order on all of them; what only others own is not read.
+        buffer_bytes: Bound of what a rank reads, sends or receives in one round, in bytes, alignment aside.
+        readers: Those of `ranks` that read.
+        reader_of: From a file to the one of `readers` that alone can read it; None where all can.
+    """
+    strips = strips_of(wanted, chosen, owners=ranks)
+    position_of = {reader: position for position, reader in enumerate(readers)}
+    position_of_file = None if reader_of is None else lambda file: position_of[reader_of(file)]
+    load = RoundLoad(strips, wanted, owners=ranks, readers=readers)
+    buffer_bytes = slice_bytes = max(buffer_bytes, _LEAST_BYTES)
+    # Even if all that is read in one round were one rank's, it would fit a buffer.
+    least_bytes = max(_LEAST_BYTES, buffer_bytes // max(1, len(readers) * _most_takers(strips)))
+    while True:
+        slices = cut_strips(
+            strips,
+            extent_bytes=buffer_bytes,
+            slice_bytes=slice_bytes,
+            readers=len(readers),
+            reader_of=position_of_file,
+        )
+        most_bytes = load.most_bytes(slices) if slice_bytes > least_bytes else 0
+        if most_bytes <= buffer_bytes:
+            return replace(slices, most_received_bytes=most_bytes or buffer_bytes)
+        # What one rank gets in a round shrinks with the slices, more or less.
+        slice_bytes = max(least_bytes, min(slice_bytes * 7 // 8, slice_bytes * buffer_bytes // most_bytes))
+
+
+def _most_takers(strips: Sequence[Strip]) -> int:
+    """Return how many tensors take one element of a stored one, at most."""
+    return max((-(-sum(piece.numel for _, piece in s.takers) // (s.high - s.low)) for s in strips), default=1)
 
 
 def plan_exchange(
@@ -128,6 +208,7 @@ def plan_exchange(
     buffer_bytes: int,
     readers: Sequence[int],
     reader_of: Callable[[str], int] | None = None,
+    slices: Slices | None = None,
 ) -> ExchangePlan:
     """Plan one rank's part in the exchange.
 
@@ -139,32 +220,68 @@ def plan_exchange(
         buffer_bytes: Bound of what a rank reads, sends or receives in one round, in bytes, alignment aside.
         readers: Those of `ranks` that read.
         reader_of: From a file to the one of `readers` that alone can read it; None where all can.
+        slices: As `slices_of` returned for the same arguments, which count for all ranks; None to make them.
 
     Returns:
         The plan.
     """
-    slices = slices_of(wanted, chosen, owners=ranks, buffer_bytes=buffer_bytes, readers=len(readers))
-    own = list(ranks).index(rank)
-    position_of = {reader: list(ranks).index(reader) for reader in readers}
-    of_reader: list[list[Slice]] = [[] for _ in ranks]
+    if slices is None:
+        slices = slices_of(
+            wanted, chosen, ranks=ranks, buffer_bytes=buffer_bytes, readers=readers, reader_of=reader_of
+        )
     arriving: dict[str, int] = {}
     network_bytes = 0
-    for number, each in enumerate(slices):
-        global_reader = reader_of(each.file) if reader_of is not None else readers[number % len(readers)]
-        reader = position_of[global_reader]
-        of_reader[reader].append(each)
-        message = _transfers(each, wanted, rank)
-        network_bytes += _length(message) if reader != own else 0
+    reaching = _reaching(rank, slices, wanted)
+    for number in reaching.tolist():
+        message = _transfers(slices.slice(number), wanted, rank)
+        network_bytes += _length(message) if readers[slices.reader[number]] != rank else 0
         for transfer in message:
             arriving[transfer.fqn] = arriving.get(transfer.fqn, 0) + transfer.piece.numel
     return ExchangePlan(
         wanted=tuple(wanted),
         ranks=tuple(ranks),
         rank=rank,
-        of_reader=tuple(map(tuple, of_reader)),
+        readers=tuple(readers),
+        slices=slices,
+        buffer_bytes=buffer_bytes,
+        reaching=reaching,
         arriving=arriving,
         network_bytes=network_bytes,
     )
+
+
+def _reaching(rank: int, slices: Slices, wanted: Sequence[WantedTensor]) -> Counts:
+    """Return which slices may hold something of a rank, in order."""
+    found: list[tuple[int, int, int]] = []
+    for number, strip in enumerate(slices.strips):
+        low, high = strip.high, strip.low
+        for index, piece in strip.takers:
+            tensor = wanted[index]
+            for local in tensor.layout.local_pieces(piece, tensor.shape, rank):
+                low = min(low, local.source_start)
+                high = max(high, local.source_start + local.source_span)
+        low, high = max(low, strip.low), min(high, strip.high)
+        if low < high:
+            found.append((number, low - strip.low, high - strip.low))
+    return slices.holding(found)
+
+
+def _owners(read: Slice | None, wanted: Sequence[WantedTensor], ranks: Sequence[int]) -> Collection[int]:
+    """Return ranks of which a slice may hold something; all, where only a look at each of them would tell."""
+    owners: set[int] = set()
+    for unit in read.units if read is not None else ():
+        for index, piece in unit.takers:
+            tensor = wanted[index]
+            runs = equal_runs(piece, tensor.shape, tensor.layout)
+            if runs is None:
+                return ranks
+            low = max(unit.low, piece.source_start) + runs.offset
+            high = min(unit.high, piece.source_start + piece.source_span) + runs.offset
+            if low < high:
+                shards = tensor.layout.ranks_of_shards
+                for of_shard in shards[low // runs.numel : (high - 1) // runs.numel + 1]:
+                    owners.update(of_shard)
+    return owners
 
 
 def _length(message: tuple[Transfer, ...]) -> int:
@@ -176,13 +293,14 @@ def _transfers(read: Slice | None, wanted: Sequence[WantedTensor], owner: int) -
     transfers: list[Transfer] = []
     offset = 0
     for unit in read.units if read is not None else ():
-        itemsize = unit.stored.dtype.itemsize
-        origin = unit.stored.start - read.start  # type: ignore[union-attr]
+        stored = unit.strip.stored
+        itemsize = stored.dtype.itemsize
+        origin = stored.start - read.start  # type: ignore[union-attr]
         for index, piece in _owned(unit, wanted, owner):
             transfers.append(
                 Transfer(
                     fqn=wanted[index].fqn,
-                    dtype=unit.stored.dtype,
+                    dtype=stored.dtype,
                     piece=piece,
                     slice_offset=origin + piece.source_start * itemsize,
                     message_offset=offset,

@@ -143,6 +143,22 @@ class Layout:
             self._replicas_of_rank[rank] = () if own is None else tuple(self._ranks_along_copies(own))
         return self._replicas_of_rank[rank]
 
+    @cached_property
+    def replica_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that keep the same elements, group by group, all in order; nothing where each element is kept once."""
+        if self.copies == 1:
+            return ()
+        return tuple(sorted(tuple(sorted(group)) for group in self.ranks_of_shards))
+
+    @cached_property
+    def ranks_of_shards(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that keep each shard, by the coordinates of the axes that shard, outer ones first."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in self.mesh_ranks:
+            kept = zip(self.coordinate(rank) or (), self.placements, strict=True)
+            groups.setdefault(tuple(at for at, p in kept if not isinstance(p, Replicate)), []).append(rank)
+        return tuple(tuple(groups[shard]) for shard in sorted(groups))
+
     def _ranks_along_copies(self, own: tuple[int, ...]) -> Iterator[int]:
         axes = (
             range(size) if isinstance(placement, Replicate) else (at,)

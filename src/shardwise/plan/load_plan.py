@@ -69,7 +69,7 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadPlan:
+class ReadPlan:
     """What one rank reads.
 
     Args:
@@ -95,14 +95,14 @@ class LoadPlan:
         return sum(read.nbytes for read in self.reads) + self.mapped_bytes
 
 
-def plan_load(
+def plan_reads(
     wanted: Sequence[WantedTensor],
     *,
     rank: int,
     max_read_bytes: int,
     max_gap_bytes: int = MAX_GAP_BYTES,
     node_of: Mapping[int, str] | None = None,
-) -> LoadPlan:
+) -> ReadPlan:
     """Plan what one rank reads so that it holds its parts of all tensors.
 
     Args:
@@ -119,7 +119,7 @@ def plan_load(
         ConfigurationError: `max_read_bytes` is smaller than one element.
     """
     if max_read_bytes < 16:
-        raise ConfigurationError(f"plan_load: expected max_read_bytes of at least 16, got {max_read_bytes}")
+        raise ConfigurationError(f"plan_reads: expected max_read_bytes of at least 16, got {max_read_bytes}")
     mapped: list[Mapped] = []
     shared: set[str] = set()
     fragments: list[tuple[str, Fragment]] = []
@@ -136,7 +136,7 @@ def plan_load(
                 (each.stored.file, fragment)
                 for fragment in fragments_of(tensor.fqn, each.stored, each.piece, max_read_bytes)
             )
-    return LoadPlan(
+    return ReadPlan(
         rank=rank,
         mapped=tuple(mapped),
         reads=tuple(coalesce(fragments, max_read_bytes=max_read_bytes, max_gap_bytes=max_gap_bytes)),

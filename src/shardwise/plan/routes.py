@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from shardwise.conversion import Piece
 from shardwise.errors import ConfigurationError
 from shardwise.plan.chosen import MAX_WASTE, exchanged
+from shardwise.plan.equal_runs import EqualRuns, equal_runs
 from shardwise.plan.layout import Layout
 from shardwise.plan.wanted import WantedTensor
 
@@ -117,6 +119,30 @@ class Division:
     converters: Sharing
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobDivision:
+    """How the reading is divided among all ranks.
+
+    Args:
+        direct: Indices of the tensors of which every rank reads its own bytes.
+        sharings: For each kind of sharing, in the order in which all ranks go through theirs, every group's.
+        converters: Every group's; each rank is in one of them.
+    """
+
+    direct: tuple[int, ...]
+    sharings: tuple[tuple[Sharing, ...], ...]
+    converters: tuple[Sharing, ...]
+
+    def of(self, rank: int) -> Division:
+        """Return it as one rank sees it."""
+        of_rank = (each for groups in self.sharings for each in groups if rank in each.ranks)
+        return Division(
+            direct=self.direct,
+            sharings=tuple(of_rank),
+            converters=next(each for each in self.converters if rank in each.ranks),
+        )
+
+
 def choose_route(asked: str, wanted: Sequence[WantedTensor], sight: Sight, *, max_read_bytes: int) -> Route:
     """Return the route of a source, the same on all ranks.
 
@@ -146,7 +172,7 @@ def choose_route(asked: str, wanted: Sequence[WantedTensor], sight: Sight, *, ma
             name="replicate",
             reason=f"ranks keep copies: each alone would request {requested / stored:.2f} times what is stored",
         )
-    reads, nbytes = _reads_of(wanted, sight.ranks[0], max_read_bytes)
+    reads, nbytes = _reads_of(wanted, sight, max_read_bytes)
     if (
         len(sight.ranks) >= STRIPED_FROM_RANKS
         and reads >= STRIPED_FROM_READS
@@ -154,43 +180,57 @@ def choose_route(asked: str, wanted: Sequence[WantedTensor], sight: Sight, *, ma
     ):
         return Route(
             name="striped",
-            reason=f"a rank would make {reads:,} reads of {nbytes / reads / 2**10:,.0f} KiB on average",
+            reason=f"a rank would make {reads:,.0f} reads of {nbytes / reads / 2**10:,.0f} KiB on average",
         )
     return Route(name="direct", reason="every rank reads the files, and no two keep the same elements")
 
 
-def divide(route: Route, wanted: Sequence[WantedTensor], sight: Sight, *, rank: int) -> Division:
+def divide(route: Route, wanted: Sequence[WantedTensor], sight: Sight) -> JobDivision:
     """Divide the reading of a source among the ranks.
 
     Args:
         route: As `choose_route` returned it.
         wanted: What of the model comes from the source; the same on all ranks.
         sight: Of the source.
-        rank: Global rank.
     """
     everyone = frozenset(range(len(wanted)))
     if len(sight.ranks) == 1:
         alone = Sharing(ranks=sight.ranks, readers=sight.ranks, chosen=frozenset())
-        return Division(direct=tuple(sorted(everyone)), sharings=(), converters=alone)
+        return JobDivision(direct=tuple(sorted(everyone)), sharings=(), converters=(alone,))
     if route.name in ("rank0", "node", "striped"):
-        ranks, readers = _all_through(route.name, sight, rank)
-        sharing = Sharing(ranks=ranks, readers=readers, chosen=everyone)
-        return Division(direct=(), sharings=(sharing,) if everyone else (), converters=sharing)
+        sharings = tuple(
+            Sharing(ranks=ranks, readers=readers, chosen=everyone)
+            for ranks, readers in _groups_of_all(route.name, sight)
+        )
+        return JobDivision(direct=(), sharings=(sharings,) if everyone else (), converters=sharings)
     together = exchanged(wanted, ranks=sight.ranks)
     converters = Sharing(ranks=sight.ranks, readers=sight.ranks, chosen=frozenset())
-    sharings = [Sharing(ranks=sight.ranks, readers=sight.ranks, chosen=together)] if together else []
+    kinds: list[tuple[Sharing, ...]] = []
+    if together:
+        kinds.append((Sharing(ranks=sight.ranks, readers=sight.ranks, chosen=together),))
     of_partition: dict[_Groups, set[int]] = {}
     if route.name == "replicate":
-        for index in sorted(everyone - together):
-            groups = _replica_groups(wanted[index].layout)
+        for layout, indices in _by_layout(wanted, everyone - together):
+            groups = layout.replica_groups
             if groups:
-                of_partition.setdefault(groups, set()).add(index)
+                of_partition.setdefault(groups, set()).update(indices)
     for groups in sorted(of_partition):  # the same order on all ranks: each waits for the others of its group
-        for own in (group for group in groups if rank in group):
-            chosen = frozenset(of_partition[groups])
-            sharings.append(Sharing(ranks=own, readers=own, chosen=chosen, keep_the_same=True))
+        chosen = frozenset(of_partition[groups])
+        kinds.append(
+            tuple(Sharing(ranks=group, readers=group, chosen=chosen, keep_the_same=True) for group in groups)
+        )
     shared = together.union(*of_partition.values())
-    return Division(direct=tuple(sorted(everyone - shared)), sharings=tuple(sharings), converters=converters)
+    return JobDivision(
+        direct=tuple(sorted(everyone - shared)), sharings=tuple(kinds), converters=(converters,)
+    )
+
+
+def _by_layout(wanted: Sequence[WantedTensor], chosen: frozenset[int]) -> Iterator[tuple[Layout, list[int]]]:
+    found: dict[int, tuple[Layout, list[int]]] = {}
+    for index in sorted(chosen):
+        layout = wanted[index].layout
+        found.setdefault(id(layout), (layout, []))[1].append(index)
+    yield from found.values()
 
 
 def _require_sight(asked: str, sight: Sight) -> None:
@@ -218,21 +258,15 @@ def _around_blind_ranks(sight: Sight) -> Route:
     )
 
 
-def _all_through(route: str, sight: Sight, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ranks that exchange everything, and those of them that read."""
+def _groups_of_all(route: str, sight: Sight) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield each group of ranks that exchange everything, and those of them that read."""
     if route == "striped":
-        return sight.ranks, sight.ranks
-    if route == "rank0":
-        return sight.ranks, sight.readers[:1]
-    node = sight.node_of[rank]
-    return sight.ranks_of_node[node], (sight.reader_of_node[node],)
-
-
-def _replica_groups(layout: Layout) -> _Groups:
-    """Return the ranks that keep the same elements, group by group; nothing where each element is kept once."""
-    if layout.copies == 1:
-        return ()
-    return tuple(sorted({tuple(sorted(layout.replicas(rank))) for rank in layout.mesh_ranks}))
+        yield sight.ranks, sight.ranks
+    elif route == "rank0":
+        yield sight.ranks, sight.readers[:1]
+    else:
+        for node, ranks in sight.ranks_of_node.items():
+            yield ranks, (sight.reader_of_node[node],)
 
 
 def _requested_and_stored(wanted: Sequence[WantedTensor], sight: Sight) -> tuple[int, int]:
@@ -241,30 +275,45 @@ def _requested_and_stored(wanted: Sequence[WantedTensor], sight: Sight) -> tuple
     Pages that ranks of one node map are in its memory once.
     """
     requested = stored = 0
+    nodes_of: dict[int, int] = {}  # of each layout: that keep an element of it, at most
     for tensor in wanted:
         nbytes = sum(each.piece.numel * each.stored.dtype.itemsize for each in tensor.pieces)
         stored += nbytes
         copies = tensor.layout.copies
         if copies > 1 and tensor.always_mapped:
-            copies = max(
-                len({sight.node_of[replica] for replica in tensor.layout.replicas(rank)})
-                for rank in tensor.layout.mesh_ranks
-            )
+            if id(tensor.layout) not in nodes_of:
+                nodes_of[id(tensor.layout)] = max(
+                    len({sight.node_of[replica] for replica in group})
+                    for group in tensor.layout.replica_groups
+                )
+            copies = nodes_of[id(tensor.layout)]
         requested += nbytes * copies
     return requested, stored
 
 
-def _reads_of(wanted: Sequence[WantedTensor], rank: int, max_read_bytes: int) -> tuple[int, int]:
-    """Return how many reads a rank would make for itself, and their bytes."""
-    sizes = list(_sizes_of_reads(wanted, rank))
-    return sum(-(-nbytes // max_read_bytes) for nbytes in sizes), sum(sizes)
-
-
-def _sizes_of_reads(wanted: Sequence[WantedTensor], rank: int) -> Iterator[int]:
+def _reads_of(wanted: Sequence[WantedTensor], sight: Sight, max_read_bytes: int) -> tuple[float, float]:
+    """Return how many reads a rank would make for itself, and their bytes: the mean of all ranks."""
+    reads: float = 0
+    nbytes: float = 0
+    known: dict[tuple[int, tuple[int, ...], Piece], EqualRuns | None] = {}
     for tensor in wanted:
-        if tensor.mapped_on(rank) is None:
-            for each in tensor.pieces_on(rank):
-                yield each.piece.numel * each.stored.dtype.itemsize
+        if tensor.always_mapped:
+            continue
+        layout, ranks = tensor.layout, len(tensor.layout.mesh_ranks)
+        for each in tensor.pieces:
+            key = (id(layout), tensor.shape, each.piece)
+            if key not in known:
+                known[key] = equal_runs(each.piece, tensor.shape, layout)
+            runs, itemsize = known[key], each.stored.dtype.itemsize
+            of_all = each.piece.numel * itemsize * layout.copies
+            nbytes += of_all
+            if runs is None:
+                reads += max(ranks, of_all / max_read_bytes)
+                continue
+            first = each.piece.source_start + runs.offset
+            owners = (first + each.piece.numel - 1) // runs.numel - first // runs.numel + 1
+            reads += max(owners * layout.copies, of_all / max_read_bytes)
+    return reads / len(sight.ranks), nbytes / len(sight.ranks)
 
 
 def _listed(ranks: Sequence[int]) -> str:

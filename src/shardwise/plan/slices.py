@@ -1,51 +1,51 @@
-"""What the ranks read in an exchange: the bytes of the chosen tensors, cut into slices in file order."""
+"""What the ranks read in an exchange, and hand out slice by slice.
+
+There may be millions of slices. They are kept as arrays, and become objects one by one, when they are carried out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
-from shardwise.checkpoint import StoredTensor
-from shardwise.conversion import Piece
-from shardwise.plan.wanted import WantedTensor
+import numpy as np
+from numpy.typing import NDArray
 
-_LEAST_BYTES = 16  # holds an element of any dtype
+from shardwise.plan.strips import Strip, Taker
 
-Taker = tuple[int, Piece]  # index into the wanted tensors, and what it takes of a whole stored tensor
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """A run of a stored tensor's elements, and the tensors of the model that take from it.
+    """A run of a strip's elements.
 
     Args:
-        stored: The tensor.
-        low: First element, inclusive.
+        strip: That it is a part of.
+        low: First element of the stored tensor, inclusive.
         high: Last element, exclusive.
-        takers: Index into the wanted tensors, and the piece that it takes of the whole stored tensor.
-        is_whole: Whether it is all that anybody takes of the stored tensor.
     """
 
-    stored: StoredTensor
+    strip: Strip
     low: int
     high: int
-    takers: tuple[Taker, ...]
-    is_whole: bool
 
     @property
-    def start(self) -> int:
-        """First byte in the file."""
-        return self.stored.start + self.low * self.stored.dtype.itemsize
+    def takers(self) -> tuple[Taker, ...]:
+        """Who takes what of the whole stored tensor."""
+        return self.strip.takers
 
     @property
-    def stop(self) -> int:
-        """Byte after the last one in the file."""
-        return self.stored.start + self.high * self.stored.dtype.itemsize
+    def is_whole(self) -> bool:
+        """Whether it is all that anybody takes of the stored tensor."""
+        return self.strip.is_whole and (self.low, self.high) == (self.strip.low, self.strip.high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """What one rank reads in one round: units that follow each other in one file."""
+    """What one rank reads and hands out in one round: units that follow each other in one file."""
 
     file: str
     start: int
@@ -58,124 +58,178 @@ class Slice:
         return self.stop - self.start
 
 
-def slices_of(
-    wanted: Sequence[WantedTensor],
-    chosen: frozenset[int],
-    *,
-    owners: Sequence[int],
-    buffer_bytes: int,
-    readers: int,
-) -> list[Slice]:
-    """Cut the bytes that some ranks take of the chosen tensors into slices, in file order.
-
-    A slice holds so little that three buffers suffice: it fits one itself; all that its reader sends of it fits one, also
-    if several ranks keep copies; and what the slices of one round bring to one rank fits one, even if that is all of them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """Slices of one reader that follow each other in one file, and are read at once.
 
     Args:
-        wanted: The tensors.
-        chosen: Indices of those that are exchanged.
-        owners: Global ranks that exchange them; what only others own is not read.
-        buffer_bytes: Size of each buffer, alignment aside.
-        readers: How many ranks read in one round.
+        file: Within the source.
+        start: First byte, inclusive.
+        stop: Last byte, exclusive.
+        slices: How many.
     """
-    takers: dict[str, tuple[StoredTensor, list[Taker]]] = {}
-    spans = _Spans(wanted, owners)
-    for index in sorted(chosen):
-        for each in wanted[index].pieces:
-            takers.setdefault(each.stored.name, (each.stored, []))[1].append((index, each.piece))
-    slices: list[Slice] = []
-    pending: list[Unit] = []
-    used_bytes = 0  # of the buffer that the pending units fill first
 
-    def close() -> None:
-        nonlocal used_bytes
-        if pending:
-            slices.append(
-                Slice(
-                    file=pending[0].stored.file,
-                    start=pending[0].start,
-                    stop=pending[-1].stop,
-                    units=tuple(pending),
-                )
-            )
-            pending.clear()
-            used_bytes = 0
+    file: str
+    start: int
+    stop: int
+    slices: int
 
-    for stored, of_stored in sorted(takers.values(), key=lambda item: (item[0].file, item[0].start)):
-        weight = _weight(wanted, of_stored, readers)
-        for unit in _units(stored, tuple(of_stored), spans, max(_LEAST_BYTES, buffer_bytes // weight)):
-            follows = (
-                bool(pending) and pending[-1].stored.file == stored.file and pending[-1].stop == unit.start
-            )
-            more_bytes = (unit.stop - unit.start) * weight
-            if not follows or used_bytes + more_bytes > buffer_bytes:
-                close()
-            pending.append(unit)
-            used_bytes += more_bytes
-    close()
-    return slices
+    @property
+    def nbytes(self) -> int:
+        """Bytes read."""
+        return self.stop - self.start
 
 
-def _weight(wanted: Sequence[WantedTensor], takers: Sequence[Taker], readers: int) -> int:
-    """Return how many bytes of the fullest buffer one byte of a stored tensor takes."""
-    first, last = _bounds(takers)
-    taken = sum(piece.numel for _, piece in takers)
-    sent = sum(piece.numel * wanted[index].layout.copies for index, piece in takers)
-    return max(readers * _times(taken, last - first), _times(sent, last - first))
-
-
-def _times(taken: int, span: int) -> int:
-    return max(1, -(-taken // span))
-
-
-def _bounds(takers: Sequence[Taker]) -> tuple[int, int]:
-    first = min(piece.source_start for _, piece in takers)
-    last = max(piece.source_start + piece.source_span for _, piece in takers)
-    return first, last
-
-
-def _units(stored: StoredTensor, takers: tuple[Taker, ...], spans: _Spans, unit_bytes: int) -> Iterator[Unit]:
-    step = unit_bytes // stored.dtype.itemsize
-    whole = _bounds(takers)
-    for first, last in spans.of(takers):
-        for low in range(first, last, step):
-            high = min(low + step, last)
-            yield Unit(stored=stored, low=low, high=high, takers=takers, is_whole=(low, high) == whole)
-
-
-class _Spans:
-    """Finds which runs of a stored tensor's elements hold all that some ranks own of it.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slices:
+    """All slices of an exchange, and which rank reads which in which round.
 
     Args:
-        wanted: The tensors.
-        owners: Global ranks.
+        strips: In file order.
+        readers: Number of ranks that read.
+        strip: Of each slice: the first of its strips, by index.
+        element: Of each slice: its first element, counted from the start of that strip.
+        start: Of each slice: first byte in the file.
+        stop: Of each slice: last byte in the file, exclusive.
+        reader: Of each slice: position among the readers.
+        extent: Of each slice: which of equal parts of everything it belongs to, in order.
+        most_sent_bytes: Of one slice by its reader, at most.
+        most_received_bytes: By one rank in one round, at most.
     """
 
-    def __init__(self, wanted: Sequence[WantedTensor], owners: Sequence[int]) -> None:
-        self._wanted = wanted
-        self._owners = owners
-        self._all_own: dict[int, bool] = {}  # by layout
+    strips: list[Strip]
+    readers: int
+    strip: Counts
+    element: Counts
+    start: Counts
+    stop: Counts
+    reader: Counts
+    extent: Counts
+    most_sent_bytes: int
+    most_received_bytes: int = 0
 
-    def of(self, takers: tuple[Taker, ...]) -> list[tuple[int, int]]:
-        """Return half-open runs in order, no two of which touch."""
-        if all(self._is_owned_by_all(index) for index, _ in takers):
-            return [_bounds(takers)]
-        found = sorted(
-            (piece.source_start, piece.source_start + piece.source_span)
-            for index, whole in takers
-            for owner in self._owners
-            for piece in self._wanted[index].layout.local_pieces(whole, self._wanted[index].shape, owner)
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return len(self.start)
+
+    @cached_property
+    def _order(self) -> Counts:
+        return np.argsort(self.reader, kind="stable")
+
+    @cached_property
+    def _first_of_reader(self) -> Counts:
+        return np.searchsorted(self.reader[self._order], np.arange(self.readers + 1))
+
+    @cached_property
+    def round_of(self) -> Counts:
+        """In which round each slice is read."""
+        found = np.empty(len(self), dtype=np.int64)
+        found[self._order] = np.arange(len(self)) - self._first_of_reader[self.reader[self._order]]
+        return found
+
+    @cached_property
+    def rounds(self) -> int:
+        """Number of rounds."""
+        return int(np.diff(self._first_of_reader).max(initial=0))
+
+    @cached_property
+    def bytes_of_reader(self) -> Counts:
+        """Bytes that each reader requests."""
+        return np.bincount(self.reader, weights=self.stop - self.start, minlength=self.readers).astype(
+            np.int64
         )
-        runs: list[tuple[int, int]] = []
-        for first, last in found:
-            if runs and first <= runs[-1][1]:
-                runs[-1] = (runs[-1][0], max(runs[-1][1], last))
-            else:
-                runs.append((first, last))
-        return runs
 
-    def _is_owned_by_all(self, index: int) -> bool:
-        layout = self._wanted[index].layout
-        if id(layout) not in self._all_own:
-            self._all_own[id(layout)] = set(layout.mesh_ranks) <= set(self._owners)
-        return self._all_own[id(layout)]
+    def number(self, reader: int, turn: int) -> int | None:
+        """Return which slice a reader reads in a round, None where it has none left."""
+        at = self._first_of_reader[reader] + turn
+        return int(self._order[at]) if at < self._first_of_reader[reader + 1] else None
+
+    def of_reader(self, reader: int) -> Counts:
+        """Return which slices a reader reads, in order."""
+        return self._order[self._first_of_reader[reader] : self._first_of_reader[reader + 1]]
+
+    @cached_property
+    def _elements_before(self) -> Counts:
+        return np.cumsum([0, *(strip.high - strip.low for strip in self.strips)])
+
+    @cached_property
+    def _first_element(self) -> Counts:
+        return self._elements_before[self.strip] + self.element
+
+    def holding(self, runs: Sequence[tuple[int, int, int]]) -> Counts:
+        """Return which slices hold something of some runs of elements, in order.
+
+        Args:
+            runs: Index of a strip, first element and the one after the last, counted from the start of the strip.
+        """
+        if not runs:
+            return np.zeros(0, dtype=np.int64)
+        strip, low, high = np.array(runs, dtype=np.int64).T
+        base = self._elements_before[strip]
+        first = np.searchsorted(self._first_element, base + low, side="right") - 1
+        last = np.searchsorted(self._first_element, base + high - 1, side="right")
+        marks = np.zeros(len(self) + 1, dtype=np.int64)
+        np.add.at(marks, first, 1)
+        np.add.at(marks, last, -1)
+        return np.flatnonzero(np.cumsum(marks[:-1]) > 0)
+
+    def slice(self, number: int | np.int64) -> Slice:
+        """Return one slice with its units."""
+        stop = int(self.stop[number])
+        units: list[Unit] = []
+        at, skipped = int(self.strip[number]), int(self.element[number])
+        file = self.strips[at].stored.file
+        while at < len(self.strips) and self.strips[at].stored.file == file:
+            strip = self.strips[at]
+            if strip.start >= stop:
+                break
+            high = min(strip.high, (stop - strip.stored.start) // strip.stored.dtype.itemsize)
+            units.append(Unit(strip=strip, low=strip.low + skipped, high=high))
+            at, skipped = at + 1, 0
+        return Slice(file=file, start=int(self.start[number]), stop=stop, units=tuple(units))
+
+    @cached_property
+    def _begins_extent(self) -> NDArray[np.bool_]:
+        """Whether each slice is read without the one before: another part, or not next to it in the file."""
+        file = np.cumsum([a.stored.file != b.stored.file for a, b in pairwise(self.strips[:1] + self.strips)])
+        of_slice = file[self.strip]
+        goes_on = (
+            (self.extent[1:] == self.extent[:-1])
+            & (self.start[1:] == self.stop[:-1])
+            & (of_slice[1:] == of_slice[:-1])
+        )
+        return np.append(True, ~goes_on)
+
+    @cached_property
+    def extents_of_reader(self) -> Counts:
+        """How many extents each reader reads."""
+        return np.bincount(self.reader[self._begins_extent[: len(self)]], minlength=self.readers)
+
+    @cached_property
+    def two_extents_bytes(self) -> Counts:
+        """Most bytes of one extent and the next, of each reader."""
+        head = np.flatnonzero(self._begins_extent[: len(self)])
+        nbytes = self.stop[np.append(head[1:], len(self)) - 1] - self.start[head] if len(head) else head
+        order = np.argsort(self.reader[head], kind="stable")
+        nbytes, reader = nbytes[order], self.reader[head][order]
+        following = np.append(nbytes[1:] * (reader[1:] == reader[:-1]), 0)[: len(nbytes)]
+        found = np.zeros(self.readers, dtype=np.int64)
+        np.maximum.at(found, reader, nbytes + following)
+        return found
+
+    def extents(self, reader: int) -> Iterator[Extent]:
+        """Yield what a reader reads at once, in the order of its rounds.
+
+        Args:
+            reader: Its position among the readers.
+        """
+        numbers = self.of_reader(reader)
+        heads = np.flatnonzero(self._begins_extent[numbers])
+        for head, after in pairwise([*heads.tolist(), len(numbers)]):
+            first, last = numbers[head], numbers[after - 1]
+            yield Extent(
+                file=self.strips[self.strip[first]].stored.file,
+                start=int(self.start[first]),
+                stop=int(self.stop[last]),
+                slices=after - head,
+            )

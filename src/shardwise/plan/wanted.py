@@ -57,7 +57,7 @@ class WantedTensor:
     dtype: torch.dtype
     layout: Layout
     pieces: tuple[StoredPiece, ...]
-    partial: bool
+    partial: bool = False
     may_map: bool
 
     def pieces_on(self, rank: int) -> Iterator[StoredPiece]:

@@ -72,7 +72,8 @@ class FSDPConfig:
             says for a module whether it becomes a unit.
         wrap_classes: Class names or classes of the layers that become units. Default: the model's
             `_no_split_modules`, else the entries of its module lists.
-        shard_placement_fn: As in `fully_shard`: the placement of one parameter, or None for dim 0.
+        shard_placement_fn: As in `fully_shard`: the placement of one parameter, or None for dim 0. Left out: dim 0, but for a
+            stack of matrices that dim 0 would pad to 1.25 times its size or more the first dim that the ranks divide.
         ignored_params: Names of parameters that stay whole on every rank; their gradients are not synchronised.
         sharding_strategy: FSDP1's word for `reshard_after_forward`: FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD.
         backward_prefetch: FSDP1's option. FSDP2 always prefetches like BACKWARD_PRE, the only value accepted.

@@ -101,7 +101,7 @@ def load_deferred(
             binding = bind(model, entries, opened.source, rename=None, conversions=None)
             permitted(binding.absent, missing, name=name, optional=binding.optional)
             check_bound(entries, binding.bound)
-            _await_values(model, entries, binding, chosen)
+            await_values(model, entries, binding, chosen)
             warn_of_unexpected(binding, name, agreement)
     if binding.aliases:
         staging_bytes = default_staging_bytes("cpu")  # the values stay on the host
@@ -110,7 +110,7 @@ def load_deferred(
     return model, Pretrained(name=str(name), absent=frozenset()), binding
 
 
-def _await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:
+def await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:
     """Put on meta whatever the checkpoint has values for, in the dtype in which the model's class keeps it.
 
     A constructor may make a tensor past every context, as `torch.Tensor(8).uniform_()` does; and on transformers 4.57

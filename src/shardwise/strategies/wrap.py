@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -44,6 +45,7 @@ from shardwise.profiling import LoadReport, phase, profile_memory
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.optimizers import DetachedOptimizer, check_optimizers, drop_references
+from shardwise.strategies.placement import log_placements, thrifty_placement
 from shardwise.strategies.wrapping import (
     Unit,
     apply_checkpointing,
@@ -392,10 +394,17 @@ def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions
     for parameter in ignored:
         if not parameter.is_meta:  # FSDP2 moves what it manages, and leaves these where they are
             parameter.data = parameter.data.to(device_of(options.mesh))
+    placement = config.shard_placement_fn
+    # With an int torch cuts what it reshards after forward as rows, whatever its dim, and the forward fails.
+    if placement is None and (config.reshard is None or isinstance(config.reshard, bool)):
+        shard_ranks = options.mesh.size(-1)
+        placement = thrifty_placement(shard_ranks)
+        if dist.get_rank() == source_rank_of(options.mesh):
+            log_placements(entries_of(model), ignored, shard_ranks=shard_ranks)
     shard = partial(
         fully_shard,
         mesh=options.mesh,
-        shard_placement_fn=config.shard_placement_fn,
+        shard_placement_fn=placement,
         offload_policy=config.offload_policy,
         ignored_params=ignored,
     )

@@ -1,0 +1,183 @@
+"""What a load costs on every rank of a job, without planning each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from shardwise.plan.exchange_plan import plan_exchange, slices_of
+from shardwise.plan.load_plan import Read, plan_reads
+from shardwise.plan.routes import JobDivision, Sharing, Sight
+from shardwise.plan.slices import Counts
+from shardwise.plan.wanted import WantedTensor
+
+_FEW_RANKS = 16
+"""So many ranks that keep the same are planned one by one: each reads, and so does not receive, a large part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """How large the buffers of a load are.
+
+    Args:
+        ring_buffers: Number of buffers that reads go through.
+        read_bytes: Size of each, and of the largest read.
+        exchange_bytes: Size of each buffer of an exchange.
+        in_place: Whether a read can go straight into a shard: host memory, in the stored dtype.
+    """
+
+    ring_buffers: int
+    read_bytes: int
+    exchange_bytes: int
+    in_place: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JobCost:
+    """Costs by rank, in the order of the job's ranks.
+
+    Args:
+        storage_bytes: Requested from storage, mapped pages included.
+        network_bytes: Received from other ranks.
+        reads: Calls that read; mapped pages are read when they are touched, and are not among them.
+        read_bytes: By these calls.
+        mapped_bytes: Of shards that are pages of the files.
+        staging_bytes: Most that the buffers in host memory hold at a time.
+        device_staging_bytes: The same in device memory.
+    """
+
+    storage_bytes: Counts
+    network_bytes: Counts
+    reads: Counts
+    read_bytes: Counts
+    mapped_bytes: Counts
+    staging_bytes: Counts
+    device_staging_bytes: Counts
+
+    @classmethod
+    def of_nothing(cls, ranks: int) -> JobCost:
+        """Return zeros, to be added to."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: np.zeros(ranks, dtype=np.int64) for name in names})
+
+
+def cost_of_job(
+    wanted: Sequence[WantedTensor],
+    division: JobDivision,
+    sight: Sight,
+    classes: Sequence[Sequence[int]],
+    *,
+    staging: Staging,
+) -> JobCost:
+    """Return what each rank reads and receives.
+
+    One rank of each class is planned as it would plan itself. What the ranks read of an exchange is counted for each of them.
+
+    Args:
+        wanted: What of a model comes from a source.
+        division: Of its reading.
+        sight: Of the source.
+        classes: As `rank_classes` returned them.
+        staging: Sizes of the buffers.
+    """
+    cost = JobCost.of_nothing(len(sight.ranks))
+    position_of = {rank: position for position, rank in enumerate(sight.ranks)}
+    class_of = {rank: number for number, members in enumerate(classes) for rank in members}
+    direct = [wanted[index] for index in division.direct]
+    dtype_of = {tensor.fqn: tensor.dtype for tensor in direct}
+    for members in classes if direct else ():
+        plan = plan_reads(direct, rank=members[0], max_read_bytes=staging.read_bytes, node_of=sight.node_of)
+        at = np.array([position_of[rank] for rank in members])
+        cost.storage_bytes[at] += plan.storage_bytes
+        cost.reads[at] += len(plan.reads)
+        cost.read_bytes[at] += sum(read.nbytes for read in plan.reads)
+        cost.mapped_bytes[at] += sum(mapped.nbytes for mapped in plan.mapped)
+        through = sorted(
+            read.nbytes for read in plan.reads if not (staging.in_place and _fits_in_place(read, dtype_of))
+        )
+        cost.staging_bytes[at] = sum(through[-staging.ring_buffers :])
+    for groups in division.sharings:
+        known: dict[tuple[tuple[int, ...], tuple[int, ...]], JobCost] = {}
+        for sharing in groups:
+            key = (
+                tuple(class_of[rank] for rank in sharing.ranks),
+                tuple(sharing.ranks.index(reader) for reader in sharing.readers)
+                if len(sharing.readers) < len(sharing.ranks)
+                else (),
+            )
+            if key not in known:
+                known[key] = _cost_of_sharing(wanted, sharing, class_of, staging=staging)
+            add_cost(cost, known[key], np.array([position_of[rank] for rank in sharing.ranks]))
+    return cost
+
+
+def add_cost(cost: JobCost, more: JobCost, at: Counts) -> None:
+    """Add the cost of some ranks; what they stage at different times is not added up.
+
+    Args:
+        cost: Of the job.
+        more: Of some ranks, for something that they do after the rest.
+        at: Positions of these ranks in the job.
+    """
+    cost.storage_bytes[at] += more.storage_bytes
+    cost.network_bytes[at] += more.network_bytes
+    cost.reads[at] += more.reads
+    cost.read_bytes[at] += more.read_bytes
+    cost.mapped_bytes[at] += more.mapped_bytes
+    cost.staging_bytes[at] = np.maximum(cost.staging_bytes[at], more.staging_bytes)
+    cost.device_staging_bytes[at] = np.maximum(cost.device_staging_bytes[at], more.device_staging_bytes)
+
+
+def _cost_of_sharing(
+    wanted: Sequence[WantedTensor], sharing: Sharing, class_of: dict[int, int], *, staging: Staging
+) -> JobCost:
+    cost = JobCost.of_nothing(len(sharing.ranks))
+    slices = slices_of(
+        wanted,
+        sharing.chosen,
+        ranks=sharing.ranks,
+        buffer_bytes=staging.exchange_bytes,
+        readers=sharing.readers,
+        reader_of=None,
+    )
+    position_of = {rank: position for position, rank in enumerate(sharing.ranks)}
+    readers = np.array([position_of[reader] for reader in sharing.readers])
+    cost.storage_bytes[readers] = cost.read_bytes[readers] = slices.bytes_of_reader
+    cost.reads[readers] = slices.extents_of_reader
+    if len(sharing.ranks) > 1:
+        received_of_class: dict[tuple[int, int | bool], int] = {}
+        each = sharing.keep_the_same and len(sharing.ranks) <= _FEW_RANKS
+        for position, rank in enumerate(sharing.ranks):
+            number = (class_of[rank], position if each else rank in sharing.readers)
+            if number not in received_of_class:
+                plan = plan_exchange(
+                    wanted,
+                    sharing.chosen,
+                    ranks=sharing.ranks,
+                    rank=rank,
+                    buffer_bytes=staging.exchange_bytes,
+                    readers=sharing.readers,
+                    slices=slices,
+                )
+                received_of_class[number] = plan.network_bytes
+            cost.network_bytes[position] = received_of_class[number]
+    sent = slices.most_sent_bytes if len(sharing.ranks) > 1 else 0
+    received = np.full(len(sharing.ranks), slices.most_received_bytes)
+    if len(sharing.readers) == 1:
+        received[readers] = 0
+    cost.staging_bytes[:] = received
+    cost.device_staging_bytes[:] = received
+    cost.staging_bytes[readers] += slices.two_extents_bytes
+    reads = readers[slices.bytes_of_reader > 0]
+    cost.staging_bytes[reads] += sent
+    cost.device_staging_bytes[reads] += sent
+    return cost
+
+
+def _fits_in_place(read: Read, dtype_of: Mapping[str, torch.dtype]) -> bool:
+    fragment = read.fragments[0]
+    same = fragment.stored.dtype == dtype_of[fragment.fqn]
+    return same and len(read.fragments) == 1 and fragment.piece.is_one_run

@@ -1,0 +1,152 @@
+"""A plan from headers says what a run reports, on every route and mesh."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import shardwise as sw
+from shardwise.testing import RankPool
+from tests.distributed.models import transformers_fuses_experts, write_checkpoint
+
+pytestmark = pytest.mark.distributed
+
+KINDS = ("qwen3_tied", "qwen3_moe", "gpt2", "qwen3_large")
+ROUTES = ("direct", "replicate", "node", "rank0", "striped", "auto")
+MEBIBYTE = 2**20
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint of each kind."""
+    root = tmp_path_factory.mktemp("plans")
+    return {kind: write_checkpoint(kind, root / kind) for kind in KINDS}
+
+
+def load(
+    directory: str, shape: tuple[int, ...], route: str, dtype: torch.dtype | None, cpu_storage: Any
+) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    names = ("dp_replicate", "dp_shard")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    strategy = sw.NativeFSDPStrategy(mesh, mixed_precision="no", route=route, cpu_storage=cpu_storage)
+    model = strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto")
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not serve this one unseen
+    strategy.wrap_model(model)
+    assert strategy.last_report is not None
+    return strategy.last_report.to_json()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(4,), (2, 2), (3,)], ids=str)
+@pytest.mark.parametrize("cpu_storage", ["copy", "auto"])
+def test_bytes_are_those_of_a_run(
+    pool: RankPool, checkpoints: dict[str, Path], kind: str, shape: tuple[int, ...], cpu_storage: Any
+) -> None:
+    directory = str(checkpoints[kind])
+    for route in ROUTES:
+        plan = sw.plan_load(
+            directory,
+            mesh_shape=shape,
+            route=route,
+            device="cpu",
+            ranks_per_node=math.prod(shape),
+            cpu_storage=cpu_storage,
+        )
+        report = pool.run(load, directory, shape, route, None, cpu_storage, ranks=math.prod(shape))[0]
+        got = (report["route"], report["route_reason"], report["storage_bytes"], report["network_bytes"])
+        assert (plan.route, plan.route_reason, plan.storage_bytes, plan.network_bytes) == got, route
+        by_rank = report["ranks"]
+        assert plan.rank_storage_bytes == max(rank["storage_bytes"] for rank in by_rank)
+        assert plan.rank_network_bytes == max(rank["network_bytes"] for rank in by_rank)
+        if cpu_storage == "copy":
+            assert plan.shard_bytes == max(rank["shard_bytes"] for rank in by_rank)
+
+
+@pytest.mark.skipif(not transformers_fuses_experts(), reason="transformers 4.57 declares no conversions")
+def test_bytes_of_conversions_of_whole_tensors(
+    pool: RankPool, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = str(checkpoints["qwen3_moe"])
+    for route in ("direct", "rank0", "striped"):
+        report = pool.run(load_refusing_traces, directory, route, ranks=4)[0]
+        with monkeypatch.context() as patch:
+            patch.setattr("shardwise.conversion.recipes._traced", refusing)
+            plan = sw.plan_load(
+                directory, mesh_shape=4, route=route, device="cpu", ranks_per_node=4, cpu_storage="copy"
+            )
+        got = report["storage_bytes"], report["network_bytes"]
+        assert (plan.storage_bytes, plan.network_bytes) == got, route
+
+
+def refusing(group: Any, stored: Any) -> Any:
+    from shardwise.conversion.tracing import NotTraceableError
+
+    raise NotTraceableError("as if it were arithmetic")
+
+
+def load_refusing_traces(directory: str, route: str) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shardwise.conversion.recipes._traced", refusing)
+        return load(directory, (4,), route, None, "copy")
+
+
+@pytest.fixture(scope="module")
+def model_of_200_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint large enough for its shards to stand out."""
+    from shardwise.compare.generated import generate_checkpoint
+
+    directory = tmp_path_factory.mktemp("large") / "model"
+    generate_checkpoint(
+        directory, config_kind="dense", parameters=105_000_000, dtype=torch.bfloat16, seed=0, files=2
+    )
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "route"),
+    [((2,), "direct"), ((2,), "rank0"), ((2,), "striped"), ((2, 2), "replicate"), ((2, 2), "node")],
+    ids=str,
+)
+def test_the_host_peak_is_within_a_tenth_of_the_measured_one(
+    pool: RankPool,
+    checkpoints: dict[str, Path],
+    model_of_200_mib: Path,
+    shape: tuple[int, ...],
+    route: str,
+    dtype: torch.dtype | None,
+) -> None:
+    directory = str(model_of_200_mib)
+    ranks = math.prod(shape)
+    # A first load imports modules, which would count here.
+    pool.run(load, str(checkpoints["qwen3_tied"]), shape, route, dtype, "copy", ranks=ranks)
+    plan = sw.plan_load(
+        directory,
+        mesh_shape=shape,
+        route=route,
+        dtype=dtype,
+        device="cpu",
+        ranks_per_node=ranks,
+        cpu_storage="copy",
+    )
+    report = pool.run(load, directory, shape, route, dtype, "copy", ranks=ranks)[0]
+    measured = max(rank["host_anon_peak_bytes"] for rank in report["ranks"])
+    print(
+        shape,
+        route,
+        dtype,
+        f"{plan.host_peak_bytes / MEBIBYTE:.1f}",
+        f"{measured / MEBIBYTE:.1f}",
+        f"{plan.shard_bytes / MEBIBYTE:.1f}",
+    )
+    assert abs(plan.host_peak_bytes - measured) <= 0.1 * measured

@@ -1,0 +1,65 @@
+"""Run every fault on every route and write what the ranks saw to `docs/faults.md`.
+
+python -m tests.distributed.write_faults
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from shardwise.testing import RankPool
+from tests.distributed.faults import FAULTS, RANKS, ROUTES, Seen, run_fault, write_files
+
+TARGET = Path(__file__).parents[2] / "docs" / "faults.md"
+_LONGEST = 220  # characters of a message
+
+
+def main() -> None:
+    """Write the table."""
+    lines = [
+        "# What a user sees when something goes wrong",
+        "",
+        "Each fault below was put into `sw.materialize` on one of four ranks (a 2 x 2 mesh of replicas and shards, ranks 0, 1 and",
+        "2, 3 as two nodes), on each route where it can happen; *state dict* is the route from rank 0's memory. All ranks raised",
+        "within the seconds given, and the same call made again in the same processes, without the fault, loaded equal values.",
+        "`python -m tests.distributed.write_faults` wrote this page; `tests/distributed/test_faults.py` holds it.",
+        "",
+        "| fault | phase | routes | on the rank that has it | on the others | slowest, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    with tempfile.TemporaryDirectory() as folder, RankPool(RANKS) as pool:
+        directory = write_files(Path(folder))
+        for number, fault in enumerate(FAULTS):
+            routes = [route for route in ROUTES if route in fault.routes]
+            seen = {
+                route: pool.run(run_fault, str(directory), number, route, ranks=RANKS) for route in routes
+            }
+            first = seen[routes[0]]
+            at = fault.on(routes[0])
+            other = first[0 if at else 1]
+            slowest = max(of_rank.seconds for of_route in seen.values() for of_rank in of_route)
+            cells = (
+                fault.name,
+                fault.phase,
+                ", ".join(routes),
+                _shown(first[at], folder),
+                _shown(other, folder),
+                f"{slowest:.1f}",
+            )
+            print(f"{fault.name}: {', '.join(routes)}", flush=True)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    TARGET.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _shown(seen: Seen, folder: str) -> str:
+    text = " ".join(seen.text.replace(folder, "DIRECTORY").split())
+    text = re.sub(r" on [\w.-]+ failed first", " on HOST failed first", text)
+    text = re.sub(r"\(([\w.-]+)\), got", "(HOST), got", text)
+    shown = text if len(text) <= _LONGEST else text[:_LONGEST].rsplit(" ", 1)[0] + " …"
+    return f"`{seen.error}`: {shown}"
+
+
+if __name__ == "__main__":
+    main()
