@@ -183,7 +183,7 @@ class RangedFile:
         return fd
 
     def _read_direct(self, offset: int, into: memoryview) -> int | None:
-        """Read through an aligned buffer of this thread; None where the file system refuses."""
+        """Read through an aligned buffer of this thread; None where the file system refuses, or gives nothing that is of use."""
         fd = self._direct_fd
         if fd is None or self._bounce is None or self._direct_refused:
             return None
@@ -201,7 +201,8 @@ class RangedFile:
             return None
         usable = max(0, min(got, wanted) - (offset - start))
         into[:usable] = bounce[offset - start : offset - start + usable]
-        return usable
+        # Nothing that is of use is not the end of the file: a short read may end before the offset, which lies within a page.
+        return usable or None
 
 
 def _stat(path: Path) -> os.stat_result | None:
