@@ -349,7 +349,7 @@ class TransformersModel(Stepping):
             model=self.model,
             optimizer=self._torch_optimizer,
             scheduler=self.lr_scheduler,
-            scaler=self._engine.scaler,
+            scaler=self._engine.gradients.scaler,
             mesh=self.strategy.device_mesh,
         )
 
