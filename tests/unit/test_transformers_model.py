@@ -44,7 +44,7 @@ def test_without_accelerate_the_number_of_dims_decides(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert decaying_names(Layer()) == {"linear.weight", "q_norm.weight", "table"}
     with pytest.raises(sw.MissingDependencyError, match="add_adapter_to_model needs peft"):
-        put_adapter(None, Layer(), "mine", "directory", is_trainable=True, kwargs={})  # type: ignore[arg-type]
+        put_adapter(None, Layer(), "mine", "directory", is_trainable=True, autocast_adapter_dtype=True)  # type: ignore[arg-type]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
