@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,22 @@ def build_differently() -> None:
             facade(None, "native_fsdp", **arguments)
 
 
+@pytest.mark.parametrize("argument", ["config", "model_cls"])
+def test_an_argument_that_one_rank_cannot_read_is_told_to_all(
+    pool: RankPool, checkpoint: Checkpoint, argument: str
+) -> None:
+    pool.run(read_on_one_rank, checkpoint("qwen3_tied"), argument, ranks=2)
+
+
+def read_on_one_rank(directory: str, argument: str) -> None:
+    right, wrong = {"config": (directory, directory + "x"), "model_cls": ("AutoModelForCausalLM", "Auto")}[
+        argument
+    ]
+    is_first = dist.get_rank() == 0
+    with pytest.raises(sw.PeerError if is_first else (OSError, sw.ConfigurationError)):
+        facade(directory, "native_fsdp", **{argument: right if is_first else wrong})
+
+
 # --- adapters ---
 
 
@@ -165,3 +182,39 @@ def use_adapter(directory: str, adapter: str, name: str, efficient: bool) -> lis
     with quiet_peft():
         model.add_adapter_to_model("mine", adapter)
     return [mean_of_ranks(model.forward_only(own(batch(0))).loss)]
+
+
+@by_strategy
+def test_an_adapter_may_start_from_the_base_s_values(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    directory = checkpoint("qwen3_untied")
+    with quiet_peft():
+        expected = peft.get_peft_model(from_checkpoint(directory, dtype=torch.float32), pissa())
+    tensors = dict(expected.named_parameters())
+    for options in ({"defer": False}, {"memory_efficient_init": False}):
+        for got in pool.run(put_pissa, directory, strategy, options, ranks=2):
+            for fqn, value in tensors.items():
+                torch.testing.assert_close(got[fqn.replace(".default.", ".mine.")], value.detach())
+    pool.run(refuse_pissa, directory, strategy, ranks=2)
+
+
+def pissa() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(target_modules=["q_proj"], r=3, init_lora_weights="pissa")
+
+
+def put_pissa(directory: str, name: str, options: dict[str, bool]) -> dict[str, torch.Tensor]:
+    model = facade(directory, name, **options)
+    with quiet_peft():
+        model.add_adapter_to_model("mine", pissa())
+    model.forward_only(own(batch(0)))
+    return gathered(model.model)
+
+
+def refuse_pissa(directory: str, name: str) -> None:
+    model = facade(directory, name)
+    with pytest.raises(sw.ConfigurationError, match=r"add_adapter: .*'pissa'.*defer=False"):
+        model.add_adapter_to_model("mine", pissa())

@@ -23,6 +23,7 @@ from tests.distributed.facade import (
 from tests.distributed.steps import (
     Checkpoint,
     by_strategy,
+    local_of,
 )
 
 pytestmark = pytest.mark.distributed
@@ -120,6 +121,81 @@ def load_wrongly(directory: str, another: str, saved: str, name: str) -> None:
     other = with_optimizer(facade(another, "native_fsdp"))
     with pytest.raises(sw.CheckpointError, match="the optimizer's groups that it was saved with"):
         other.load(saved)
+
+
+@by_strategy
+def test_a_refused_load_changes_nothing(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path, strategy: str
+) -> None:
+    directory, saved = checkpoint("qwen3_tied"), tmp_path / "saved"
+    pool.run(save_halfway, directory, str(saved), strategy, ranks=2)
+    pool.run(refuse_halfway, directory, str(saved), strategy, ranks=2)
+
+
+def refuse_halfway(directory: str, saved: str, name: str) -> None:
+    model = with_optimizer(facade(directory, name, dtype=torch.bfloat16))
+    train(model, range(1))
+    before = optimizer_values(model)
+    with pytest.raises(sw.CheckpointError, match=r"expected .* of torch.bfloat16 from the model, got"):
+        model.load(saved)
+    assert optimizer_values(model) == before
+    same = with_optimizer(facade(directory, name))
+    train(same, range(1))
+    before = optimizer_values(same)
+    with pytest.raises(sw.ShardwiseError):  # one rank sees no directory, or another one
+        same.load(saved if dist.get_rank() == 0 else saved + " elsewhere")
+    assert optimizer_values(same) == before
+    assert same.global_step == 1
+    train(same, range(1, 2))
+
+
+def optimizer_values(model: sw.TransformersModel) -> list[list[float]]:
+    """Return this rank's part of what the optimizer keeps."""
+    optimizer = model._torch_optimizer
+    assert optimizer is not None
+    kept = [value for of in optimizer.state.values() for value in of.values()]
+    return [local_of(value).flatten().tolist() for value in kept]
+
+
+def test_a_parameter_may_have_had_no_gradient(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    pool.run(go_on_without_a_layer, checkpoint("qwen3_untied"), str(tmp_path / "saved"), ranks=2)
+
+
+def go_on_without_a_layer(directory: str, saved: str) -> None:
+    def shortened() -> sw.TransformersModel:
+        model = with_optimizer(facade(directory, "native_fsdp"))
+        model.model.config.num_hidden_layers = 1  # the forward leaves out the second
+        return model
+
+    model = shortened()
+    train(model, range(2))
+    kept = len(optimizer_values(model))
+    model.save(saved)
+    expected = train(model, range(2, 4))
+    again = shortened()
+    train(again, range(1))
+    again.model.config.num_hidden_layers = 2
+    train(again, range(1))  # has more than the save
+    again.model.config.num_hidden_layers = 1
+    again.load(saved)
+    assert len(optimizer_values(again)) == kept
+    close(train(again, range(2, 4)), expected)
+
+
+def test_options_of_the_optimizer_are_those_of_the_save(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    pool.run(load_options, checkpoint("qwen3_tied"), str(tmp_path / "saved"), ranks=2)
+
+
+def load_options(directory: str, saved: str) -> None:
+    one, other = (facade(directory, "native_fsdp") for _ in range(2))
+    one.set_optimizer("AdamW", lr=0.01, amsgrad=True)
+    train(one, range(2))
+    one.save(saved)
+    other.set_optimizer("AdamW", lr=0.5)
+    other.load(saved)
+    close(train(other, range(2, 4)), train(one, range(2, 4)))
 
 
 def test_a_damaged_file_is_named(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -91,6 +91,39 @@ def test_each_adapter_has_its_own_start(base: tuple[Path, Any]) -> None:
     assert layer.lora_B["both"].weight.std() > 0.1  # as torch builds a linear layer of 4 columns
 
 
+@pytest.mark.parametrize("start", [True, False, "orthogonal"], ids=str)
+def test_adapters_of_one_rank_differ(base: tuple[Path, Any], start: Any) -> None:
+    """Adapters that start alike get the same gradients, and are one adapter for ever."""
+    from peft import LoraConfig
+
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("second", LoraConfig(target_modules=["q_proj"], r=4), low_cpu_mem_usage=True)
+    for config in model.peft_config.values():
+        config.init_lora_weights = start
+    sw.materialize(model, base[0], missing=["*lora_*"])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    first, second = layer.lora_A["default"].weight, layer.lora_A["second"].weight
+    assert abs(correlation(first, second)) < 0.3
+    if start is False:
+        assert abs(correlation(first, layer.lora_B["default"].weight)) < 0.3
+
+
+def test_embeddings_adapters_of_one_rank_differ(base: tuple[Path, Any]) -> None:
+    from peft import LoraConfig
+
+    model = adapted(target_modules=["embed_tokens"])
+    model.add_adapter("second", LoraConfig(target_modules=["embed_tokens"], r=4), low_cpu_mem_usage=True)
+    sw.materialize(model, base[0], missing=["*lora_*"])
+    layer = model.base_model.model.model.embed_tokens
+    assert abs(correlation(*layer.lora_embedding_B.values())) < 0.3
+    assert all(each.eq(0).all() for each in layer.lora_embedding_A.values())
+
+
+def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the correlation of two tensors' elements, in their order."""
+    return torch.corrcoef(torch.stack([one.detach().flatten(), other.detach().flatten()]))[0, 1].item()
+
+
 def test_orthogonal_needs_no_values(base: tuple[Path, Any]) -> None:
     model = adapted(target_modules=["q_proj"])
     model.peft_config["default"].init_lora_weights = "orthogonal"

@@ -44,7 +44,7 @@ def test_without_accelerate_the_number_of_dims_decides(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert decaying_names(Layer()) == {"linear.weight", "q_norm.weight", "table"}
     with pytest.raises(sw.MissingDependencyError, match="add_adapter_to_model needs peft"):
-        put_adapter(None, Layer(), "mine", "directory", is_trainable=True, kwargs={})  # type: ignore[arg-type]
+        put_adapter(None, Layer(), "mine", "directory", is_trainable=True, autocast_adapter_dtype=True)  # type: ignore[arg-type]
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
@@ -150,7 +150,8 @@ def scaled(kind: str) -> tuple[Any, Any, nn.Linear]:
     nn.init.ones_(model.weight)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    return TorchEngine(SimpleNamespace(scaler=scaler)), optimizer, model  # type: ignore[arg-type]
+    mesh = SimpleNamespace(size=lambda: 1)
+    return TorchEngine(SimpleNamespace(scaler=scaler, device_mesh=mesh)), optimizer, model  # type: ignore[arg-type]
 
 
 def test_scaled_gradients_are_clipped_and_stepped_unscaled() -> None:
@@ -161,6 +162,23 @@ def test_scaled_gradients_are_clipped_and_stepped_unscaled() -> None:
     assert norm.item() == pytest.approx(3.0)
     assert engine.step(optimizer)
     assert model.weight.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_scaled_gradients_are_unscaled_once_and_only_before_a_step() -> None:
+    engine, optimizer, model = scaled("torch")
+    parameters = list(model.parameters())
+    engine.backward(model(torch.tensor([[3.0]])).sum())
+    for _ in range(2):
+        assert engine.clip(parameters, optimizer, max_norm=100.0, norm_type=2.0).item() == 3.0
+    engine.gradients.scale_again(parameters)  # a further pass, at the scaler's scale
+    engine.backward(model(torch.tensor([[2.0]])).sum())
+    assert engine.clip(parameters, optimizer, max_norm=100.0, norm_type=2.0).item() == 5.0
+    optimizer.zero_grad()
+    engine.gradients.restart()
+    engine.backward(model(torch.tensor([[2.0]])).sum())
+    assert engine.clip(parameters, optimizer, max_norm=100.0, norm_type=2.0).item() == 2.0
+    assert engine.step(optimizer)
+    assert model.weight.item() == -1.0
 
 
 def test_gradients_that_are_not_finite_skip_the_step() -> None:
@@ -183,7 +201,7 @@ def test_an_accelerator_of_several_passes_does_not_divide_the_loss() -> None:
             (loss / 4).backward()
 
     weight = nn.Parameter(torch.ones(()))
-    engine = AccelerateEngine(SimpleNamespace(accelerator=Divides()))  # type: ignore[arg-type]
+    engine = AccelerateEngine(SimpleNamespace(accelerator=Divides(), device_mesh=None))  # type: ignore[arg-type]
     engine.backward(weight * 3)
     assert weight.grad.item() == 3.0
 

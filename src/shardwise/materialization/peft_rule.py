@@ -24,18 +24,19 @@ _MAGNITUDE = "a magnitude of DoRA, the norm of the base weight's rows"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftRule:
-    """What makes parameters of a layer's adapters.
+    """What makes parameters of one adapter in one layer.
 
     Args:
-        layer: Fqn of the layer. A and B of one adapter may start from the same random numbers.
-        calls: One adapter at a time.
+        owner: Fqn of what its random numbers belong to: the adapter in the layer, where A and B come of the same ones, or else
+            one parameter of it. So no two adapters start alike, which would then never differ.
+        calls: One after the other.
     """
 
-    layer: str
+    owner: str
     calls: Sequence[Callable[[], None]]
 
 
-def peft_rule(around: Sequence[nn.Module], fqn: str, names: Sequence[str]) -> PeftRule | None:
+def peft_rule(around: Sequence[nn.Module], fqn: str, names: Sequence[str]) -> list[PeftRule] | None:
     """Return what makes parameters of a PEFT layer's adapters, or None where they belong to no such layer.
 
     Args:
@@ -44,7 +45,7 @@ def peft_rule(around: Sequence[nn.Module], fqn: str, names: Sequence[str]) -> Pe
         names: Of the parameters that are wanted, in the module.
 
     Returns:
-        The rule.
+        One rule for each adapter that the module has parameters of.
 
     Raises:
         ConfigurationError: The adapter starts from values of the base model, from data, or in a way not known here.
@@ -60,15 +61,13 @@ def peft_rule(around: Sequence[nn.Module], fqn: str, names: Sequence[str]) -> Pe
         paths = [[*below, name] for name in names]
         if not all(path[0] in layer.adapter_layer_names for path in paths):
             return None  # the base layer's own
-        calls: dict[str, Sequence[Callable[[], None]]] = {}
+        of_layer = ".".join(parts[: len(parts) - depth])
+        rules: dict[str, PeftRule] = {}
         for path, name in zip(paths, names, strict=True):
             adapter = path[1] if len(path) > 1 else ""
-            if adapter not in calls:
-                calls[adapter] = _start_of(around[depth:], path[0], adapter, f"{fqn}.{name}")
-        return PeftRule(
-            layer=".".join(parts[: len(parts) - depth]),
-            calls=[call for of_adapter in calls.values() for call in of_adapter],
-        )
+            if adapter not in rules:
+                rules[adapter] = _start_of(around[depth:], of_layer, path[0], adapter, f"{fqn}.{name}")
+        return list(rules.values())
     return None
 
 
@@ -84,7 +83,7 @@ def needs_base_values(config: Any) -> str | None:
     return None if _is_random(how) else f"an adapter with init_lora_weights={how!r}"
 
 
-def _start_of(around: Sequence[nn.Module], kind: str, adapter: str, fqn: str) -> Sequence[Callable[[], None]]:
+def _start_of(around: Sequence[nn.Module], of_layer: str, kind: str, adapter: str, fqn: str) -> PeftRule:
     from peft.tuners.lora.layer import LoraLayer
 
     layer: Any = around[0]
@@ -101,13 +100,13 @@ def _start_of(around: Sequence[nn.Module], kind: str, adapter: str, fqn: str) ->
     how = config.init_lora_weights
     if not _is_random(how):
         raise _refusal(fqn, f"an adapter with init_lora_weights={how!r}")
+    owner = f"{of_layer}.{adapter}"
     if how is False:  # as torch builds the layers that the adapter consists of
-        made = (getattr(layer, name) for name in layer.adapter_layer_names if "embedding" not in name)
-        built = (layers[adapter] for layers in made if adapter in layers)
-        return [each.reset_parameters for each in built if hasattr(each, "reset_parameters")]
+        built = getattr(getattr(layer, kind)[adapter], "reset_parameters", None)
+        return PeftRule(owner=f"{owner}.{kind}", calls=[built] if callable(built) else [])
     if how is True or (isinstance(how, str) and how.lower() == "gaussian"):
-        return [partial(layer.reset_lora_parameters, adapter, how)]
-    return [partial(layer.orthogonal_init, adapter)]
+        return PeftRule(owner=owner, calls=[partial(layer.reset_lora_parameters, adapter, how)])
+    return PeftRule(owner=owner, calls=[partial(layer.orthogonal_init, adapter)])
 
 
 def _is_random(how: bool | str) -> bool:

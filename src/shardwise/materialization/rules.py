@@ -18,7 +18,8 @@ class Rule:
     """Code that makes values of a module's tensors.
 
     Args:
-        owner: Fqn of the module whose code it is; its random numbers start from there.
+        owner: Fqn of the module whose code it is, or of the part of it whose values it makes; its random numbers start from
+            there.
         calls: One after the other: a later one may overwrite what an earlier one wrote.
     """
 
@@ -48,7 +49,7 @@ def initialising_rules(model: nn.Module, fqn: str, names: Sequence[str]) -> list
     around = _outwards(model, fqn)
     of_peft = peft_rule(around, fqn, names)
     if of_peft is not None:
-        return [Rule(owner=of_peft.layer, calls=of_peft.calls)]
+        return [Rule(owner=each.owner, calls=each.calls) for each in of_peft]
     init_weights = _init_weights_calls(around)
     resets = [method for each in around if (method := _method(each, "reset_parameters")) is not None]
     choices = [*([init_weights] if init_weights else []), *([method] for method in resets)]

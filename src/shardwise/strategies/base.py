@@ -250,6 +250,7 @@ class Strategy(ABC):
             config,
             adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            every_rank_has_values=not self.memory_efficient_init,
             bindings=self._bindings,
             agreement=self._agreement("add_adapter"),
         )

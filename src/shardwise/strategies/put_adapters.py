@@ -47,6 +47,7 @@ def add_adapter(
     *,
     adapter_name: str,
     autocast_adapter_dtype: bool,
+    every_rank_has_values: bool,
     bindings: Bindings,
     agreement: Agreement,
 ) -> nn.Module:
@@ -57,6 +58,7 @@ def add_adapter(
         config: Of PEFT.
         adapter_name: Of the adapter in the model.
         autocast_adapter_dtype: As PEFT has it: adapters beside a 16-bit base are kept in float32.
+        every_rank_has_values: Of the base; PEFT makes the adapter's on each of them then, from the same random numbers.
         bindings: Know which models are deferred.
         agreement: Of the call.
 
@@ -78,7 +80,8 @@ def add_adapter(
                 "are read at the wrap. Load it with load_pretrained(defer=False)."
             )
         before = {id(entry.tensor) for entry in entries_of(model)}
-        wrapped = _put(model, config, adapter_name, autocast_adapter_dtype)
+        with _drawing_alike(agreement) if every_rank_has_values else nullcontext():
+            wrapped = _put(model, config, adapter_name, autocast_adapter_dtype)
         if deferred:
             # PEFT moves a layer's first adapter to where the base is, and no further one.
             _to_meta(e for e in _of_tuners(wrapped) if id(e.tensor) not in before)
@@ -189,6 +192,21 @@ def _put(model: nn.Module, config: Any, adapter_name: str, autocast_adapter_dtyp
         else:
             wrapped = peft.get_peft_model(model, config, **options)
         return wrapped
+
+
+@contextmanager
+def _drawing_alike(agreement: Agreement) -> Iterator[None]:
+    """Let all ranks draw the same random numbers on the host meanwhile, which follow from the first rank's."""
+    drawn = int(torch.randint(2**62, ()))
+    published = agreement.publish("a seed", str(drawn) if agreement.rank == agreement.ranks[0] else None)
+    # torch.manual_seed would seed the accelerators' generators too.
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(int(published))
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 @contextmanager

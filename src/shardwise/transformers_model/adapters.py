@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +19,7 @@ def put_adapter(
     config_or_dir: Any,
     *,
     is_trainable: bool,
-    kwargs: dict[str, Any],
+    autocast_adapter_dtype: bool,
 ) -> nn.Module:
     """Put a new adapter, or a saved one, into a model.
 
@@ -29,7 +29,7 @@ def put_adapter(
         adapter_name: Of the adapter in the model.
         config_or_dir: A PEFT config, or the directory or hub id of a saved adapter.
         is_trainable: Whether a saved one is trained further.
-        kwargs: Of `peft.get_peft_model`.
+        autocast_adapter_dtype: Of `strategy.add_adapter`.
 
     Returns:
         The PEFT model.
@@ -42,14 +42,9 @@ def put_adapter(
         raise MissingDependencyError(
             "add_adapter_to_model needs peft. Install it with: pip install 'shardwise[peft]'"
         )
+    options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
     if isinstance(config_or_dir, (str, os.PathLike)):
-        if kwargs:
-            raise ConfigurationError(
-                f"add_adapter_to_model: {', '.join(sorted(kwargs))} is for a new adapter, got the directory of a saved one"
-            )
-        return strategy.load_adapter(
-            model, str(config_or_dir), adapter_name=adapter_name, is_trainable=is_trainable
-        )
+        return strategy.load_adapter(model, str(config_or_dir), is_trainable=is_trainable, **options)
     import peft
 
     if not isinstance(config_or_dir, peft.PeftConfig):
@@ -57,15 +52,4 @@ def put_adapter(
             "add_adapter_to_model: expected a PEFT config or the directory of a saved adapter, got "
             f"{type(config_or_dir).__name__}"
         )
-    # Where every rank holds the base's values, PEFT would draw the adapter's from each rank's own random numbers. On meta
-    # they are made at the wrap, the same on all ranks.
-    on_meta = not strategy.memory_efficient_init
-    if isinstance(model, peft.PeftModel):
-        model.add_adapter(adapter_name, config_or_dir, low_cpu_mem_usage=on_meta, **kwargs)
-        return cast(nn.Module, model)
-    return cast(
-        nn.Module,
-        peft.get_peft_model(
-            model, config_or_dir, adapter_name=adapter_name, low_cpu_mem_usage=on_meta, **kwargs
-        ),
-    )
+    return strategy.add_adapter(model, config_or_dir, **options)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.errors import ConfigurationError
+from shardwise.materialization import Agreement
 from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
 
 STRATEGIES = {AccelerateStrategy.name: AccelerateStrategy, NativeFSDPStrategy.name: NativeFSDPStrategy}
@@ -49,6 +50,7 @@ def make_strategy(
 
 def build_model(
     strategy: AccelerateStrategy | NativeFSDPStrategy,
+    agreement: Agreement,
     *,
     model_id: str | os.PathLike[str] | None,
     model_cls: Any,
@@ -63,25 +65,27 @@ def build_model(
 
     Raises:
         ConfigurationError: There is neither a model nor a config, or the class is not one of transformers.
+        PeerError: Another rank failed.
     """
-    if isinstance(config, (str, os.PathLike)):
-        from transformers import AutoConfig
+    with agreement.phase("arguments"):
+        if isinstance(config, (str, os.PathLike)):
+            from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
-    model_cls = _class_of(model_cls)
+            config = AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
+        model_cls = _class_of(model_cls)
+        if model_id is None and config is None:
+            raise ConfigurationError(
+                "TransformersModel: expected model_id= (a directory or hub id) or config=, got neither. A config alone makes a "
+                "new model of random values."
+            )
     config_kwargs = {**config_kwargs, "trust_remote_code": trust_remote_code}
-    if model_id is not None:
-        if config is not None:
-            config_kwargs["config"] = copy.deepcopy(config)
-        return strategy.load_pretrained(
-            model_cls, str(model_id), dtype=dtype, missing=missing, defer=defer, **config_kwargs
-        )
-    if config is None:
-        raise ConfigurationError(
-            "TransformersModel: expected model_id= (a directory or hub id) or config=, got neither. A config alone makes a new "
-            "model of random values."
-        )
-    return strategy.from_config(model_cls, config, dtype=dtype, **config_kwargs)
+    if model_id is None:
+        return strategy.from_config(model_cls, config, dtype=dtype, **config_kwargs)
+    if config is not None:
+        config_kwargs["config"] = copy.deepcopy(config)
+    return strategy.load_pretrained(
+        model_cls, str(model_id), dtype=dtype, missing=missing, defer=defer, **config_kwargs
+    )
 
 
 def load_tokenizer(

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
+from shardwise.transformers_model.gradients import ScaledGradients
 
 
 class Engine(Protocol):
     """What drives backward and step."""
 
-    @property
-    def scaler(self) -> Any | None:
-        """The gradient scaler, for fp16."""
+    gradients: ScaledGradients
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients; scaled for fp16."""
@@ -35,52 +33,43 @@ class TorchEngine:
     """Torch alone, with the gradient scaler of the strategy where there is one."""
 
     def __init__(self, strategy: NativeFSDPStrategy) -> None:
-        self.scaler = strategy.scaler
+        self.gradients = ScaledGradients(strategy.scaler, strategy.device_mesh)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients."""
-        torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
+        scaler = self.gradients.scaler
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
 
     def clip(
         self, parameters: Sequence[torch.Tensor], optimizer: Optimizer, *, max_norm: float, norm_type: float
     ) -> torch.Tensor:
-        """Clip sharded and whole gradients by the norm of all of them."""
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
-        held = [p for p in parameters if p.grad is not None]
-        sharded = [p for p in held if isinstance(p.grad, DTensor)]
-        plain = [p for p in held if not isinstance(p.grad, DTensor)]  # of ignored_params
-        if not sharded or not plain:
-            return _whole(torch.nn.utils.clip_grad_norm_(held, max_norm, norm_type))
-        # torch has no operation over sharded and whole tensors together.
-        norms = [
-            _whole(torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None], norm_type))
-            for some in (sharded, plain)
-        ]
-        total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-        mesh = sharded[0].grad.device_mesh  # type: ignore[union-attr]
-        on_mesh = DTensor.from_local(total, mesh, run_check=False)
-        torch.nn.utils.clip_grads_with_norm_(sharded, max_norm, on_mesh)
-        torch.nn.utils.clip_grads_with_norm_(plain, max_norm, total)
-        return total
+        """Clip by the norm of all gradients."""
+        self.gradients.unscale(optimizer)
+        return self.gradients.clip(parameters, max_norm=max_norm, norm_type=norm_type)
 
     def step(self, optimizer: Optimizer) -> bool:
         """Step the optimizer."""
-        if self.scaler is None:
+        scaler = self.gradients.scaler
+        if scaler is None:
             optimizer.step()
             return True
-        before = self.scaler.get_scale()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        return self.scaler.get_scale() >= before
+        self.gradients.unscale(optimizer)
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        self.gradients.stepped()
+        return bool(scaler.get_scale() >= before)
 
 
 class AccelerateEngine:
-    """An Accelerator, whose own counting of passes is put aside: the facade counts for both strategies."""
+    """An Accelerator, whose own counting of passes is put aside: the facade counts for both strategies.
+
+    Its `clip_grad_norm_` is too: it takes each rank's norm of whole gradients for that of all ranks.
+    """
 
     def __init__(self, strategy: AccelerateStrategy) -> None:
         self._accelerator = strategy.accelerator
-        self.scaler = strategy.accelerator.scaler
+        self.gradients = ScaledGradients(strategy.accelerator.scaler, strategy.device_mesh)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute gradients through `Accelerator.backward`, which divides the loss by its own number of passes."""
@@ -90,14 +79,16 @@ class AccelerateEngine:
     def clip(
         self, parameters: Sequence[torch.Tensor], optimizer: Optimizer, *, max_norm: float, norm_type: float
     ) -> torch.Tensor:
-        """Clip through `Accelerator.clip_grad_norm_`, which unscales."""
-        norm: torch.Tensor = self._accelerator.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
-        return _whole(norm)
+        """Clip by the norm of all gradients."""
+        self.gradients.unscale(_of_torch(optimizer))
+        return self.gradients.clip(parameters, max_norm=max_norm, norm_type=norm_type)
 
     def step(self, optimizer: Optimizer) -> bool:
         """Step Accelerate's wrapper around the optimizer."""
+        self.gradients.unscale(_of_torch(optimizer))
         self._accelerator.sync_gradients = True  # else the wrapper holds the step back
         optimizer.step()
+        self.gradients.stepped()
         return not optimizer.step_was_skipped  # type: ignore[attr-defined]
 
 
@@ -106,5 +97,7 @@ def engine_of(strategy: AccelerateStrategy | NativeFSDPStrategy) -> Engine:
     return TorchEngine(strategy) if isinstance(strategy, NativeFSDPStrategy) else AccelerateEngine(strategy)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _of_torch(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside Accelerate's wrapper."""
+    inner: Optimizer = optimizer.optimizer
+    return inner

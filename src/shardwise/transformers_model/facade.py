@@ -121,6 +121,7 @@ class TransformersModel(Stepping):
         )
         self.model: nn.Module = build_model(
             self.strategy,
+            self._agree("TransformersModel"),
             model_id=model_id,
             model_cls=model_cls,
             config=config,
@@ -202,22 +203,24 @@ class TransformersModel(Stepping):
         config_or_dir: Any,
         *,
         is_trainable: bool = True,
-        **kwargs: Any,
+        autocast_adapter_dtype: bool = True,
     ) -> nn.Module:
-        """Put a PEFT adapter into the model: a new one, or one that was saved. The base is frozen.
+        """Put a PEFT adapter into the model: a new one, or one that was saved. The base is frozen. All ranks call this together.
 
         Args:
             adapter_name: Of the adapter in the model.
             config_or_dir: A PEFT config, for a new adapter; or the directory or hub id of a saved one.
             is_trainable: Whether a saved one is trained further.
-            **kwargs: Of `peft.get_peft_model`, for a new first adapter.
+            autocast_adapter_dtype: As for `strategy.add_adapter`.
 
         Returns:
             The PEFT model.
 
         Raises:
             CallOrderError: The model is wrapped, or has an optimizer already.
+            ConfigurationError: `config_or_dir` is neither, or the adapter starts from values that are not there yet.
             MissingDependencyError: peft is not installed.
+            RankError: Another rank failed, or did not arrive.
         """
         if self._is_wrapped:
             raise CallOrderError(
@@ -231,7 +234,12 @@ class TransformersModel(Stepping):
             )
         training = self.model.training
         self.model = put_adapter(
-            self.strategy, self.model, adapter_name, config_or_dir, is_trainable=is_trainable, kwargs=kwargs
+            self.strategy,
+            self.model,
+            adapter_name,
+            config_or_dir,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
         )
         self.model.train(training)
         return self.model
@@ -349,7 +357,7 @@ class TransformersModel(Stepping):
             model=self.model,
             optimizer=self._torch_optimizer,
             scheduler=self.lr_scheduler,
-            scaler=self._engine.scaler,
+            scaler=self._engine.gradients.scaler,
             mesh=self.strategy.device_mesh,
         )
 

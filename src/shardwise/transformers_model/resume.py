@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from shardwise.errors import CheckpointError, ConfigurationError, DamagedFileError
 from shardwise.materialization import Agreement, entries_of, listed
+from shardwise.transformers_model.optimizer_state import new_state
 from shardwise.transformers_model.random_state import random_state, set_random_state
 from shardwise.transformers_model.sharded_files import read_index, read_tensors, write_tensors
 
 FORMAT = 1
 STATE_NAME = "training.pt"
+_OPTIMIZER = "optimizer/"
+
+Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,8 @@ def save_training(training: Training, directory: Path, *, step: int, agreement: 
     unfinished = directory.parent / f".{directory.name}.unfinished"
     with agreement.phase("prepare"):
         group = _group_of(training.mesh)
-        tensors = _tensors_of(training) | _random_tensors(training, agreement)
+        tensors = _model_tensors(training.model) | _optimizer_tensors(training)
+        tensors |= _random_tensors(training, agreement)
         if is_first:
             if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise CheckpointError(
@@ -105,18 +109,24 @@ def load_training(training: Training, directory: Path, *, agreement: Agreement) 
         state = _read_state(directory)
         index = read_index(directory)
         _require_same(training, state, directory)
-        if state["optimizer"] is not None and training.optimizer is not None:
-            training.optimizer.zero_grad(set_to_none=True)
-            training.optimizer.state.clear()
-            if state["optimizer"]["values"]:
-                get_optimizer_state_dict(
-                    training.model, training.optimizer
-                )  # makes the state that is read into
         random = {
             name: tensor for name, tensor in _random_tensors(training, agreement).items() if name in index
         }
-        tensors = _tensors_of(training)
-        _require_stored(tensors, index, directory)
+        tensors = _model_tensors(training.model)
+        of_model = {name: kind for name, kind in index.items() if not name.startswith(_OPTIMIZER)}
+        _require_stored(_kinds_of(tensors), of_model, directory)
+    with agreement.phase("compare"):  # steps, for which ranks wait on each other
+        expected: dict[str, Kind] = {}
+        for _, fqn, made in _new_states(training, state):
+            expected |= _kinds_of(_named(fqn, made))
+        of_optimizer = {name: kind for name, kind in index.items() if name.startswith(_OPTIMIZER)}
+        _require_stored(expected, of_optimizer, directory)
+    with agreement.phase("allocate"):
+        if training.optimizer is not None:
+            training.optimizer.state.clear()
+            for parameter, _, made in _new_states(training, state):
+                training.optimizer.state[parameter] = made
+        tensors |= _optimizer_tensors(training)
     with agreement.phase("read"):
         read_tensors(tensors | random, directory, group=group)
     with agreement.phase("finish"):
@@ -127,14 +137,40 @@ def load_training(training: Training, directory: Path, *, agreement: Agreement) 
     return int(state["step"])
 
 
-def _tensors_of(training: Training) -> dict[str, torch.Tensor]:
-    entries = entries_of(training.model, roles=("parameter", "buffer"))
-    tensors = {f"model/{entry.fqn}": entry.tensor.detach() for entry in entries if entry.persistent}
+def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    entries = entries_of(model, roles=("parameter", "buffer"))
+    return {f"model/{entry.fqn}": entry.tensor.detach() for entry in entries if entry.persistent}
+
+
+def _optimizer_tensors(training: Training) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
     if training.optimizer is not None:
         for fqn, values in _optimizer_values(training.model, training.optimizer).items():
-            held = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
-            tensors |= {f"optimizer/{fqn}/{key}": value for key, value in held.items()}
+            tensors |= _named(fqn, values)
     return tensors
+
+
+def _named(fqn: str, values: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {f"{_OPTIMIZER}{fqn}/{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
+
+
+def _kinds_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Kind]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _new_states(
+    training: Training, state: Mapping[str, Any]
+) -> Iterator[tuple[torch.Tensor, str, dict[str, Any]]]:
+    """Yield what the optimizer keeps, with the options that were saved, of each parameter that it kept something of."""
+    if training.optimizer is None:
+        return
+    stored = state["optimizer"]
+    names = _fqns(training.model)
+    for group, options in zip(training.optimizer.param_groups, stored["groups"], strict=True):
+        for parameter in group["params"]:
+            fqn = names[id(parameter)]
+            if fqn in stored["values"]:  # not of one that never had a gradient
+                yield parameter, fqn, new_state(training.optimizer, parameter, {**group, **options})
 
 
 def _random_tensors(training: Training, agreement: Agreement) -> dict[str, torch.Tensor]:
@@ -233,23 +269,19 @@ def _require_same(training: Training, state: Mapping[str, Any], directory: Path)
             )
 
 
-def _require_stored(
-    tensors: Mapping[str, torch.Tensor],
-    index: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    directory: Path,
-) -> None:
-    absent = [name for name in tensors if name not in index]
-    unexpected = [name for name in index if name not in tensors and not name.startswith("random/")]
+def _require_stored(expected: Mapping[str, Kind], index: Mapping[str, Kind], directory: Path) -> None:
+    absent = [name for name in expected if name not in index]
+    unexpected = [name for name in index if name not in expected and not name.startswith("random/")]
     if absent or unexpected:
         which = f"lacks {listed(absent)}" if absent else f"has {listed(unexpected)} as well"
         raise CheckpointError(
             f"{directory}: expected the tensors of this model and its optimizer; it {which}"
         )
-    for name, tensor in tensors.items():
-        shape, dtype = index[name]
-        if (shape, dtype) != (tuple(tensor.shape), tensor.dtype):
+    for name, (shape, dtype) in expected.items():
+        if index[name] != (shape, dtype):
+            stored_shape, stored_dtype = index[name]
             raise CheckpointError(
-                f"{directory}: {name}: expected {tuple(tensor.shape)} of {tensor.dtype} from the model, got {shape} of {dtype}"
+                f"{directory}: {name}: expected {shape} of {dtype} from the model, got {stored_shape} of {stored_dtype}"
             )
 
 

@@ -78,6 +78,7 @@ class Stepping(ABC):
                 "Call forward with labels=, or pass a loss."
             )
         self._loss = None
+        self._engine.gradients.scale_again(self._shards())
         self._accumulation.begin_pass(self.model)
         self._engine.backward(loss)
         self._accumulation.end_pass()
@@ -211,6 +212,12 @@ class Stepping(ABC):
             self._torch_optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
         self._accumulation.restart()
+        self._engine.gradients.restart()
+
+    def _shards(self) -> list[torch.Tensor]:
+        """Return the optimizer's parameters: shards, also where a forward has put gathered ones in their place."""
+        groups = [] if self._torch_optimizer is None else self._torch_optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _on_device(self, inputs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
         together = {**(inputs or {}), **more}
