@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from shardwise.errors import ShardwiseError
 from shardwise.testing import RankPool
 from tests.distributed.models import LAYERS, check_equal, from_checkpoint, transformers_fuses_experts
 from tests.distributed.steps import Checkpoint, load, make_strategy, own_rows, token_batch
@@ -74,3 +75,92 @@ def centred_experts() -> Iterator[None]:
     finally:
         register("qwen3_moe", before, overwrite=True)
         conversion_mapping.USER_REGISTERED_MAPPINGS.discard("qwen3_moe")
+
+
+def halves_swapped(value: torch.Tensor) -> torch.Tensor:
+    made = torch.empty(value.shape, dtype=value.dtype)
+    half = value.shape[0] // 2
+    made[:-half], made[-half:] = value[half:], value[:half]
+    return made
+
+
+def failing(value: torch.Tensor) -> torch.Tensor:
+    raise ValueError(f"a zero in {value.abs().max().item()}")
+
+
+WANT_VALUES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a tensor made": lambda v: v * torch.arange(1, v.shape[0] + 1, dtype=v.dtype)[:, None],
+    "allocated and filled": halves_swapped,
+    "a question": lambda v: v if v.abs().max() > 0 else -v,
+    "numpy": lambda v: torch.from_numpy(v.float().numpy()[::-1].copy()).to(v.dtype),
+    "another dtype": lambda v: v.float(),
+    "another dtype of numbers": lambda v: v.double() / 3,
+}
+
+
+@pytest.mark.parametrize("kind", WANT_VALUES)
+def test_an_operation_that_cannot_run_without_values(
+    pool: RankPool, checkpoint: Checkpoint, kind: str
+) -> None:
+    pool.run(load_with_head_by, checkpoint("qwen3_untied"), kind, ranks=2)
+
+
+def load_with_head_by(directory: str, kind: str) -> None:
+    with converted_head(WANT_VALUES[kind]):
+        expected: Any = from_checkpoint(directory)
+        strategy = make_strategy("native_fsdp")
+        model = strategy.wrap_model(load(strategy, directory, defer=True))
+    check_equal(model, expected)
+    assert strategy.last_report.converted == ("lm_head.weight",)
+
+
+def test_an_operation_that_fails_on_values_is_named_on_every_rank(
+    pool: RankPool, checkpoint: Checkpoint
+) -> None:
+    for text in pool.run(error_of_failing, checkpoint("qwen3_untied"), ranks=2):
+        assert "lm_head.weight: expected the conversion Operation to work on" in text
+        assert "(97, 32)" in text
+        assert "ValueError: a zero in" in text
+
+
+def error_of_failing(directory: str) -> str:
+    with converted_head(failing):
+        strategy = make_strategy("native_fsdp")
+        with pytest.raises(ShardwiseError) as caught:
+            strategy.wrap_model(load(strategy, directory, defer=True))
+    return str(caught.value)
+
+
+def test_a_dtype_that_only_values_show_is_refused_by_name(pool: RankPool, checkpoint: Checkpoint) -> None:
+    for text in pool.run(error_of_unforeseen_dtype, checkpoint("qwen3_untied"), ranks=2):
+        assert "lm_head.weight: expected bfloat16 from the conversion Operation, got float32" in text
+
+
+def error_of_unforeseen_dtype(directory: str) -> str:
+    with converted_head(lambda v: torch.from_numpy(v.float().numpy().copy())):
+        strategy = make_strategy("native_fsdp")
+        with pytest.raises(ShardwiseError) as caught:
+            strategy.wrap_model(load(strategy, directory, defer=True))
+    return str(caught.value)
+
+
+@contextmanager
+def converted_head(operation: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let the head of Qwen3 be made by an operation."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+
+    class Operation(ConversionOps):
+        def convert(
+            self, input_dict: dict[str, Any], *, target_patterns: list[str], **_: Any
+        ) -> dict[str, Any]:
+            (value,) = (of[0] if isinstance(of, list) else of for of in input_dict.values())
+            return {target_patterns[0]: operation(value)}
+
+    converter = WeightConverter("lm_head.weight", "lm_head.weight", operations=[Operation()])
+    conversion_mapping.register_checkpoint_conversion_mapping("qwen3", [converter], overwrite=True)
+    try:
+        yield
+    finally:
+        del conversion_mapping._checkpoint_conversion_mapping_cache["qwen3"]
+        conversion_mapping.USER_REGISTERED_MAPPINGS.discard("qwen3")

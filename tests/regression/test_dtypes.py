@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from shardwise.testing import RankPool
-from tests.distributed.models import PlainNet, check_equal, from_checkpoint, gathered, raw_bytes
+from tests.distributed.models import PlainNet, causal_model, check_equal, from_checkpoint, gathered, raw_bytes
 from tests.distributed.steps import (
     Checkpoint,
     backward,
@@ -55,6 +58,57 @@ def check_dtypes(directory: str, name: str, way: str) -> None:
             "reduce": "float32",
             "optimizer": name_of,
         }
+
+
+@pytest.mark.parametrize("files", ["one file", "several files"])
+def test_a_checkpoint_of_several_dtypes_has_the_one_that_transformers_finds_first(
+    pool: RankPool, tmp_path: Path, files: str
+) -> None:
+    """Without a dtype in the config, the first tensor in the file counted in place of the first by name."""
+    directory = write_mixed(tmp_path, max_shard_size="20KB" if files == "several files" else "1GB")
+    pool.run(load_mixed, directory, ranks=2)
+
+
+def write_mixed(directory: Path, *, max_shard_size: str) -> str:
+    model = causal_model("qwen3_untied").to(torch.bfloat16)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}))
+    for file in directory.glob("*.safetensors"):
+        stored = load_file(file)  # safetensors writes wide dtypes first
+        first = min(stored)
+        save_file(
+            {n: v if n == first else v.to(torch.float32) for n, v in stored.items()},
+            file,
+            metadata={"format": "pt"},
+        )
+    return str(directory)
+
+
+def load_mixed(directory: str) -> None:
+    expected = from_checkpoint(directory)
+    assert expected.dtype == torch.bfloat16
+    strategy = make_strategy("native_fsdp")
+    check_equal(strategy.wrap_model(load(strategy, directory, defer=True)), expected)
+
+
+def test_a_config_that_is_passed_stays_as_it_is(pool: RankPool, checkpoint: Checkpoint) -> None:
+    """The second load with the same config took the dtype of the first."""
+    pool.run(load_twice_with_a_config, checkpoint("qwen3_untied"), ranks=1)
+
+
+def load_twice_with_a_config(directory: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    before = config.to_dict()
+    strategy = make_strategy("native_fsdp")
+    first = load(strategy, directory, defer=True, config=config, dtype=torch.float32)
+    assert {p.dtype for p in first.parameters()} == {torch.float32}
+    assert config.to_dict() == before
+    second = load(strategy, directory, defer=True, config=config)
+    assert {p.dtype for p in second.parameters()} == {torch.bfloat16}
 
 
 @by_strategy

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
 from shardwise.checkpoint import StoredTensor
-from shardwise.conversion import ConversionGroup, derive
-from shardwise.errors import UnsupportedFormatError
+from shardwise.conversion import ConversionGroup, KeyMap, derive
 from shardwise.materialization.placing import place_in
 from shardwise.plan import Layout
 
@@ -195,7 +194,7 @@ def test_shards_looked_up_in_the_sources_are_those_of_the_operation(
 ) -> None:
     case = data.draw(st.composite(CASES[name])())
     group, stored, values = group_of(case)
-    key_map = derive([group], stored)
+    key_map = derived(group, stored)
     assert not key_map.whole, f"{name} is not followed: {key_map.whole[0].reason}"
     assert group.convert is not None
     made = group.convert({pattern: [values[n] for n in names] for pattern, names in group.sources.items()})
@@ -218,6 +217,17 @@ def test_shards_looked_up_in_the_sources_are_those_of_the_operation(
                 low = min(rank * size, expected.shape[dim])
                 wanted = expected.narrow(dim, low, min(size, expected.shape[dim] - low))
                 assert torch.equal(shard, wanted), f"{name}: {target}, dim {dim}, rank {rank} of {ranks}"
+
+
+def derived(
+    group: ConversionGroup,
+    stored: Mapping[str, StoredTensor],
+    *,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> KeyMap:
+    shapes = shapes or dict.fromkeys(group.targets, ())
+    return derive([group], stored, shapes=shapes, dtype_of=lambda _: dtype)
 
 
 def group_of(case: Case) -> tuple[ConversionGroup, dict[str, StoredTensor], dict[str, torch.Tensor]]:
@@ -253,29 +263,74 @@ def group_of(case: Case) -> tuple[ConversionGroup, dict[str, StoredTensor], dict
         return {name: of[0] if isinstance(of, list) else of for name, of in made.items()}
 
     group = ConversionGroup(
-        target=case.targets[0], sources=sources, convert=convert, operations=type(case.operation).__name__
+        target=case.targets[0],
+        targets=tuple(case.targets),
+        sources=sources,
+        convert=convert,
+        operations=type(case.operation).__name__,
     )
     return group, stored, values
 
 
-def test_an_operation_that_computes_is_given_whole_tensors_with_the_reason() -> None:
-    case = Case(core.Chunk(dim=0), {"s": [(4, 3)]}, ["a", "b"])
-    group, stored, _ = group_of(case)
+def computing(
+    convert: Callable[[torch.Tensor], Mapping[str, torch.Tensor]], *targets: str
+) -> tuple[Any, Any]:
+    """Return a conversion of one source of shape (4, 3), and what is stored."""
+    group, stored, _ = group_of(Case(core.Chunk(dim=0), {"s": [(4, 3)]}, ["a", "b"]))
     computes = ConversionGroup(
-        target="a",
+        target=targets[0],
+        targets=targets,
         sources=group.sources,
-        convert=lambda tensors: {"a": tensors["s"][0] * 2, "b": tensors["s"][0][:1]},
-        operations="Double",
+        convert=lambda tensors: convert(tensors["s"][0]),
+        operations="Computes",
     )
-    key_map = derive([computes], stored)
+    return computes, stored
+
+
+def test_an_operation_that_computes_is_given_whole_tensors_with_the_reason() -> None:
+    key_map = derived(*computing(lambda s: {"a": s * 2, "b": s[:1]}, "a", "b"))
     assert not key_map.recipes
     (whole,) = key_map.whole
     assert whole.shapes == {"a": (4, 3), "b": (1, 3)}
     assert "mul" in whole.reason
+    assert not whole.made_dtypes
 
 
-def test_an_operation_that_fails_on_the_shapes_is_an_error_that_names_it() -> None:
+def filled(s: torch.Tensor) -> torch.Tensor:
+    made = torch.empty(s.shape, dtype=s.dtype)
+    made[:2], made[2:] = s[2:], s[:2]
+    return made
+
+
+WANT_VALUES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a tensor made on the host": lambda s: s * torch.arange(4, dtype=s.dtype, device="cpu")[:, None],
+    "a tensor made anywhere": lambda s: s * torch.arange(4, dtype=s.dtype)[:, None],
+    "allocated and filled": filled,
+    "a question about values": lambda s: s if s.abs().max() > 0 else -s,
+    "numpy": lambda s: torch.from_numpy(s.float().numpy().copy()).to(s.dtype),
+}
+
+
+@pytest.mark.parametrize("kind", WANT_VALUES)
+def test_an_operation_that_wants_values_is_expected_to_make_what_the_model_has(kind: str) -> None:
+    computes = computing(lambda s: {"a": WANT_VALUES[kind](s)}, "a", "b")
+    key_map = derived(*computes, shapes={"a": (4, 3), "b": (2, 2), "c": (1,)})
+    assert not key_map.recipes
+    assert key_map.whole[0].shapes["a"] == (4, 3)
+
+
+def test_a_result_in_another_dtype_is_on_record_and_not_looked_up() -> None:
+    computes = computing(lambda s: {"a": s.float(), "b": s[:2]}, "a", "b")
+    key_map = derived(*computes)
+    assert not key_map.recipes
+    assert key_map.whole[0].taken_dtype == torch.bfloat16
+    assert key_map.whole[0].made_dtypes == {"a": torch.float32}
+    assert set(derived(*computes, dtype=torch.float32).recipes) == {"a", "b"}  # no change of dtype there
+
+
+def test_an_operation_that_fails_without_values_is_left_to_the_run_on_values() -> None:
     case = Case(core.Concatenate(dim=0), {"a": [(4, 3)], "b": [(4, 2)]}, ["t"])
     group, stored, _ = group_of(case)
-    with pytest.raises(UnsupportedFormatError, match=r"Concatenate.*\(4, 3\).*config.json"):
-        derive([group], stored)
+    (whole,) = derived(group, stored, shapes={"t": (8, 3)}).whole
+    assert whole.shapes == {"t": (8, 3)}
+    assert "Sizes of tensors must match" in whole.reason

@@ -105,6 +105,34 @@ def test_the_modules_around_may_scale_a_weight_as_in_transformers() -> None:
     assert report.origins["lm_head.weight"] == "tied"
 
 
+# transformers 4.57 scripts ModernBERT's loss on import
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_tied_embedding_starts_as_an_embedding_and_not_as_the_head() -> None:
+    """ModernBERT's head has a smaller spread, and is tied after both are initialised."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    config = ModernBertConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        pad_token_id=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        cls_token_id=0,
+        sep_token_id=1,
+        reference_compile=False,
+        attn_implementation="eager",
+    )
+    model = on_meta(lambda: ModernBertForMaskedLM(config))
+    model.tie_weights()
+    report = sw.materialize(model, None, buffers=lambda _, like: torch.zeros(like.shape))
+    assert report.origins["decoder.weight"] == "tied"
+    expected = ModernBertForMaskedLM(config).get_input_embeddings().weight.std().item()
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(expected, rel=0.1)
+
+
 def test_a_container_leaves_its_parameters_to_its_owner() -> None:
     class Owner(nn.Module):
         def __init__(self) -> None:

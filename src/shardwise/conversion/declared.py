@@ -47,7 +47,9 @@ def declaration_of(
     names = list(names)
     return Declaration(
         groups=tuple(
-            ConversionGroup(target=name, sources={name: (name,)}, convert=None, operations="")
+            ConversionGroup(
+                target=name, targets=(name,), sources={name: (name,)}, convert=None, operations=""
+            )
             for name in names
             if name in expected
         ),

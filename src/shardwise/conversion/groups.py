@@ -18,6 +18,7 @@ class ConversionGroup:
 
     Args:
         target: Name in the model of the first result, or of the only one.
+        targets: Names in the model of all results that it may have.
         sources: Checkpoint names by pattern, each list in the order in which the conversion takes them. A pattern is what
             the conversion itself calls its input.
         convert: Makes the results; None where the only source is the result as it is.
@@ -25,6 +26,7 @@ class ConversionGroup:
     """
 
     target: str
+    targets: tuple[str, ...]
     sources: Mapping[str, tuple[str, ...]]
     convert: Convert | None
     operations: str

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from shardwise.checkpoint import StoredTensor
-from shardwise.conversion.groups import ConversionGroup
+from shardwise.conversion.groups import ConversionGroup, Convert
 from shardwise.conversion.pieces import whole
 from shardwise.conversion.tracing import NotTraceableError, Part, TracedTensor
-from shardwise.errors import UnsupportedFormatError
+
+_log = logging.getLogger("shardwise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +39,15 @@ class WholeGroup:
     Args:
         group: That does it.
         shapes: Of its results, by their names in the model.
+        taken_dtype: In which it takes floating point sources, so far as `made_dtypes` goes.
+        made_dtypes: Of results that come out in another dtype than that, by their names in the model.
         reason: Why it cannot be looked up element by element.
     """
 
     group: ConversionGroup
     shapes: Mapping[str, tuple[int, ...]]
+    taken_dtype: torch.dtype
+    made_dtypes: Mapping[str, torch.dtype]
     reason: str
 
 
@@ -58,18 +64,25 @@ class KeyMap:
     whole: tuple[WholeGroup, ...]
 
 
-def derive(groups: Sequence[ConversionGroup], stored: Mapping[str, StoredTensor]) -> KeyMap:
+def derive(
+    groups: Sequence[ConversionGroup],
+    stored: Mapping[str, StoredTensor],
+    *,
+    shapes: Mapping[str, Sequence[int]],
+    dtype_of: Callable[[ConversionGroup], torch.dtype],
+) -> KeyMap:
     """Find out what each conversion does with the elements of its sources, from their names and shapes alone.
+
+    Nothing is raised of a conversion that fails on tensors without values: only values tell whether it works.
 
     Args:
         groups: Of the model.
         stored: What the checkpoint holds, by checkpoint name.
+        shapes: Of the model's tensors, by name.
+        dtype_of: In which dtype a conversion takes floating point sources: the loader casts each before it converts.
 
     Returns:
         The map.
-
-    Raises:
-        UnsupportedFormatError: A conversion fails on tensors of these shapes.
     """
     recipes: dict[str, Recipe] = {}
     wholes: list[WholeGroup] = []
@@ -79,28 +92,34 @@ def derive(groups: Sequence[ConversionGroup], stored: Mapping[str, StoredTensor]
             parts = (Part(source=source.name, piece=whole(source.shape)),) if math.prod(source.shape) else ()
             recipes[group.target] = Recipe(name=group.target, shape=source.shape, parts=parts)
             continue
+        dtype = dtype_of(group)
         try:
-            found = _traced(group, stored)
-        except NotTraceableError as error:
-            wholes.append(WholeGroup(group=group, shapes=_shapes(group, stored), reason=str(error)))
+            found = _traced(group, group.convert, stored, dtype)
+        except Exception as error:  # of somebody else's code, which may want values
+            reason = (
+                str(error) if isinstance(error, NotTraceableError) else f"{type(error).__name__}: {error}"
+            )
+            wholes.append(_foreseen(group, group.convert, stored, shapes, dtype, reason))
         else:
             recipes.update(found)
     return KeyMap(recipes=recipes, whole=tuple(wholes))
 
 
-def _traced(group: ConversionGroup, stored: Mapping[str, StoredTensor]) -> dict[str, Recipe]:
-    # One dtype for all: the loader casts each source to the model's dtype before it converts.
-    made = _run(
-        group,
-        {
-            pattern: [TracedTensor.of_source(name, stored[name].shape, torch.float32) for name in names]
-            for pattern, names in group.sources.items()
-        },
-    )
+def _traced(
+    group: ConversionGroup, convert: Convert, stored: Mapping[str, StoredTensor], dtype: torch.dtype
+) -> dict[str, Recipe]:
+    sources: dict[str, list[torch.Tensor]] = {
+        pattern: [TracedTensor.of_source(name, stored[name].shape, dtype) for name in names]
+        for pattern, names in group.sources.items()
+    }
+    with torch.no_grad():
+        made = convert(sources)
     recipes = {}
     for name, tensor in made.items():
         if not isinstance(tensor, TracedTensor):
             raise NotTraceableError(f"{name} is made anew, as a {type(tensor).__name__}")
+        if tensor.dtype != dtype:
+            raise NotTraceableError(f"{name} is made in {tensor.dtype} of sources in {dtype}")
         shape = tuple(tensor.shape)
         if sum(part.piece.numel for part in tensor.parts) != math.prod(shape):
             raise NotTraceableError(f"{name} is not made of its sources' elements alone")
@@ -108,32 +127,28 @@ def _traced(group: ConversionGroup, stored: Mapping[str, StoredTensor]) -> dict[
     return recipes
 
 
-def _shapes(group: ConversionGroup, stored: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
-    made = _run(
-        group,
-        {
-            pattern: [torch.empty(stored[name].shape, device="meta") for name in names]
-            for pattern, names in group.sources.items()
-        },
-    )
-    return {name: tuple(tensor.shape) for name, tensor in made.items()}
-
-
-def _run(group: ConversionGroup, tensors: Mapping[str, list[torch.Tensor]]) -> Mapping[str, torch.Tensor]:
-    if group.convert is None:
-        raise UnsupportedFormatError(f"{group.target}: expected a conversion, got none")
+def _foreseen(
+    group: ConversionGroup,
+    convert: Convert,
+    stored: Mapping[str, StoredTensor],
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    reason: str,
+) -> WholeGroup:
+    """Return what a conversion of whole tensors will make: as it says on meta; where it wants values, what the model expects."""
+    sources = {
+        pattern: [torch.empty(stored[name].shape, dtype=dtype, device="meta") for name in names]
+        for pattern, names in group.sources.items()
+    }
+    of_results = {name: tuple(shapes[name]) for name in group.targets}
+    made_dtypes = {}
     try:
-        with torch.no_grad():
-            return group.convert({pattern: list(values) for pattern, values in tensors.items()})
-    except NotTraceableError:
-        raise
-    except Exception as error:
-        shapes = {
-            f"{pattern} x {len(values)}": tuple(values[0].shape) if values else ()
-            for pattern, values in tensors.items()
-        }
-        raise UnsupportedFormatError(
-            f"{group.target}: expected the conversion {group.operations} to work on what the checkpoint holds, {shapes}, got "
-            f"{type(error).__name__}: {error}. Does config.json belong to this checkpoint? If transformers itself loads it, "
-            "use load_pretrained(defer=False)."
-        ) from error
+        with torch.no_grad(), torch.device("meta"):
+            made = convert(sources)
+            of_results = {name: tuple(tensor.shape) for name, tensor in made.items()}
+            made_dtypes = {name: tensor.dtype for name, tensor in made.items() if tensor.dtype != dtype}
+    except Exception:
+        _log.debug("%s: %s wants values to run", group.target, group.operations, exc_info=True)
+    return WholeGroup(
+        group=group, shapes=of_results, taken_dtype=dtype, made_dtypes=made_dtypes, reason=reason
+    )

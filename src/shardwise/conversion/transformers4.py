@@ -45,7 +45,9 @@ def declaration_of(
     names = list(names)
     target_of = _renamed(model, names)
     groups = [
-        ConversionGroup(target=target, sources={name: (name,)}, convert=None, operations="")
+        ConversionGroup(
+            target=target, targets=(target,), sources={name: (name,)}, convert=None, operations=""
+        )
         for name, target in target_of.items()
         if target in expected
     ]

@@ -60,9 +60,10 @@ def declaration_of(
     # What save_pretrained reverses.
     model._weight_conversions = [entry for entry in mapping if entry.was_used()]
     shapes = _Shapes(expected)
+    names_of = _names_of(expected)
     return Declaration(
         groups=tuple(
-            _group(shapes, model.config, target, converter, sources)
+            _group(shapes, model.config, target, names_of(target, converter), converter, sources)
             for target, (converter, sources) in collected.items()
         ),
         unexpected=tuple(unexpected),
@@ -131,12 +132,31 @@ def _renaming(
     return rename
 
 
+def _names_of(expected: Mapping[str, torch.Size]) -> Callable[[str, Any | None], tuple[str, ...]]:
+    def names_of(target: str, converter: Any | None) -> tuple[str, ...]:
+        """Return the model's names of all results: a converter's first pattern stands in `target` for each of the others."""
+        if converter is None:
+            return (target,)
+        first, *others = converter.target_patterns
+        found = [target, *(target.replace(first, other, 1) for other in others)]
+        numbered = [re.compile(re.escape(name).replace(r"\*", r"\d+")) for name in found if "*" in name]
+        found += [name for name in expected if any(pattern.fullmatch(name) for pattern in numbered)]
+        return tuple(name for name in dict.fromkeys(found) if name in expected)
+
+    return names_of
+
+
 def _group(
-    shapes: _Shapes, config: Any, target: str, converter: Any | None, sources: Mapping[str, list[str]]
+    shapes: _Shapes,
+    config: Any,
+    target: str,
+    targets: tuple[str, ...],
+    converter: Any | None,
+    sources: Mapping[str, list[str]],
 ) -> ConversionGroup:
     named = {pattern: tuple(names) for pattern, names in sources.items()}
     if converter is None:
-        return ConversionGroup(target=target, sources=named, convert=None, operations="")
+        return ConversionGroup(target=target, targets=targets, sources=named, convert=None, operations="")
 
     def convert(tensors: Mapping[str, list[torch.Tensor]]) -> Mapping[str, torch.Tensor]:
         fresh = deepcopy(converter)
@@ -146,7 +166,9 @@ def _group(
         return {name: made_of[0] if isinstance(made_of, list) else made_of for name, made_of in made.items()}
 
     operations = " + ".join(type(operation).__name__ for operation in converter.operations)
-    return ConversionGroup(target=target, sources=named, convert=convert, operations=operations)
+    return ConversionGroup(
+        target=target, targets=targets, sources=named, convert=convert, operations=operations
+    )
 
 
 def _unexpected_patterns(model: Any) -> set[str]:

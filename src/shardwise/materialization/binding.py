@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpoint import Source, StoredTensor
-from shardwise.conversion import WholeGroup, declaration_of, derive
+from shardwise.conversion import ConversionGroup, WholeGroup, declaration_of, derive
 from shardwise.errors import CheckpointError, ConfigurationError, ShapeMismatchError
 from shardwise.materialization.names import checkpoint_name_of, model_inside
 from shardwise.materialization.structure import Entry
@@ -46,6 +46,11 @@ class Bound:
         if self.whole is not None:
             return tuple(self.source.tensors[name] for name in self.whole.group.source_names)
         return tuple(each.stored for each in self.pieces)
+
+    @property
+    def made_dtype(self) -> torch.dtype | None:
+        """The dtype in which a conversion makes it, if that is another one than the loader reads in."""
+        return self.whole.made_dtypes.get(self.name) if self.whole is not None else None
 
     @property
     def place(self) -> str:
@@ -104,6 +109,8 @@ def bind(
     *,
     rename: Rename,
     conversions: Sequence[Any] | None,
+    dtype: torch.dtype | str | None = None,
+    pinned: Callable[[str], torch.dtype | None] = lambda _: None,
 ) -> Binding:
     """Find each parameter and persistent buffer in a checkpoint.
 
@@ -117,6 +124,8 @@ def bind(
         rename: From a name in the model, without wrapper prefixes, to a name in the checkpoint; names that a mapping
             lacks stay as they are.
         conversions: In place of those that the library declares.
+        dtype: In which floating point parameters on meta will be kept, as `kept_dtypes` takes it.
+        pinned: In which dtype a name in the checkpoint's library is kept whatever `dtype` says; None where it says nothing.
 
     Returns:
         The binding.
@@ -145,7 +154,17 @@ def bind(
     names = {slot.fqn: checkpoint_name_of(slot.fqn) for entry in persistent for slot in entry.slots}
     shapes = {names[slot.fqn]: entry.tensor.shape for entry in persistent for slot in entry.slots}
     declared = declaration_of(model_inside(model), shapes, source.tensors, conversions=conversions)
-    key_map = derive(declared.groups, source.tensors)
+    tensors = {names[slot.fqn]: entry.tensor for entry in persistent for slot in entry.slots}
+
+    def taken_dtype(group: ConversionGroup) -> torch.dtype:
+        own = tensors[group.target]
+        if not own.is_floating_point():
+            return own.dtype
+        if dtype is None or not own.is_meta:
+            return pinned(group.target) or own.dtype
+        return dtype if isinstance(dtype, torch.dtype) else source.tensors[group.source_names[0]].dtype
+
+    key_map = derive(declared.groups, source.tensors, shapes=shapes, dtype_of=taken_dtype)
     converted = {
         name: Bound(
             source=source,

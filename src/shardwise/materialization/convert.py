@@ -20,6 +20,7 @@ from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import ExchangePlan, Layout, WantedTensor, as_stored, plan_exchange
+from shardwise.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +169,9 @@ def held_bytes_of(step: ConversionStep, source: Readable) -> int:
 
 
 def _source_dtype(step: ConversionStep) -> torch.dtype:
-    """Return the dtype in which a conversion takes floating point sources: that of its first result."""
+    """Return the dtype in which a conversion takes floating point sources: that of its first result, unless it makes another."""
+    if step.whole is not None and step.whole.made_dtypes:
+        return step.whole.taken_dtype
     target = step.whole.group.target if step.whole is not None else None
     return next((t for t in step.results if t.name == target), step.results[0]).dtype
 
@@ -188,12 +191,17 @@ def _results(step: ConversionStep, source: Readable, done: Callable[[int], None]
         for pattern, names in whole.group.sources.items()
     }
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             made = dict(whole.group.convert(tensors))
     except Exception as error:
+        shapes = {
+            f"{pattern} x {len(names)}": source.tensors[names[0]].shape
+            for pattern, names in whole.group.sources.items()
+        }
         raise CheckpointError(
-            f"{whole.group.target}: the conversion {whole.group.operations} failed: {type(error).__name__}: {error}. If transformers "
-            "itself loads this checkpoint, use load_pretrained(defer=False)."
+            f"{whole.group.target}: expected the conversion {whole.group.operations} to work on what the checkpoint holds, {shapes}, "
+            f"got {type(error).__name__}: {error}. Does config.json belong to this checkpoint? If transformers itself loads it, use "
+            "load_pretrained(defer=False)."
         ) from error
     del tensors  # what the results do not refer to makes room for their copies
     results = {}
@@ -204,6 +212,12 @@ def _results(step: ConversionStep, source: Readable, done: Callable[[int], None]
             got = "none" if value is None else f"{tuple(value.shape)}"
             raise ShapeMismatchError(
                 f"{tensor.fqn}: expected {expected} from the conversion {whole.group.operations}, got {got}."
+            )
+        if value.dtype not in (tensor.dtype, whole.made_dtypes.get(tensor.name)):
+            raise CheckpointError(
+                f"{tensor.fqn}: expected {dtype_name(tensor.dtype)} from the conversion {whole.group.operations}, got "
+                f"{dtype_name(value.dtype)}, which only a run on values shows. Load in that dtype (dtype=), or use "
+                "load_pretrained(defer=False)."
             )
         results[tensor.fqn] = value.to(tensor.dtype).contiguous()
     return results

@@ -214,7 +214,7 @@ def materialize(
             stack.callback(source.close)
         with agreement.phase("match names"):
             with resting_collector():
-                binding = _bind(model, entries, source, rename, conversions)
+                binding = _bind(model, entries, source, rename, conversions, dtype)
             name = source.name if source is not None else type(model).__name__
             allowed = "init" if source is None else missing
             absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
@@ -415,10 +415,11 @@ def _bind(
     source: Source | None,
     rename: Rename,
     conversions: Sequence[Any] | None,
+    dtype: torch.dtype | str | None,
 ) -> Binding:
     if source is None:
         return nothing_bound(entries)
-    return bind(model, entries, source, rename=rename, conversions=conversions)
+    return bind(model, entries, source, rename=rename, conversions=conversions, dtype=dtype)
 
 
 def warn_of_unexpected(binding: Binding, name: str, agreement: Agreement) -> None:

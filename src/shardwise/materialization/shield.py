@@ -63,6 +63,8 @@ class Shield:
         """Register blank tensors in the places of some entries, and copies of the other buffers' values below a module.
 
         A module may make one buffer from another one, so those with values can be read; nothing comes of writing to them.
+        A tied parameter stands in the first of its places alone: models are tied after they are initialised, so what would be
+        written to another place is lost there too.
 
         Args:
             module: That will run.
@@ -86,11 +88,12 @@ class Shield:
                 for name, plain in _plain_tensors(each).items():
                     each.__dict__[name] = plain.detach().clone()
             for entry, blank in blanks:
+                if entry.role == "parameter":
+                    slot = entry.slots[0]
+                    slot.module._parameters[slot.name] = blank  # type: ignore[assignment]
+                    continue
                 for slot in entry.slots:
-                    if entry.role == "parameter":
-                        slot.module._parameters[slot.name] = blank  # type: ignore[assignment]
-                    else:
-                        slot.module._buffers[slot.name] = blank
+                    slot.module._buffers[slot.name] = blank
             yield
         finally:
             for each, parameters, buffers, plain_tensors in before:

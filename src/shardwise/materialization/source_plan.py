@@ -96,6 +96,7 @@ class Wanted:
             yield (
                 f"{made.fqn} {shape} {made.dtype} {_of_layout(made.layout)}: {made.name} by {made.whole.group.operations} of "
                 + ", ".join(made.whole.group.source_names)
+                + f" taken in {made.whole.taken_dtype if made.whole.made_dtypes else made.dtype}"
             )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from shardwise.checkpoint import SafetensorsSource, Source, cached_snapshot, locate
+from shardwise.conversion import pinned_dtypes
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import (
     Binding,
@@ -201,7 +202,8 @@ def _of_config(name: str, config: Any, *, dtype: Any, model_cls: Any) -> _Subjec
 
 def _bound(name: str, model: nn.Module, source: Source, chosen: torch.dtype) -> _Subject:
     entries = entries_of(model)
-    binding = bind(model, entries, source, rename=None, conversions=None)
+    pinned = pinned_dtypes(model, chosen, stored=True)
+    binding = bind(model, entries, source, rename=None, conversions=None, pinned=pinned)
     if not binding.bound:
         raise CheckpointError(
             f"{name}: expected tensors of {type(model).__name__}, got none that it takes. Pass model_cls=."

@@ -63,7 +63,8 @@ def build_empty(
         name: As the user gave it, for messages and as the config's name.
         directory: Where its config lies.
         source: Its weights; asked for dtypes only.
-        dtype: Of the parameters, a torch dtype; `"auto"` is the config's, else that of the first floating point weight.
+        dtype: Of the parameters, a torch dtype; `"auto"` is the config's, else that of the first floating point weight of
+            the first file, by name.
         **kwargs: Further arguments of `from_pretrained`.
 
     Returns:
@@ -152,7 +153,7 @@ def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple
     config = kwargs.pop("config", None)
     trust = {key: kwargs.pop(key) for key in ("trust_remote_code",) if key in kwargs}
     if config is not None:
-        return config, kwargs
+        return copy.deepcopy(config), kwargs
     config_class = getattr(model_cls, "config_class", None)
     if config_class is not None:
         return config_class.from_pretrained(directory, return_unused_kwargs=True, **kwargs)  # type: ignore[no-any-return]
@@ -165,10 +166,12 @@ def _dtype_of(config: Any, source: Source | None, dtype: Any) -> torch.dtype:
     of_config = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     if isinstance(of_config, str):
         of_config = getattr(torch, of_config)
+    # transformers opens the first file alone, and safetensors hands out its names in order.
+    stored = sorted(source.tensors.values() if source is not None else (), key=lambda t: (t.file, t.name))
     floating = (
         t.dtype
-        for t in (source.tensors.values() if source is not None else ())
-        if t.dtype.is_floating_point and t.dtype.itemsize > 1
+        for t in stored
+        if t.file == stored[0].file and t.dtype.is_floating_point and t.dtype.itemsize > 1
     )
     return of_config if isinstance(of_config, torch.dtype) else next(floating, torch.float32)
 

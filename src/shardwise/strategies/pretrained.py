@@ -98,7 +98,14 @@ def load_deferred(
                 model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs
             )
             entries = entries_of(model)
-            binding = bind(model, entries, opened.source, rename=None, conversions=None)
+            binding = bind(
+                model,
+                entries,
+                opened.source,
+                rename=None,
+                conversions=None,
+                pinned=pinned_dtypes(model, chosen, stored=True),
+            )
             permitted(binding.absent, missing, name=name, optional=binding.optional)
             check_bound(entries, binding.bound)
             await_values(model, entries, binding, chosen)
@@ -125,8 +132,9 @@ def await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, c
             continue
         dtype = entry.tensor.dtype
         if entry.tensor.is_floating_point() and (awaited or entry.role == "parameter"):
-            pinned = of_stored(binding.bound[entry.fqn].name) if awaited else of_absent(entry.fqn)
-            dtype = pinned or dtype
+            of = binding.bound.get(entry.fqn)
+            pinned = of_stored(of.name) if of is not None else of_absent(entry.fqn)
+            dtype = (of.made_dtype if of is not None else None) or pinned or dtype
         device = torch.device("meta") if awaited else entry.tensor.device
         if entry.tensor.device == device and entry.tensor.dtype == dtype:
             continue
