@@ -33,7 +33,7 @@ pytestmark = pytest.mark.distributed
 TENSORS = 12
 SECONDS_PER_READ = 0.5
 TIMEOUT_SECONDS = 2.0  # more than four reads, less than a half of all
-STALL_TIMEOUT_SECONDS = 4.0
+STALL_TIMEOUT_SECONDS = 8.0
 SLOW = 1  # the rank that has the trouble
 
 
@@ -107,7 +107,8 @@ def stall(directory: str, route: str) -> tuple[str, str, float, list[str], bool]
         seconds = time.monotonic() - started
         every_rank(None)
         stuck = [thread for thread in threading.enumerate() if thread.name.startswith("shardwise-read")]
-        assert len(stuck) == (dist.get_rank() == SLOW)  # nothing else is left, and nothing on the other ranks
+        # Nothing else is left, and nothing on the other ranks.
+        assert len(stuck) == (dist.get_rank() == SLOW), [thread.name for thread in stuck]
         assert all(thread.daemon for thread in stuck)
         fill(directory, route, timeout=60)
         return type(caught.value).__name__, str(caught.value), seconds, warnings.texts, True
@@ -135,7 +136,7 @@ def test_a_read_that_hangs_is_named_on_all_ranks_and_a_retry_works(
     for rank, (kind, text, seconds, warnings, _) in enumerate(seen):
         assert kind == (StalledReadError.__name__ if rank == SLOW else "PeerError"), text
         assert "model.safetensors: reading" in text
-        assert f"has not returned for 3 s on rank {SLOW} (" in text
+        assert f"has not returned for 6 s on rank {SLOW} (" in text
         assert seconds < STALL_TIMEOUT_SECONDS + 3
         assert any("model.safetensors: reading" in warning for warning in warnings) == (rank == SLOW)
 
