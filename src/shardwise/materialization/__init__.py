@@ -37,7 +37,13 @@ from shardwise.materialization.reporting import collect_report, origins_of, stor
 from shardwise.materialization.source_cost import SourceCost, cost_of_source
 from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
-from shardwise.materialization.storage import local_bytes_of, reshard, trained_parameters_of
+from shardwise.materialization.storage import (
+    drop_waiting_gradients,
+    local_bytes_of,
+    reduce_waiting_gradients,
+    reshard,
+    trained_parameters_of,
+)
 from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
@@ -70,6 +76,7 @@ __all__ = [
     "default_staging_bytes",
     "device_of",
     "digest_of",
+    "drop_waiting_gradients",
     "entries_of",
     "fill_from_files",
     "fill_from_source",
@@ -83,6 +90,7 @@ __all__ = [
     "open_source",
     "origins_of",
     "permitted",
+    "reduce_waiting_gradients",
     "require_equal_aliases",
     "reshard",
     "resting_collector",

@@ -171,6 +171,7 @@ class TransformersModel(Stepping):
             )
         reshard(self.model)
         made = make_optimizer(self.model, optimizer_cls, kwargs)
+        made.register_step_post_hook(self._note_step)
         self._torch_optimizer, self.lr_scheduler = made, None
         self.optimizer = self.strategy.wrap_optimizer(made) if self._is_wrapped else made
         return self.optimizer
