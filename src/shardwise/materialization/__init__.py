@@ -29,7 +29,7 @@ from shardwise.materialization.materialize import (
     warn_of_unexpected,
 )
 from shardwise.materialization.meta import take_values
-from shardwise.materialization.names import clean_fqn, model_inside
+from shardwise.materialization.names import clean_fqn, model_inside, original_of
 from shardwise.materialization.open_source import open_source
 from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
@@ -88,6 +88,7 @@ __all__ = [
     "needs_base_values",
     "nothing_bound",
     "open_source",
+    "original_of",
     "origins_of",
     "permitted",
     "reduce_waiting_gradients",
