@@ -394,6 +394,7 @@ FROM_VALUES: dict[str, Options] = {
     "loftq": {"init_lora_weights": "loftq"},
     "lora_ga": {"init_lora_weights": "lora_ga"},
     "DoRA": {"use_dora": True},
+    "trainable_token_indices": {"trainable_token_indices": [1, 5]},
 }
 
 

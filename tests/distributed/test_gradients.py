@@ -81,15 +81,30 @@ def clip_equal(directory: str, name: str) -> None:
     torch.testing.assert_close(model.clip_grad_norm(0.5), norm, rtol=1e-4, atol=1e-6)
 
 
-def test_whole_gradients_are_unscaled_with_the_shards(pool: RankPool, checkpoint: Checkpoint) -> None:
-    pool.run(unscale_whole, checkpoint("qwen3_untied"), ranks=2)
+@by_strategy
+def test_whole_gradients_are_unscaled_with_the_shards(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    pool.run(unscale_whole, checkpoint("qwen3_untied"), strategy, ranks=2)
 
 
-def unscale_whole(directory: str) -> None:
-    plain, scaled = (with_whole(directory, "native_fsdp") for _ in range(2))
-    plain.forward_backward(own(batch(0)))
+def give_scaler(model: sw.TransformersModel) -> torch.amp.GradScaler:
+    """Scale a model's gradients on the CPU, where no strategy does."""
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    scaled._engine.gradients.scaler = scaler
+    model._engine.gradients.scaler = scaler
+    if isinstance(model.strategy, sw.AccelerateStrategy):
+        from accelerate.optimizer import AcceleratedOptimizer
+
+        model.strategy.accelerator.scaler = scaler
+        model.forward_only(own(batch(0)))  # wraps
+        model.optimizer = AcceleratedOptimizer(model._torch_optimizer, device_placement=False, scaler=scaler)
+    return scaler
+
+
+def unscale_whole(directory: str, name: str) -> None:
+    plain, scaled = with_whole(directory, "native_fsdp"), with_whole(directory, name)
+    plain.forward_backward(own(batch(0)))
+    scaler = give_scaler(scaled)
     for clips in (1, 0):
         scaled.forward_backward(own(batch(0)))
         if clips:
@@ -99,9 +114,94 @@ def unscale_whole(directory: str) -> None:
                 torch.testing.assert_close(got[fqn], wanted[fqn])
         whole = whole_parameter(scaled)
         if clips:
-            assert scaled.step()
-            scaled.zero_grad()
+            assert scaled.clip_grad_and_step(1e9) is not None  # unscaled already
+            assert scaled.global_step == 1
         elif torch.distributed.get_rank() == 1:
             whole.grad[0] = float("inf")
     assert not scaled.step()  # on rank 0 too, where all are finite
     assert scaler.get_scale() == 4.0
+
+
+# --- several passes ---
+
+
+@by_strategy
+def test_a_look_at_the_norm_in_each_pass_changes_nothing(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str
+) -> None:
+    pool.run(look_at_norms, checkpoint("qwen3_untied"), strategy, ranks=2)
+
+
+def look_at_norms(directory: str, name: str) -> None:
+    norms = []
+    for looks in (False, True):
+        model = facade(directory, name, gradient_accumulation_steps=3)
+        model.set_optimizer("SGD", lr=0.1)
+        for step in range(6):
+            model.forward_backward(own(batch(step)))
+            if looks:
+                assert model.clip_grad_norm(1e9, gradient_accumulation_steps=1) is not None
+            norm = model.clip_grad_and_step(1e9)
+        assert model.global_step == 2
+        norms.append(norm)
+    torch.testing.assert_close(norms[1], norms[0])
+
+
+@by_strategy
+def test_steps_of_the_user_s_own_are_counted(pool: RankPool, checkpoint: Checkpoint, strategy: str) -> None:
+    pool.run(step_oneself, checkpoint("qwen3_untied"), strategy, ranks=2)
+
+
+def step_oneself(directory: str, name: str) -> None:
+    norms = []
+    for own_steps in (False, True):
+        model = facade(directory, name)
+        model.set_optimizer("SGD", lr=0.1)
+        model.set_lr_scheduler("linear", num_warmup_steps=0, num_training_steps=8)
+        for step in range(2):
+            model.forward_backward(own(batch(step)))
+            if own_steps:
+                model.optimizer.step()
+                model.optimizer.zero_grad()
+                model.lr_step()
+            else:
+                model.clip_grad_and_step(max_grad_norm=None)
+        assert model.global_step == 2
+        assert model.lr_scheduler.get_last_lr() == [0.1 * 6 / 8] * 2
+        model.forward_backward(own(batch(0)))
+        norms.append(model.clip_grad_norm(1e9))
+    torch.testing.assert_close(norms[1], norms[0])
+
+
+@by_strategy
+@pytest.mark.parametrize("precision", ["no", "bf16"])  # reduced in another dtype, gradients wait elsewhere
+def test_a_short_group_without_sync_is_a_step(
+    pool: RankPool, checkpoint: Checkpoint, strategy: str, precision: str
+) -> None:
+    pool.run(step_short, checkpoint("qwen3_untied"), strategy, precision, ranks=2)
+
+
+def step_short(directory: str, name: str, precision: str) -> None:
+    norms = []
+    for sync in (True, False):
+        model = facade(
+            directory, name, mixed_precision=precision, gradient_accumulation_steps=3, sync_each_batch=sync
+        )
+        model.set_optimizer("SGD", lr=0.1)
+        for step in range(2):
+            model.forward_backward(own(batch(step)))
+        assert model.step() is False
+        norms.append([model.clip_grad_and_step(1e9, gradient_accumulation_steps=2)])
+        assert model.global_step == 1
+        for passes in (1, 2):
+            for step in range(2):
+                model.forward_backward(own(batch(step)))
+            model.zero_grad(passes)
+        model.forward_backward(own(batch(0)))
+        norms[-1].append(model.clip_grad_norm(1e9, gradient_accumulation_steps=1))
+        assert model.step(1)
+        model.zero_grad()
+        for step in range(3):
+            model.forward_backward(own(batch(step)))
+        norms[-1].append(model.clip_grad_and_step(1e9))
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-4 if precision == "no" else 2e-2, atol=1e-6)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import shardwise as sw
 from shardwise.testing import RankPool
+from tests.distributed.facade import quiet_peft
 from tests.distributed.models import check_equal, from_checkpoint, gathered, raw_bytes
 from tests.distributed.steps import (
     Checkpoint,
@@ -89,6 +90,27 @@ def classify(directory: str, missing: str, defer: bool) -> str:
             expected(input_ids=ids, labels=labels).loss.item(), rel=1e-4
         )
     return hashlib.sha256(raw_bytes(head).numpy()).hexdigest()
+
+
+def test_a_trainable_copy_of_a_new_head_starts_as_the_head(pool: RankPool, checkpoint: Checkpoint) -> None:
+    pytest.importorskip("peft")
+    pool.run(copy_head, checkpoint("qwen3_untied"), ranks=2)
+
+
+def copy_head(directory: str) -> None:
+    from peft import LoraConfig
+    from transformers import AutoModelForSequenceClassification
+
+    strategy = make_strategy("native_fsdp")
+    model = strategy.load_pretrained(
+        AutoModelForSequenceClassification, directory, missing="init", **CLASSIFIER
+    )
+    with quiet_peft():
+        model = strategy.add_adapter(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    tensors = gathered(strategy.wrap_model(model))
+    head = tensors["base_model.model.score.original_module.weight"]
+    assert head.float().std() > 0
+    assert torch.equal(tensors["base_model.model.score.modules_to_save.default.weight"], head)
 
 
 # --- with and without the head around the base ---
@@ -194,7 +216,11 @@ def test_a_dtype_for_each_part_is_refused_by_name(pool: RankPool, checkpoint: Ch
     """transformers 5 takes the first one for all parts and says that it is deprecated."""
     for error in pool.run_to_errors(load_mixed, checkpoint("qwen3_tied"), ranks=2):
         assert isinstance(error, sw.ConfigurationError), error
-        assert "dtype: expected 'auto' or a floating point torch dtype or its name, got {" in str(error)
+        assert (
+            "dtype: expected one dtype, or 'auto', of a model whose values are read at the wrap, got {"
+            in str(error)
+        )
+        assert "load_pretrained(defer=False)" in str(error)
 
 
 def load_mixed(directory: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +156,92 @@ def widen(directory: str) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.data = torch.empty(40, 33, device="meta", dtype=weight.dtype)
     strategy.wrap_model(model)
+
+
+# --- trainable copies of what was resized ---
+
+
+@pytest.mark.parametrize("kind", ["qwen3_untied", "qwen3_tied"])
+@pytest.mark.parametrize("copied", [("lm_head",), ("embed_tokens", "lm_head")], ids="+".join)
+def test_a_trainable_copy_has_the_new_rows_of_its_original(
+    pool: RankPool, checkpoint: Checkpoint, kind: str, copied: tuple[str, ...]
+) -> None:
+    pytest.importorskip("peft")
+    pool.run(copy_grown, checkpoint(kind), copied, ranks=2)
+
+
+def copy_grown(directory: str, copied: tuple[str, ...]) -> None:
+    from peft import LoraConfig
+
+    strategy = make_strategy("native_fsdp")
+    model: Any = load(strategy, directory, defer=True)
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    with quiet_peft():
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=list(copied))
+        model = strategy.wrap_model(strategy.add_adapter(model, config))
+    whole, stored = gathered(model), from_checkpoint(directory).state_dict()
+    copies = [fqn for fqn in whole if ".modules_to_save." in fqn]
+    assert copies
+    heads = {}
+    for fqn in copies:
+        original = fqn.replace("modules_to_save.default", "original_module")
+        base = fqn.replace(".modules_to_save.default", "").removeprefix("base_model.model.")
+        assert torch.equal(whole[fqn][:VOCABULARY], stored[base]), fqn
+        assert whole[fqn][VOCABULARY:].float().std() > 0
+        assert torch.equal(whole[fqn], whole[original]), fqn
+        heads[base] = whole[fqn]
+    if model.config.tie_word_embeddings and len(heads) > 1:
+        assert torch.equal(*heads.values())
+
+
+# --- saved adapters of a resized model ---
+
+
+@pytest.mark.parametrize("kind", ["qwen3_untied", "qwen3_tied"])
+@pytest.mark.parametrize("copied", [(), ("lm_head",), ("embed_tokens",)], ids="+".join)
+def test_an_adapter_saved_with_resized_embeddings_is_read(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path, kind: str, copied: tuple[str, ...]
+) -> None:
+    peft = pytest.importorskip("peft")
+    directory = checkpoint(kind)
+    with quiet_peft():
+        base: Any = from_checkpoint(directory)
+        base.resize_token_embeddings(MORE, mean_resizing=False)
+        config = peft.LoraConfig(
+            target_modules=["q_proj"], init_lora_weights=False, modules_to_save=list(copied) or None
+        )
+        saved = peft.get_peft_model(base, config)
+        with torch.no_grad():
+            for name, parameter in saved.named_parameters():
+                if ".modules_to_save." in name:
+                    parameter.add_(1)
+        saved.save_pretrained(tmp_path)
+        pool.run(read_grown, directory, str(tmp_path), ranks=2)
+
+
+def read_grown(directory: str, adapter: str) -> None:
+    from peft import PeftModel
+
+    with quiet_peft():
+        expected: Any = from_checkpoint(directory)
+        expected.resize_token_embeddings(MORE, mean_resizing=False)
+        expected = PeftModel.from_pretrained(expected, adapter, is_trainable=True)
+        strategy = make_strategy("native_fsdp")
+        model: Any = load(strategy, directory, defer=True)
+        model.resize_token_embeddings(MORE, mean_resizing=False)
+        model = strategy.wrap_model(strategy.load_adapter(model, adapter))
+    check_equal(model, expected)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Ignore what PEFT says of tied and resized embeddings, which are meant here."""
+    with warnings.catch_warnings():
+        for message in (
+            "`is_gradient_check",
+            "Model has `tie_word",
+            "Setting `save_embedding",
+            "Model with `tie_word",
+        ):
+            warnings.filterwarnings("ignore", message)
+        yield

@@ -151,6 +151,15 @@ def test_magnitudes_of_dora_are_refused(base: tuple[Path, Any]) -> None:
         sw.materialize(model, base[0], missing=["*lora_*"])
 
 
+def test_rows_of_single_tokens_are_refused_with_their_own_reason(base: tuple[Path, Any]) -> None:
+    model = adapted(target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    with pytest.raises(
+        sw.ConfigurationError, match=r"trainable_tokens_delta.*got trainable_token_indices.*defer=False"
+    ) as caught:
+        sw.materialize(model, base[0], missing="init")
+    assert "init_lora_weights" not in str(caught.value)
+
+
 def test_other_adapters_are_refused(base: tuple[Path, Any]) -> None:
     from peft import LoHaConfig, get_peft_model
 

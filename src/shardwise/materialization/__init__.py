@@ -29,7 +29,7 @@ from shardwise.materialization.materialize import (
     warn_of_unexpected,
 )
 from shardwise.materialization.meta import take_values
-from shardwise.materialization.names import clean_fqn, model_inside
+from shardwise.materialization.names import clean_fqn, model_inside, original_of
 from shardwise.materialization.open_source import open_source
 from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
@@ -37,7 +37,13 @@ from shardwise.materialization.reporting import collect_report, origins_of, stor
 from shardwise.materialization.source_cost import SourceCost, cost_of_source
 from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
-from shardwise.materialization.storage import local_bytes_of, reshard, trained_parameters_of
+from shardwise.materialization.storage import (
+    drop_waiting_gradients,
+    local_bytes_of,
+    reduce_waiting_gradients,
+    reshard,
+    trained_parameters_of,
+)
 from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
@@ -70,6 +76,7 @@ __all__ = [
     "default_staging_bytes",
     "device_of",
     "digest_of",
+    "drop_waiting_gradients",
     "entries_of",
     "fill_from_files",
     "fill_from_source",
@@ -81,8 +88,10 @@ __all__ = [
     "needs_base_values",
     "nothing_bound",
     "open_source",
+    "original_of",
     "origins_of",
     "permitted",
+    "reduce_waiting_gradients",
     "require_equal_aliases",
     "reshard",
     "resting_collector",

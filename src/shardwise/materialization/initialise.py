@@ -18,6 +18,7 @@ from torch import nn
 from shardwise.errors import CheckpointError
 from shardwise.materialization.binding import listed
 from shardwise.materialization.load import layout_of
+from shardwise.materialization.names import original_of
 from shardwise.materialization.rerun import make_again, owners_of
 from shardwise.materialization.rules import initialising_rules
 from shardwise.materialization.storage import local_of
@@ -73,11 +74,17 @@ def initialise(
         step()
 
     wanted = _wanted(model, absent)
+    module_of = _first_modules(model)
+
+    def owner_of(fqn: str) -> str:
+        original = original_of(fqn)  # whose values a trainable copy has
+        return fqn if original == fqn else module_of.get(original, original)
+
     left = make_again(
         model,
         wanted,
         rules_of=partial(initialising_rules, model),
-        seed_of=partial(_seed_of, seed),
+        seed_of=lambda owner: _seed_of(seed, owner_of(owner)),
         place=keep_own_part,
     )
     if left:
@@ -91,6 +98,15 @@ def initialise(
 
 def _wanted(model: nn.Module, absent: Collection[str]) -> list[Entry]:
     return [entry for entry in entries_of(model) if entry.role == "parameter" and entry.fqn in absent]
+
+
+def _first_modules(model: nn.Module) -> dict[str, str]:
+    """Return the module by which a parameter is initialised, for each module that has it, by fqn."""
+    modules: dict[str, str] = {}
+    for entry in entries_of(model, roles=("parameter",)):
+        for slot in entry.slots:
+            modules.setdefault(slot.fqn.rpartition(".")[0], entry.fqn.rpartition(".")[0])
+    return modules
 
 
 def _seed_of(seed: int, fqn: str) -> int:

@@ -35,6 +35,15 @@ def checkpoint_name_of(fqn: str) -> str:
     return ".".join(part for part in parts if part not in _PEFT_WRAPPERS)
 
 
+def original_of(fqn: str) -> str:
+    """Return the name of what a trainable copy of PEFT's is a copy of, given the copy's or that of a module in it; else the name."""
+    parts = fqn.split(".")
+    if _PEFT_COPIES not in parts:
+        return fqn
+    at = parts.index(_PEFT_COPIES)
+    return ".".join([*parts[:at], "original_module", *parts[at + 2 :]])  # the adapter's name follows
+
+
 def model_inside(model: nn.Module) -> nn.Module:
     """Return the model that `torch.compile`, activation checkpointing and PEFT wrap: the one that a checkpoint is of."""
     while True:

@@ -19,6 +19,7 @@ from shardwise.errors import ConfigurationError
 
 # Variants that change the forward alone; the others make A and B, or more parameters, in ways of their own.
 _VARIANTS_THAT_START_AS_LORA = ("ALora", "Dora")
+_TOKENS = "trainable_token_indices, whose rows start as those of the base's embedding"
 _MAGNITUDE = "a magnitude of DoRA, the norm of the base weight's rows"
 
 
@@ -79,6 +80,8 @@ def needs_base_values(config: Any) -> str | None:
     """
     if getattr(config, "use_dora", False):
         return _MAGNITUDE
+    if getattr(config, "trainable_token_indices", None):
+        return _TOKENS
     how = getattr(config, "init_lora_weights", True)
     return None if _is_random(how) else f"an adapter with init_lora_weights={how!r}"
 
@@ -89,6 +92,11 @@ def _start_of(around: Sequence[nn.Module], of_layer: str, kind: str, adapter: st
     layer: Any = around[0]
     configs = (getattr(each, "peft_config", None) for each in around)
     config: Any = next((found[adapter] for found in configs if found and adapter in found), None)
+    if kind == "trainable_tokens_delta":
+        raise ConfigurationError(
+            f"{fqn}: expected an adapter that starts from random numbers, got {_TOKENS}, and the values of this model are read at "
+            "the wrap. Load it with load_pretrained(defer=False), or train all rows: modules_to_save=['embed_tokens']."
+        )
     is_lora = getattr(type(layer), "reset_lora_parameters", None) is LoraLayer.reset_lora_parameters
     if not is_lora or config is None:
         raise _refusal(fqn, f"a {type(layer).__name__} of PEFT's {type(layer).__module__.split('.')[-2]}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from shardwise.materialization.structure import Entry, entries_of
 from shardwise.materialization.swapping import swap
@@ -57,6 +57,45 @@ def trained_parameters_of(model: nn.Module) -> set[int]:
     gathered = {id(getattr(fsdp_param, "_unsharded_param", None)) for fsdp_param in managed}
     registered = {id(parameter) for parameter in model.parameters()}
     return {id(fsdp_param.sharded_param) for fsdp_param in managed} | (registered - gathered)
+
+
+def reduce_waiting_gradients(model: nn.Module) -> None:
+    """Average over the ranks what backward passes without `requires_gradient_sync` have left, as FSDP2 would in a further one.
+
+    All ranks of the mesh call this together.
+
+    Args:
+        model: Sharded, with its shards in place; their gradients are added to.
+    """
+    for fsdp_param in fsdp_params_of(model):
+        waiting = _take_waiting(fsdp_param)
+        if waiting is None:
+            continue
+        shard = fsdp_param.sharded_param
+        mesh = shard.device_mesh
+        summed = DTensor.from_local(waiting, mesh, [Partial()] * mesh.ndim, run_check=False)
+        reduced = summed.redistribute(placements=shard.placements).div_(mesh.size())
+        reduced = reduced.to(device=shard.device, dtype=shard.dtype)
+        shard.grad = reduced if shard.grad is None else shard.grad + reduced
+
+
+def drop_waiting_gradients(model: nn.Module) -> None:
+    """Drop what backward passes without `requires_gradient_sync` have left."""
+    for fsdp_param in fsdp_params_of(model):
+        _take_waiting(fsdp_param)
+
+
+def _take_waiting(fsdp_param: Any) -> torch.Tensor | None:
+    """Return a parameter's gradient that is not reduced yet, whole on this rank, and forget it."""
+    waiting: torch.Tensor | None = (
+        fsdp_param.unsharded_accumulated_grad
+    )  # where it is reduced in another dtype
+    fsdp_param.unsharded_accumulated_grad = None
+    gathered = getattr(fsdp_param, "_unsharded_param", None)
+    if gathered is not None and gathered.grad is not None:
+        waiting = gathered.grad if waiting is None else waiting + gathered.grad
+        gathered.grad = None
+    return waiting
 
 
 def mappable_parameters(model: nn.Module, entries: Sequence[Entry], device: torch.device) -> frozenset[str]:

@@ -10,7 +10,6 @@ Source: `peft.tuners.tuners_utils.BaseTunerLayer`, `peft.utils.other.ModulesToSa
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +18,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import LeftOnMetaError
-from shardwise.materialization import entries_of
+from shardwise.materialization import entries_of, original_of
 from shardwise.strategies.wrap import Deferred
-
-_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # `score.modules_to_save.default.weight`
 
 
 def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Deferred:
@@ -41,10 +38,13 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
         return deferred
     bound, absent = dict(deferred.bound), set(deferred.absent)
     new = parameters_of_tuners(model)
-    for entry in entries_of(model):
+    entries = entries_of(model)
+    entry_of = {slot.fqn: entry.fqn for entry in entries for slot in entry.slots}
+    for entry in entries:
         if entry.role == "attribute" or not entry.tensor.is_meta or entry.fqn in bound:
             continue
-        original = _COPY.sub(".original_module.", entry.fqn)
+        original = original_of(entry.fqn)
+        original = entry_of.get(original, original)  # which may be tied to a parameter of another name
         if original in bound:
             bound[entry.fqn] = bound[original]
         if original in absent or (original not in bound and id(entry.tensor) in new):  # resized ones are both

@@ -133,9 +133,14 @@ class Strategy(ABC):
         is_deferred = defer and self.memory_efficient_init
         with agreement.phase("check") as check:
             check_pretrained_arguments(model_cls, pretrained_model_name_or_path, config_kwargs)
-            # transformers takes a dtype for each part of a model as well, where it loads itself.
-            if is_deferred or not isinstance(dtype, Mapping):
+            if not isinstance(dtype, Mapping):
                 dtype = floating_dtype(dtype, others=("auto",))
+            elif is_deferred:
+                raise ConfigurationError(
+                    f"dtype: expected one dtype, or 'auto', of a model whose values are read at the wrap, got {dict(dtype)}. "
+                    "transformers takes a dtype for each part of a model where it loads itself: use "
+                    "load_pretrained(defer=False)."
+                )
             check.same = comparable_lines(
                 "an argument of load_pretrained",
                 argument_lines(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,7 @@ from shardwise.materialization import (
     Entry,
     bind,
     check_bound,
+    clean_fqn,
     default_staging_bytes,
     entries_of,
     listed,
@@ -139,19 +140,26 @@ def load_adapter(
         if is_trainable and hasattr(wrapped, "set_requires_grad"):
             wrapped.set_requires_grad(adapter_name)  # a further adapter is frozen until it is made active
         names = _names_on_disk(wrapped, adapter_name, opened.source.tensors)
-        entries = [entry for entry in entries_of(wrapped) if entry.fqn in names]
+        entries = [e for e in entries_of(wrapped) if any(slot.fqn in names for slot in e.slots)]
         binding = bind(
-            wrapped, entries, opened.source, rename=lambda fqn: names.get(fqn, fqn), conversions=None
+            wrapped,
+            entries,
+            opened.source,
+            rename=lambda fqn: names[fqn][0] if fqn in names else fqn,
+            conversions=None,
         )
         permitted(binding.absent, "error", name=directory)
-        if binding.unexpected:
+        again = {name for of_tensor in names.values() for name in of_tensor[1:]}
+        unexpected = [name for name in binding.unexpected if name not in again]
+        if unexpected:
             raise CheckpointError(
-                f"{directory}: expected parameters of the adapter alone, got {listed(binding.unexpected)}, which the model has no "
+                f"{directory}: expected parameters of the adapter alone, got {listed(unexpected)}, which the model has no "
                 "place for. Was it trained on another base model?"
             )
         check_bound(entries, binding.bound)
         _to_meta(entries)  # on a rank whose base has values, PEFT has given the adapter some as well
-        bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in names], binding)
+        bound = {entry.fqn for entry in entries}
+        bindings.add([entry for entry in entries_of(wrapped) if entry.fqn in bound], binding)
     require_equal_aliases(
         binding,
         opened.source,
@@ -236,34 +244,30 @@ def _is_on_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _names_on_disk(model: nn.Module, adapter_name: str, stored: Collection[str]) -> dict[str, str]:
-    """Return the fqns of what an adapter's directory holds for a model, and the names that they have there.
+def _names_on_disk(model: nn.Module, adapter_name: str, stored: Collection[str]) -> dict[str, Sequence[str]]:
+    """Return the fqns of what an adapter's directory holds for a model, and the names that each has there; mostly one.
 
-    PEFT itself says so, of the tensors on hand. It may have saved the base's embeddings along: those count if they are stored.
+    PEFT itself says so, of a state dict on hand. It may have saved the base's embeddings along, under each of their names: those
+    count if they are stored.
     """
     from peft import get_peft_model_state_dict
 
+    # Of tensors without values, each another object: PEFT names tied ones apart.
+    state = {key: torch.empty_like(tensor, device="meta") for key, tensor in model.state_dict().items()}
+    fqn_of = {id(tensor): clean_fqn(key) for key, tensor in state.items()}
+    found: dict[str, list[str]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what would be saved: nothing is
-        name_of, with_embeddings = (
-            {
-                id(tensor): name
-                for name, tensor in get_peft_model_state_dict(
-                    model,
-                    state_dict=nn.Module.state_dict(model, keep_vars=True),
-                    adapter_name=adapter_name,
-                    save_embedding_layers=embeddings,
-                ).items()
-            }
-            for embeddings in (False, True)
-        )
-    name_of |= {key: name for key, name in with_embeddings.items() if key not in name_of and name in stored}
-    return {
-        slot.fqn: name_of[id(entry.tensor)]
-        for entry in entries_of(model)
-        if entry.role == "parameter" and id(entry.tensor) in name_of
-        for slot in entry.slots
-    }
+        for embeddings in (False, True):
+            named = get_peft_model_state_dict(
+                model, state_dict=dict(state), adapter_name=adapter_name, save_embedding_layers=embeddings
+            )
+            for name, tensor in named.items():
+                names = found.setdefault(fqn_of[id(tensor)], [])
+                if name not in names and (not embeddings or name in stored):
+                    names.append(name)
+    parameters = {slot.fqn for entry in entries_of(model, roles=("parameter",)) for slot in entry.slots}
+    return {fqn: names for fqn, names in found.items() if names and fqn in parameters}
 
 
 def _of_tuners(model: nn.Module) -> list[Entry]:

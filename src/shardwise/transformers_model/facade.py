@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -15,23 +14,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from shardwise.errors import CallOrderError
-from shardwise.materialization import Agreement, CpuStorage, device_of, reshard
+from shardwise.materialization import CpuStorage, device_of, reshard
 from shardwise.profiling import LoadReport
-from shardwise.strategies.mesh import ranks_of
 from shardwise.transformers_model.accumulation import Accumulation
 from shardwise.transformers_model.adapters import put_adapter
 from shardwise.transformers_model.arguments import build_model, load_tokenizer, make_strategy
 from shardwise.transformers_model.checkpointing import set_checkpointing
 from shardwise.transformers_model.engines import engine_of
 from shardwise.transformers_model.optimization import make_optimizer, make_scheduler
-from shardwise.transformers_model.resume import Training, load_training, save_training
-from shardwise.transformers_model.stepping import Stepping
+from shardwise.transformers_model.resuming import Resuming
 
 _AUTO = "auto"
 
 
 @final
-class TransformersModel(Stepping):
+class TransformersModel(Resuming):
     """A transformers model with its optimizer, scheduler and tokenizer, trained on shards.
 
     Nothing is sharded, and on the default way nothing is read, before the first forward (or `load`): `set_optimizer`,
@@ -171,6 +168,7 @@ class TransformersModel(Stepping):
             )
         reshard(self.model)
         made = make_optimizer(self.model, optimizer_cls, kwargs)
+        made.register_step_post_hook(self._note_step)
         self._torch_optimizer, self.lr_scheduler = made, None
         self.optimizer = self.strategy.wrap_optimizer(made) if self._is_wrapped else made
         return self.optimizer
@@ -270,52 +268,6 @@ class TransformersModel(Stepping):
         """Keep activations again."""
         set_checkpointing(self.model, False, {})
 
-    # --- resume ---
-
-    def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write model, optimizer, scheduler, random numbers and step, each rank its shards, to go on from there.
-
-        Frozen parameters are written too. All ranks call this together. The directory appears under its name when it is complete; it is for `load`, not for
-        `from_pretrained`.
-
-        Args:
-            directory: Not there, or empty; on a file system that all ranks share.
-
-        Raises:
-            CallOrderError: Before the wrap, or between the backward passes of a step.
-            CheckpointError: The directory has files in it.
-        """
-        if not self._is_wrapped:
-            raise CallOrderError(
-                "save: expected a wrapped model, got one before its first forward: there is nothing to save that the "
-                "checkpoint does not hold."
-            )
-        self._refuse_waiting_gradients("save")
-        save_training(
-            self._training(), Path(directory).absolute(), step=self.global_step, agreement=self._agree("save")
-        )
-
-    def load(self, directory: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote, on the same number of ranks or another; wraps the model if no forward has.
-
-        All ranks call this together, after the same `add_adapter_to_model`, `set_optimizer` and `set_lr_scheduler` as
-        before the save. A rank that the saving job did not have keeps its own random numbers.
-
-        Args:
-            directory: On a file system that all ranks share.
-
-        Raises:
-            CallOrderError: Between the backward passes of a step.
-            CheckpointError: It is damaged, or not the state of this training.
-        """
-        self._refuse_waiting_gradients("load")
-        self._wrap()
-        self.global_step = load_training(
-            self._training(), Path(directory).absolute(), agreement=self._agree("load")
-        )
-        self._drop_gradients()
-        self._loss, self._has_stepped = None, False
-
     # --- alongside ---
 
     @property
@@ -343,25 +295,3 @@ class TransformersModel(Stepping):
         else:
             self.model, self.optimizer = self.strategy.wrap_model(self.model, self._torch_optimizer)
         self._is_wrapped = True
-
-    def _refuse_waiting_gradients(self, call: str) -> None:
-        if self._accumulation.passes:
-            raise CallOrderError(
-                f"{call}: expected no gradients that wait for a step, got those of {self._accumulation.passes} backward passes, "
-                f"which would be lost. Call {call} after step or clip_grad_and_step."
-            )
-
-    def _training(self) -> Training:
-        reshard(self.model)
-        return Training(
-            model=self.model,
-            optimizer=self._torch_optimizer,
-            scheduler=self.lr_scheduler,
-            scaler=self._engine.gradients.scaler,
-            mesh=self.strategy.device_mesh,
-        )
-
-    def _agree(self, call: str) -> Agreement:
-        return Agreement(
-            ranks_of(self.strategy.device_mesh), timeout_seconds=self.strategy.timeout_seconds, call=call
-        )

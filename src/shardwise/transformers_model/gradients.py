@@ -91,13 +91,24 @@ class ScaledGradients:
 
 def multiply(parameters: Iterable[torch.Tensor], factor: float) -> None:
     """Multiply the gradients that parameters have, in place."""
-    for gradient in (p.grad for p in parameters if p.grad is not None):
-        (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+    for gradient in _local_gradients(parameters):
+        gradient.mul_(factor)
+
+
+def divide(parameters: Iterable[torch.Tensor], divisor: float) -> None:
+    """Divide the gradients that parameters have, in place."""
+    for gradient in _local_gradients(parameters):
+        gradient.div_(divisor)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whole, on all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        yield gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _norm_of(parameters: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:

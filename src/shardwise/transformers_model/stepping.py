@@ -78,8 +78,9 @@ class Stepping(ABC):
                 "Call forward with labels=, or pass a loss."
             )
         self._loss = None
-        self._engine.gradients.scale_again(self._shards())
-        self._accumulation.begin_pass(self.model)
+        shards = self._shards()
+        self._engine.gradients.scale_again(shards)
+        self._accumulation.begin_pass(self.model, shards)
         self._engine.backward(loss)
         self._accumulation.end_pass()
 
@@ -115,9 +116,10 @@ class Stepping(ABC):
         optimizer = self._stepping("clip_grad_norm")
         if not self._accumulation.is_complete(gradient_accumulation_steps):
             return None
-        parameters = list(self.model.parameters())
-        self._accumulation.average(parameters)
-        return self._engine.clip(parameters, optimizer, max_norm=max_grad_norm, norm_type=norm_type)
+        self._accumulation.finish(self.model)
+        return self._engine.clip(
+            list(self.model.parameters()), optimizer, max_norm=max_grad_norm, norm_type=norm_type
+        )
 
     def step(self, gradient_accumulation_steps: int | None = None) -> bool:
         """Take an optimizer step with the averaged gradients, if enough backward passes were run; else nothing.
@@ -135,10 +137,10 @@ class Stepping(ABC):
         self._has_stepped = False
         if not self._accumulation.is_complete(gradient_accumulation_steps):
             return False
-        self._accumulation.average(self.model.parameters())
-        self._has_stepped = self._engine.step(optimizer)
+        self._accumulation.finish(self.model)
+        if self._engine.step(optimizer):
+            self._note_step()
         self._accumulation.restart()
-        self.global_step += self._has_stepped
         return self._has_stepped
 
     def zero_grad(self, gradient_accumulation_steps: int | None = None) -> None:
@@ -211,8 +213,16 @@ class Stepping(ABC):
         ):  # its shards, also where a forward has put gathered parameters in their place
             self._torch_optimizer.zero_grad(set_to_none=True)
         self.model.zero_grad(set_to_none=True)
-        self._accumulation.restart()
+        self._accumulation.drop(self.model)
         self._engine.gradients.restart()
+
+    def _note_step(self, *_: Any) -> None:
+        """Count a step with the gradients of backward passes; the optimizer calls this too, for steps of the user's own."""
+        if self._accumulation.passes:
+            self._accumulation.restart()
+            self._engine.gradients.stepped()
+            self.global_step += 1
+            self._has_stepped = True
 
     def _shards(self) -> list[torch.Tensor]:
         """Return the optimizer's parameters: shards, also where a forward has put gathered ones in their place."""
