@@ -157,8 +157,7 @@ def test_the_measured_peak_stays_below_what_was_predicted(pool: RankPool, tmp_pa
     large = write(tmp_path / "large", hidden=2048, intermediate=1536, dtype=torch.float32)
     for peak, shard, predicted, staging in pool.run(measure, large, ranks=ranks):
         assert predicted == 3 * RESULT_BYTES  # two sources and their sum, of one layer of three
-        # malloc may keep the memory of a result that is gone; 4 MiB are the meta model and its plans.
-        assert peak <= shard + predicted + staging + RESULT_BYTES + 4 * MIB
+        assert peak <= shard + predicted + (staging if ranks > 1 else 0)  # alone, a rank exchanges nothing
 
 
 def measure(directory: str) -> tuple[int, int, int, int]:

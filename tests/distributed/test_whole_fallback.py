@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shardwise.errors import ShardwiseError
 from shardwise.testing import RankPool
@@ -106,7 +109,7 @@ def test_an_operation_that_cannot_run_without_values(
 
 
 def load_with_head_by(directory: str, kind: str) -> None:
-    with converted_head(WANT_VALUES[kind]):
+    with converted("lm_head.weight", WANT_VALUES[kind]):
         expected: Any = from_checkpoint(directory)
         strategy = make_strategy("native_fsdp")
         model = strategy.wrap_model(load(strategy, directory, defer=True))
@@ -124,7 +127,7 @@ def test_an_operation_that_fails_on_values_is_named_on_every_rank(
 
 
 def error_of_failing(directory: str) -> str:
-    with converted_head(failing):
+    with converted("lm_head.weight", failing):
         strategy = make_strategy("native_fsdp")
         with pytest.raises(ShardwiseError) as caught:
             strategy.wrap_model(load(strategy, directory, defer=True))
@@ -137,16 +140,36 @@ def test_a_dtype_that_only_values_show_is_refused_by_name(pool: RankPool, checkp
 
 
 def error_of_unforeseen_dtype(directory: str) -> str:
-    with converted_head(lambda v: torch.from_numpy(v.float().numpy().copy())):
+    with converted("lm_head.weight", lambda v: torch.from_numpy(v.float().numpy().copy())):
         strategy = make_strategy("native_fsdp")
         with pytest.raises(ShardwiseError) as caught:
             strategy.wrap_model(load(strategy, directory, defer=True))
     return str(caught.value)
 
 
+def test_a_tie_that_is_stored_twice_behind_a_conversion_is_refused_with_a_remedy_that_works(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(checkpoint("qwen3_tied"), tmp_path / "both")
+    file = directory / "model.safetensors"
+    stored = load_file(file)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(stored, file, metadata={"format": "pt"})
+    pool.run(load_both_names, str(directory), ranks=2)
+
+
+def load_both_names(directory: str) -> None:
+    with converted("embed_tokens.weight", lambda v: v.flip(0)):
+        expected = from_checkpoint(directory)
+        strategy = make_strategy("native_fsdp")
+        with pytest.raises(ShardwiseError, match=r"A conversion makes at least one.*defer=False"):
+            load(strategy, directory, defer=True)
+        check_equal(strategy.wrap_model(load(strategy, directory, defer=False)), expected)
+
+
 @contextmanager
-def converted_head(operation: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Let the head of Qwen3 be made by an operation."""
+def converted(name: str, operation: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Let a weight of Qwen3 be made by an operation."""
     from transformers import conversion_mapping
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -157,7 +180,7 @@ def converted_head(operation: Callable[[torch.Tensor], torch.Tensor]) -> Iterato
             (value,) = (of[0] if isinstance(of, list) else of for of in input_dict.values())
             return {target_patterns[0]: operation(value)}
 
-    converter = WeightConverter("lm_head.weight", "lm_head.weight", operations=[Operation()])
+    converter = WeightConverter(name, name, operations=[Operation()])
     conversion_mapping.register_checkpoint_conversion_mapping("qwen3", [converter], overwrite=True)
     try:
         yield

@@ -5,6 +5,8 @@ Run by `make matrix`, on both generations of transformers.
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import shardwise as sw
@@ -24,6 +27,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.filterwarnings("default")]
 RANKS = (1, 2, 3, 7)  # more than experts and heads
 BY_NAME = {family.name: family for family in FAMILIES}
 IMAGE_TOKEN = 3
+FEW = ("llama_tied", "gpt2", "qwen3_moe", "deepseek_v3", "t5", "bert", "clip", "gemma3")  # in more dtypes
 
 
 def available() -> list[str]:
@@ -61,27 +65,71 @@ def test_load_equals_the_single_process_load(seven: RankPool, directory_of: Any,
         seven.run(compare, name, directory, ranks=ranks)
 
 
+@pytest.mark.parametrize("variant", ["float16", "several dtypes, none in the config"])
+@pytest.mark.parametrize("name", FEW)
+def test_load_in_another_dtype(
+    seven: RankPool, directory_of: Any, tmp_path: Path, name: str, variant: str
+) -> None:
+    if name not in available():
+        pytest.skip("not in this transformers")
+    directory = directory_of(name)
+    dtype = "float16"
+    if variant != "float16":
+        directory, dtype = str(mixed(Path(directory), tmp_path / name)), "auto"
+    seven.run(compare, name, directory, dtype, False, ranks=3)
+
+
+def mixed(directory: Path, to: Path) -> Path:
+    """Copy a checkpoint, every third tensor of it in another dtype, and no dtype in the config."""
+    shutil.copytree(directory, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(_without_dtype(config)))
+    for file in to.glob("*.safetensors"):
+        stored = load_file(file)
+        for name in sorted(stored)[::3]:
+            if stored[name].is_floating_point():
+                stored[name] = stored[name].to(torch.float16)
+        for name in sorted(stored)[2::3]:
+            if stored[name].is_floating_point():
+                stored[name] = stored[name].to(torch.float32)
+        save_file(stored, file, metadata={"format": "pt"})
+    return to
+
+
+def _without_dtype(config: Any) -> Any:
+    if not isinstance(config, dict):
+        return config
+    return {k: _without_dtype(v) for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+
+
 def write_family(family: Family, directory: Path) -> Path:
     """Save a random bf16 model of a family."""
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = _auto(family).from_config(family.make_config()).to(torch.bfloat16)
+        stored = model.state_dict()
         for parameter in model.parameters():  # norms are all ones otherwise, which hides permutations
             nn.init.normal_(parameter.data, std=0.05)
+        for fqn, buffer in model.named_buffers():
+            if fqn in stored and buffer.is_floating_point():  # zeros hide that a router's bias is not read
+                nn.init.normal_(buffer, std=0.05)
         model.save_pretrained(directory, max_shard_size="100KB")  # layers in several files
     return directory
 
 
-def compare(name: str, directory: str) -> None:
+def compare(name: str, directory: str, dtype: str = "", with_outputs: bool = True) -> None:
     """Load a family on this rank's job and compare everything with the load in this process alone."""
     warnings.simplefilter("ignore")  # what transformers says of tiny configs is not the matter here
     family = BY_NAME[name]
     strategy = sw.NativeFSDPStrategy(mixed_precision="no", fsdp_config=family.fsdp, timeout=60.0)
-    model = strategy.wrap_model(strategy.load_pretrained(_auto(family), directory, dtype=family.dtype))
-    expected = _auto(family).from_pretrained(directory, dtype=family.dtype)
+    dtype = dtype or family.dtype
+    model = strategy.wrap_model(strategy.load_pretrained(_auto(family), directory, dtype=dtype))
+    expected = _auto(family).from_pretrained(directory, dtype=dtype)
     _train_what_the_class_trains(expected, family)
     check_equal(model, expected)
+    if not with_outputs:
+        return
     batch = batch_of(family, expected)
     with torch.no_grad():
         got, wanted = _first_output(model(**batch)), _first_output(expected(**batch))

@@ -219,6 +219,32 @@ def test_shards_looked_up_in_the_sources_are_those_of_the_operation(
                 assert torch.equal(shard, wanted), f"{name}: {target}, dim {dim}, rank {rank} of {ranks}"
 
 
+@pytest.mark.parametrize("name", CASES)
+@given(data=st.data())
+@settings(max_examples=40)
+def test_the_way_back_writes_every_element_of_every_source_once(name: str, data: st.DataObject) -> None:
+    case = data.draw(st.composite(CASES[name])())
+    group, stored, values = group_of(case)
+    assert group.convert is not None
+    made = group.convert({pattern: [values[n] for n in names] for pattern, names in group.sources.items()})
+    writes = {source: torch.zeros(value.numel(), dtype=torch.int64) for source, value in values.items()}
+    found = {source: torch.full((value.numel(),), -1) for source, value in values.items()}
+    for target, recipe in derived(group, stored).recipes.items():
+        flat = made[target].reshape(-1).clone()  # `as_strided` counts from the start of the storage
+        for part in recipe.parts:
+            back = part.piece.reversed(recipe.shape)
+            assert back.numel == part.piece.numel
+            half = found[part.source].numel() // 2  # a file's extent begins and ends anywhere
+            for low, high in ((0, half), (half, found[part.source].numel())):
+                for piece in back.cut_target(0, low, high):
+                    taken = flat.as_strided(piece.sizes, piece.source_strides, piece.source_start)
+                    place_in(writes[part.source], piece).add_(1)
+                    place_in(found[part.source], piece).copy_(taken)
+    for source, value in values.items():
+        assert writes[source].eq(1).all(), f"{name}: {source} is written {writes[source].tolist()} times"
+        assert torch.equal(found[source], value.reshape(-1)), f"{name}: {source}"
+
+
 def derived(
     group: ConversionGroup,
     stored: Mapping[str, StoredTensor],

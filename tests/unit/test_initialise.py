@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import shardwise as sw
-from shardwise.materialization import take_values
+from shardwise.materialization import refuse_uninitialisable, take_values
 
 
 def on_meta(build: Callable[[], nn.Module]) -> Any:
@@ -178,6 +178,37 @@ def test_what_cannot_be_initialised_is_refused_by_name(tmp_path: Path) -> None:
         sw.materialize(on_meta(NeedsValues), tmp_path, missing=["b"])
     with pytest.raises(sw.CheckpointError, match=r"got none for a \(1 in all\).*torch's random numbers"):
         sw.materialize(on_meta(OtherNumbers), None)
+
+
+class Constant(nn.Module):
+    """Its constructor alone says where it starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.tensor(2.5))
+
+
+class Truncated(nn.Module):
+    """On meta torch's function does nothing, so that only a run on values shows that it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(3))
+
+    def reset_parameters(self) -> None:
+        self.a.data = nn.init.trunc_normal_(self.a.data)
+
+
+def test_what_no_rule_writes_is_found_before_anything_is_made() -> None:
+    model = on_meta(lambda: nn.ModuleList([Constant(), Truncated(), NeedsValues(), OtherNumbers()]))
+    absent = [fqn for fqn, _ in model.named_parameters() if not fqn.startswith(("2.", "3."))]
+    before = torch.default_generator.get_state()
+    with pytest.raises(sw.CheckpointError, match=r"got none for 0\.scale \(1 in all\)"):
+        refuse_uninitialisable(model, absent)
+    assert torch.equal(torch.default_generator.get_state(), before)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    refuse_uninitialisable(model, ["0.inner.weight", "1.a"])
 
 
 def test_random_numbers_of_the_process_go_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,7 @@ class Piece:
         Args:
             shape: Of the target.
         """
-        steps, step = [0] * len(shape), 1
-        for dim in range(len(shape) - 1, -1, -1):
-            steps[dim] = step
-            step *= shape[dim]
+        steps = _row_major(shape)
         expected = 1
         for size, dim, stride in zip(
             reversed(self.sizes), reversed(self.target_dims), reversed(self.target_strides), strict=True
@@ -114,6 +111,22 @@ class Piece:
             target_strides=self.target_strides,
         )
 
+    def reversed(self, shape: Sequence[int]) -> Piece:
+        """Return the copy back: from the target, row-major, into the source as a tensor of one dim.
+
+        Args:
+            shape: Of the target.
+        """
+        steps = _row_major(shape)
+        loops = [
+            (size, steps[dim] * along, 0, source)
+            for size, source, dim, along in zip(
+                self.sizes, self.source_strides, self.target_dims, self.target_strides, strict=True
+            )
+        ]
+        start = sum(at * of_dim for at, of_dim in zip(self.target_start, steps, strict=True))
+        return made_of(loops, source_start=start, target_start=(self.source_start,))
+
     def cut_target(self, dim: int, low: int, high: int) -> Iterator[Piece]:
         """Yield what of this piece lies at `[low, high)` along a dim of the target."""
         loops = [loop for loop, of_dim in enumerate(self.target_dims) if of_dim == dim]
@@ -152,6 +165,15 @@ class Piece:
             sizes[loop] = high - low
         loops = zip(sizes, self.source_strides, self.target_dims, self.target_strides, strict=True)
         return made_of(loops, source_start=source_start, target_start=tuple(target_start))
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    """Return how many elements a step along each dim of a contiguous tensor is."""
+    steps, step = [0] * len(shape), 1
+    for dim in range(len(shape) - 1, -1, -1):
+        steps[dim] = step
+        step *= shape[dim]
+    return steps
 
 
 Loop = tuple[int, int, int, int]  # steps, stride in the source, dim of the target, stride along it

@@ -21,6 +21,7 @@ from shardwise.materialization.comparing import (
 from shardwise.materialization.device import device_of
 from shardwise.materialization.dtypes import kept_dtypes
 from shardwise.materialization.fill import Filled, fill_from_source
+from shardwise.materialization.initialise import refuse_uninitialisable
 from shardwise.materialization.materialize import (
     FilledFromFiles,
     FillOptions,
@@ -92,6 +93,7 @@ __all__ = [
     "origins_of",
     "permitted",
     "reduce_waiting_gradients",
+    "refuse_uninitialisable",
     "require_equal_aliases",
     "reshard",
     "resting_collector",

@@ -319,10 +319,20 @@ def _require_comparable(alias: Alias, first: Bound) -> None:
         f"{of.stored[0].file if of.stored else of.source.name}"
         for of in (first, other)
     )
+    if first.shape == other.shape and not (_is_as_stored(first) and _is_as_stored(other)):
+        # rename= would leave the conversion out.
+        remedy = (
+            "A conversion makes at least one of them, so that stored bytes do not say whether they are equal. If they are, use "
+            f"load_pretrained(defer=False), where transformers compares, or leave {other.name} out of the checkpoint; if not, load "
+            "the model untied (tie_word_embeddings=False)."
+        )
+    else:
+        remedy = (
+            "Build or load the model untied (tie_word_embeddings=False), or call shardwise.materialize with "
+            f"rename={{{alias.fqn!r}: {first.name!r}}}."
+        )
     raise CheckpointError(
-        f"{first.source.name}: expected one tensor for {alias.of} = {alias.fqn}, which the model ties, got {got}. Build or "
-        "load the model untied (tie_word_embeddings=False), or call shardwise.materialize with "
-        f"rename={{{alias.fqn!r}: {first.name!r}}}."
+        f"{first.source.name}: expected one tensor for {alias.of} = {alias.fqn}, which the model ties, got {got}. {remedy}"
     )
 
 

@@ -18,6 +18,7 @@ from shardwise.conversion import WholeGroup
 from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.exchange import Exchange
+from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import ExchangePlan, Layout, WantedTensor, as_stored, plan_exchange
 from shardwise.tensors import dtype_name
@@ -146,6 +147,7 @@ def convert(
             step.exchange, source=StateDictSource(results), targets=place, plane=plane, done=lambda _: None
         ).run()
         del results  # else they would live on while the next step reads its sources
+        give_back_freed()
 
 
 def source_bytes_of(whole: WholeGroup, source: Readable) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 
 from shardwise.errors import CheckpointError
 from shardwise.materialization.binding import listed
+from shardwise.materialization.foreseen import uninitialised
 from shardwise.materialization.load import layout_of
 from shardwise.materialization.names import original_of
 from shardwise.materialization.rerun import make_again, owners_of
@@ -26,7 +27,7 @@ from shardwise.materialization.structure import Entry, entries_of
 
 
 def refuse_uninitialisable(model: nn.Module, absent: Collection[str]) -> None:
-    """Raise, before anything is allocated, if a parameter starts from values that are not there yet.
+    """Raise, before anything is allocated, if a parameter starts from values that are not there yet, or from none.
 
     Args:
         model: Sharded or not.
@@ -34,9 +35,14 @@ def refuse_uninitialisable(model: nn.Module, absent: Collection[str]) -> None:
 
     Raises:
         ConfigurationError: Naming the parameter.
+        CheckpointError: Listing parameters that nothing initialises.
     """
-    for fqn, names in owners_of(model, _wanted(model, absent)):
-        initialising_rules(model, fqn, names)
+    rules_of = partial(initialising_rules, model)
+    wanted = _wanted(model, absent)
+    for fqn, names in owners_of(model, wanted):
+        rules_of(fqn, names)
+    if wanted:
+        _refuse(uninitialised(model, wanted, rules_of=rules_of))
 
 
 def initialise(
@@ -87,13 +93,17 @@ def initialise(
         seed_of=lambda owner: _seed_of(seed, owner_of(owner)),
         place=keep_own_part,
     )
+    _refuse(left)
+    return tuple(entry.fqn for entry in wanted)
+
+
+def _refuse(left: Sequence[Entry]) -> None:
     if left:
         raise CheckpointError(
             f"expected a value for every parameter, got none for {listed([entry.fqn for entry in left])}: no checkpoint holds "
             "them, and their module does not initialise them. Give it a reset_parameters method that writes all of its "
-            "parameters from torch's random numbers, or build them with values."
+            "parameters from torch's random numbers; or build the model with values, as from_config of its class does, and wrap that."
         )
-    return tuple(entry.fqn for entry in wanted)
 
 
 def _wanted(model: nn.Module, absent: Collection[str]) -> list[Entry]:

@@ -49,7 +49,7 @@ def make_again(
     """
     left: list[Entry] = []
     with Shield(model) as shield:
-        for fqn, module, wanted in _by_module(model, entries):
+        for fqn, module, wanted in modules_of(model, entries):
             for rule in rules_of(fqn, [entry.slots[0].name for entry in wanted]):
                 if wanted:
                     made = _made_by(rule, shield, fqn, module, wanted, seed=seed_of(rule.owner))
@@ -64,10 +64,11 @@ def make_again(
 
 def owners_of(model: nn.Module, entries: Iterable[Entry]) -> list[tuple[str, list[str]]]:
     """Return the fqns of the modules that have tensors, and the names that these have there."""
-    return [(fqn, [e.slots[0].name for e in owned]) for fqn, _, owned in _by_module(model, entries)]
+    return [(fqn, [e.slots[0].name for e in owned]) for fqn, _, owned in modules_of(model, entries)]
 
 
-def _by_module(model: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str, nn.Module, list[Entry]]]:
+def modules_of(model: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str, nn.Module, list[Entry]]]:
+    """Yield the modules that own tensors, each with its fqn and those of the entries that are its own."""
     owned: dict[int, list[Entry]] = {}
     for entry in entries:
         owned.setdefault(id(entry.slots[0].module), []).append(entry)
@@ -92,7 +93,7 @@ def _run(
 ) -> list[tuple[Entry, torch.Tensor]]:
     blanks = [(entry, _blank(entry, poison)) for entry in wanted]
     # Code that names no device means the host here, whatever the caller's default is.
-    with shield.exposing(module, blanks), torch.no_grad(), _seeded(seed), torch.device("cpu"):
+    with shield.exposing(module, blanks), torch.no_grad(), seeded(seed), torch.device("cpu"):
         for call in rule.calls:
             try:
                 call()
@@ -112,7 +113,8 @@ def _failure(fqn: str, module: nn.Module, wanted: Sequence[Entry], error: Runtim
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers on the host from a seed while the context is open; afterwards they go on as before."""
     # torch.manual_seed would seed the accelerators' generators too, and those are not brought back.
     generator = torch.default_generator
     before = generator.get_state()

@@ -13,6 +13,19 @@ from torch import nn
 from shardwise.materialization.structure import Entry
 
 
+class _StandIn(nn.Parameter):
+    """On meta; it takes no storage either, as 4.57's `_init_weights` gives it: `module.A_log.data = torch.log(...)`."""
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The stand-in itself."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        pass
+
+
 class Shield:
     """Every parameter and buffer of a model on meta while the context is open, ties kept; afterwards as they were.
 
@@ -36,7 +49,7 @@ class Shield:
         for module, parameters, buffers in self._registered:
             for name, parameter in parameters.items():
                 if parameter is not None and id(parameter) not in stand_ins:
-                    stand_ins[id(parameter)] = nn.Parameter(_on_meta(parameter), requires_grad=False)
+                    stand_ins[id(parameter)] = _StandIn(_on_meta(parameter), requires_grad=False)
                 if parameter is not None:
                     module._parameters[name] = stand_ins[id(parameter)]  # type: ignore[assignment]
             for name, buffer in buffers.items():

@@ -29,6 +29,7 @@ from shardwise.materialization import (
     entries_of,
     model_inside,
     nothing_bound,
+    refuse_uninitialisable,
     timeout_seconds_of,
     trained_parameters_of,
 )
@@ -204,6 +205,7 @@ class Strategy(ABC):
 
         Raises:
             ConfigurationError: An argument that does not fit.
+            CheckpointError: Parameters that only the class's constructor gives values, which it did on meta; they are listed.
             RankError: Ranks build different models, another rank failed, or one did not arrive.
         """
         agreement = self._agreement("from_config")
@@ -212,6 +214,7 @@ class Strategy(ABC):
             dtype = floating_dtype(dtype, others=("auto",))
             model = build_from_config(model_cls, config, dtype=dtype, **config_kwargs)
             entries = entries_of(model)
+            refuse_uninitialisable(model, nothing_bound(entries).absent)
             build.same = comparable_structure(
                 Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
             )
