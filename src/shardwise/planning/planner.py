@@ -37,6 +37,7 @@ from shardwise.planning.load_plan import LoadPlan
 from shardwise.planning.mesh_shape import MeshShape, axes_of
 from shardwise.strategies.empty_model import build_empty
 from shardwise.strategies.fsdp_config import FSDPConfig
+from shardwise.strategies.placement import thrifty_dim
 from shardwise.strategies.pretrained import await_values
 from shardwise.strategies.wrapping import ignored_parameters
 from shardwise.tensors import floating_dtype
@@ -69,7 +70,7 @@ def plan_load(
 ) -> LoadPlan:
     """Say what `load_pretrained` and `wrap_model` of a strategy would cost, for any number of ranks.
 
-    Nothing is read but headers, and no process group is needed. Every parameter is sharded on dim 0, as
+    Nothing is read but headers, and no process group is needed. Every parameter is sharded on the dim that a strategy would choose, as
     `NativeFSDPStrategy` does it unless it is told otherwise; every rank is taken to see the files.
 
     Args:
@@ -228,13 +229,20 @@ def _layouts(model: nn.Module, entries: tuple[Entry, ...], sizes: tuple[int, ...
     ranks = 1
     for size in sizes:
         ranks *= size
-    placements = (Shard(0),) if len(sizes) == 1 else (Replicate(), Shard(0))
-    sharded = Layout(mesh_shape=sizes, mesh_ranks=tuple(range(ranks)), placements=placements)
-    whole = Layout.replicated(range(ranks))
-    return {
-        entry.fqn: sharded if entry.role == "parameter" and id(entry.tensor) not in ignored else whole
-        for entry in entries
-    }
+    members = tuple(range(ranks))
+    copies = (Replicate(),) * (len(sizes) - 1)
+    whole = Layout.replicated(members)
+    on_dim: dict[int, Layout] = {}  # a model has few layouts and many parameters
+    layouts = {}
+    for entry in entries:
+        if entry.role != "parameter" or id(entry.tensor) in ignored:
+            layouts[entry.fqn] = whole
+            continue
+        dim = thrifty_dim(tuple(entry.tensor.shape), sizes[-1])
+        if dim not in on_dim:
+            on_dim[dim] = Layout(mesh_shape=sizes, mesh_ranks=members, placements=(*copies, Shard(dim)))
+        layouts[entry.fqn] = on_dim[dim]
+    return layouts
 
 
 def _padded_bytes(
