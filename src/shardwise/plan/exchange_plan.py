@@ -313,10 +313,8 @@ def _transfers(read: Slice | None, wanted: Sequence[WantedTensor], owner: int) -
 def _owned(unit: Unit, wanted: Sequence[WantedTensor], owner: int) -> Iterator[tuple[int, Piece]]:
     for index, piece in unit.takers:
         tensor = wanted[index]
-        if unit.is_whole:
-            for local in tensor.layout.local_pieces(piece, tensor.shape, owner):
+        for local in tensor.layout.local_pieces(piece, tensor.shape, owner):
+            if unit.is_whole:
                 yield index, local
-            continue
-        for part in piece.cut_source(unit.low, unit.high):
-            for local in tensor.layout.cut_pieces(part, tensor.shape, owner):
-                yield index, local
+            else:
+                yield from ((index, part) for part in local.cut_source(unit.low, unit.high))
