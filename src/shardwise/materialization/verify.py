@@ -32,11 +32,12 @@ from shardwise.materialization.open_source import Checkpoint, RemoteSource, open
 from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
 from shardwise.materialization.sight import is_in_memory
-from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
+from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
 from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
 from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
+from shardwise.materialization.wanted import Wanted
 from shardwise.plan import Fragment, WantedTensor, plan_reads
 
 
