@@ -42,14 +42,6 @@ class DataPlane:
         """Let go of the group; the plane is of no use afterwards."""
         del self.group
 
-    def check(self) -> None:
-        """Raise if another rank has failed.
-
-        Raises:
-            PeerError: With its error.
-        """
-        self._agreement.check()
-
     def connect(self) -> None:
         """Make the connections that some backends leave to the first collective, where a rank that is late blocks the others."""
         one = torch.zeros(1, dtype=torch.uint8, device=self.device)

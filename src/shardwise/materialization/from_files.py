@@ -170,7 +170,7 @@ def fill_from_files(
             device=options.device,
             staging_bytes=options.staging_bytes,
             dtype_of=dtype_of,
-            rank=rank,
+            agreement=agreement,
         )
     initialised: tuple[str, ...] = ()
     if absent:
