@@ -1,6 +1,6 @@
 """From a model sharded on meta to one whose shards hold their values."""
 
-from shardwise.materialization.agreement import Agreement, Comparable
+from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.arguments import argument_lines
 from shardwise.materialization.binding import (
     Binding,
@@ -12,6 +12,7 @@ from shardwise.materialization.binding import (
     permitted,
 )
 from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import (
     comparable_digests,
     comparable_lines,

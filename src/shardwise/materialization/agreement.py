@@ -14,8 +14,9 @@ import json
 import logging
 import socket
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ import torch.distributed as dist
 
 from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
 from shardwise.materialization.call_store import CallStore
+from shardwise.materialization.comparable import Comparable
+from shardwise.materialization.lifeline import Lifeline
 from shardwise.materialization.patience import Patience
 from shardwise.profiling import phase as record_phase
 
@@ -34,27 +37,10 @@ _WARN_AFTER_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
 _SECONDS_BETWEEN_STEPS = 1.0
-_SECONDS_BETWEEN_ANSWERS = 0.5
+_SECONDS_FOR_THE_LAUNCHER = (
+    1.0  # to end this rank and name the one that died, where it is on the same machine
+)
 _MOST_SECONDS_TO_TELL = 5.0  # how long the store's host stays for ranks that do not know of a failure yet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparable:
-    """Something that must be equal on all ranks.
-
-    Args:
-        what: Its name in a message, for example "the model's structure".
-        digest: Equal exactly where it is.
-        details: Returns it as text; called only where digests differ.
-        explain: Says how two such texts, expected and got, differ.
-        remedy: What the user can do.
-    """
-
-    what: str
-    digest: str
-    details: Callable[[], str]
-    explain: Callable[[str, str], str]
-    remedy: str
 
 
 @dataclass(slots=True)
@@ -98,7 +84,9 @@ class Agreement:
         self._has_forgotten = False
         self._last_check_seconds = 0.0
         self._last_step_seconds = 0.0
-        self._last_answer_seconds = 0.0
+        self._lifeline = Lifeline(self.ranks, rank=self.rank, store=self._store, prefix=self._prefix)
+        weakref.finalize(self, self._lifeline.close)
+        self._is_connected = False
 
     @property
     def name(self) -> str:
@@ -159,6 +147,10 @@ class Agreement:
             reference, differing = outcome["mismatch"]
             self._raise_mismatch(reference, differing, same)
         self._raise_peer_error(outcome)
+        if not self._is_connected:  # all ranks are in the call now
+            self._is_connected = True
+            self._lifeline.connect()
+        self._lifeline.look()
         self._forget_earlier_calls()
 
     def _forget_earlier_calls(self) -> None:
@@ -210,49 +202,47 @@ class Agreement:
         return dict(zip(there, texts, strict=True))
 
     def check(self, *, now: bool = False) -> None:
-        """Raise if another rank has failed in this phase; cheap enough to call while data moves.
+        """Raise if another rank has failed in this phase, or one next to this one has ended; cheap enough to call while data moves.
 
         Args:
-            now: Ask the store even if that was done a moment ago.
+            now: Ask even if that was done a moment ago.
+
+        Raises:
+            PeerError: Another rank has failed.
+            RankError: A rank next to this one has ended.
         """
         seconds = time.monotonic()
         if now or seconds - self._last_check_seconds >= _POLL_SECONDS_WHILE_MOVING:
             self._last_check_seconds = seconds
             if self._store.has([self._outcome_key]):
                 self._raise_peer_error(self._outcome())
-            self._answer(seconds)
+            if ended := self._lifeline.ended():
+                self._raise_ended(ended)
 
-    def silent_ranks(self, *, within_seconds: float) -> list[int]:
-        """Ask all ranks of the call for an answer, and return those that gave none; they have ended, are cut off, or are busy.
-
-        A rank answers while it waits for another one.
-
-        Args:
-            within_seconds: How long to wait for answers.
+    def hear(self, *, within_seconds: float) -> None:
+        """Wait for another rank's error, for a while.
 
         Raises:
             PeerError: Another rank has failed.
+            RankError: A rank next to this one has ended.
         """
-        self._store.set(self._question_key, str(self.rank))
         deadline = time.monotonic() + within_seconds
         while time.monotonic() < deadline:
             self.check(now=True)
             time.sleep(_LONGEST_PAUSE_SECONDS / 10)
-        return [rank for rank, key in self._answer_keys.items() if not self._store.has([key])]
 
-    def _answer(self, seconds: float) -> None:
-        if seconds - self._last_answer_seconds >= _SECONDS_BETWEEN_ANSWERS:
-            self._last_answer_seconds = seconds
-            if self._store.has([self._question_key]):
-                self._store.set(self._answer_keys[self.rank], "")
-
-    @property
-    def _question_key(self) -> str:
-        return f"{self._prefix}/{self._phase}/question"
-
-    @property
-    def _answer_keys(self) -> dict[int, str]:
-        return {rank: f"{self._prefix}/{self._phase}/answer/{rank}" for rank in self.ranks}
+    def _raise_ended(self, ended: str) -> None:
+        """Raise for a rank that has ended, unless it has failed and told why, or has done its part of the call."""
+        deadline = time.monotonic() + _SECONDS_FOR_THE_LAUNCHER
+        while time.monotonic() < deadline:
+            if self._store.has([self._outcome_key]):
+                self._raise_peer_error(self._outcome())
+                return
+            time.sleep(_LONGEST_PAUSE_SECONDS / 10)
+        raise RankError(
+            f"{self._call}, phase {self._phase!r}: {ended} has ended: its connection to rank {self.rank} closed without a word. "
+            "Look at the end of its log, and for the kernel's out-of-memory killer there."
+        )
 
     @property
     def _outcome_key(self) -> str:
@@ -288,6 +278,7 @@ class Agreement:
         with suppress(RankError):
             self._store.add(counter, 1)
             self._store.wait_if_host(counter, count=len(self.ranks), timeout_seconds=_MOST_SECONDS_TO_TELL)
+        self._lifeline.close()
 
     def _arrive(self, digest: str) -> None:
         self._store.set(self._arrival_keys[self.rank], digest)

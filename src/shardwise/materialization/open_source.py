@@ -27,9 +27,10 @@ from shardwise.checkpoint import (
     snapshot_revision,
 )
 from shardwise.errors import CheckpointError, ConfigurationError, StalledReadError
-from shardwise.materialization.agreement import Agreement, Comparable
+from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_call import Doing, on_thread
 from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_lines
 from shardwise.materialization.packed_text import packed, unpacked
 from shardwise.profiling import own_node, phase
