@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,8 +22,8 @@ import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource
 from shardwise.compare.launch import run_ranks
 from shardwise.errors import CommandError, RankError, RankTimeoutError
-from shardwise.materialization.call_store import CallStore
 from shardwise.testing import RankPool
+from tests.distributed.steps import connected_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -78,8 +77,7 @@ def test_the_ranks_that_are_left_name_it_long_before_the_timeout(
 
 
 def die_heard(directory: str, count: int) -> None:
-    """The pool's ranks meet through a file, and would not connect to each other."""
-    with mock.patch.object(CallStore, "host_address", ("127.0.0.1", 1)):
+    with connected_ranks():
         die_while_reading(directory, count)
 
 
