@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchError
-from shardwise.materialization.agreement import Comparable
 from shardwise.materialization.binding import listed
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_digests, digest_of
 from shardwise.materialization.rerun import make_again
 from shardwise.materialization.rules import buffer_rules

@@ -17,7 +17,7 @@ from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
-from shardwise.materialization.awaited_source import awaited
+from shardwise.materialization.awaited_source import awaited, require_unchanged
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.convert import (
@@ -32,11 +32,12 @@ from shardwise.materialization.open_source import Checkpoint, RemoteSource, open
 from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
 from shardwise.materialization.sight import is_in_memory
-from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
+from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
 from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
 from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
+from shardwise.materialization.wanted import Wanted
 from shardwise.plan import Fragment, WantedTensor, plan_reads
 
 
@@ -232,8 +233,15 @@ def verify_shards(
             )
             for step in steps:
                 made = {fqn: torch.empty_like(targets[fqn]) for fqn in step.exchange.arriving}
-                with awaited(source, agreement) as bounded:
-                    convert([step], bounded, place=made, plane=plane, done=lambda _: None)
+                with awaited(source, agreement, name=source.name) as bounded:
+                    convert(
+                        [step],
+                        bounded,
+                        place=made,
+                        plane=plane,
+                        agreement=agreement,
+                        done=lambda _: None,
+                    )
                 for fqn, shard in made.items():
                     count, at = _differing(targets[fqn], shard)
                     if count:
@@ -242,7 +250,7 @@ def verify_shards(
             storage_bytes += sum(
                 source_bytes_of(step.whole, source) for step in steps if step.whole is not None
             )
-        source.require_unchanged()
+        require_unchanged(source, agreement)
         own = []
         for fqn, found in differing.items():
             first, _, name, file = min(found)
