@@ -36,5 +36,7 @@ def test_what_the_checkpoint_lacks_in_part_is_named(tmp_path: Path) -> None:
 def test_a_model_on_meta_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, file)
-    with pytest.raises(sw.LeftOnMetaError, match=r"weight, bias \(2 in all\) on meta.*wrap_model or materialize"):
+    with pytest.raises(
+        sw.LeftOnMetaError, match=r"weight, bias \(2 in all\) on meta.*wrap_model or materialize"
+    ):
         sw.verify_shards(nn.Linear(3, 2, device="meta"), file)
