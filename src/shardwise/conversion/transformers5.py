@@ -11,7 +11,8 @@ Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -39,9 +40,11 @@ def declaration_of(
         UnsupportedVersionError: The installed transformers declares it in another way.
     """
     upstream = _upstream()
-    mapping = (
-        list(conversions) if conversions is not None else upstream["get_model_conversion_mapping"](model)
-    )
+    if conversions is not None:
+        mapping = list(conversions)
+    else:
+        with _in_own_classes(model):
+            mapping = upstream["get_model_conversion_mapping"](model)
     renamings = [entry for entry in mapping if isinstance(entry, upstream["WeightRenaming"])]
     converters = [entry for entry in mapping if isinstance(entry, upstream["WeightConverter"])]
     rename = _renaming(model.base_model_prefix, expected, renamings, converters, upstream)
@@ -95,6 +98,28 @@ def _upstream() -> dict[str, Any]:
                 f"{transformers.__version__}. Install one of these, or use load_pretrained(defer=False)."
             ) from error
     return found
+
+
+@contextmanager
+def _in_own_classes(model: Any) -> Iterator[None]:
+    """Give modules back the classes that torch has put others in front of, as `fully_shard` does, while the context is open.
+
+    transformers looks up what it declares by a class's name, and takes a class of another package for custom code, of which it
+    declares nothing.
+    """
+    from transformers import PreTrainedModel
+
+    changed = {}
+    for module in model.modules():
+        cls = type(module)
+        if isinstance(module, PreTrainedModel) and cls.__module__.startswith("torch."):
+            changed[module] = cls
+            module.__class__ = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        for module, cls in changed.items():
+            module.__class__ = cls
 
 
 class _Shapes:

@@ -164,7 +164,9 @@ def materialize(
                 binding = _bind(model, entries, source, rename, conversions, dtype)
             name = source.name if source is not None else type(model).__name__
             allowed = "init" if source is None else missing
-            absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
+            absent = permitted(
+                binding.absent, allowed, name=name, optional=binding.optional, unexpected=binding.unexpected
+            )
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
         compared_bytes = 0
