@@ -1,0 +1,209 @@
+"""Write a model, sharded or not, as a checkpoint that `from_pretrained` loads: each rank writes its own bytes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardwise.conversion import is_transformers_model, saved_tensors
+from shardwise.errors import ConfigurationError
+from shardwise.export.beside import check_tokenizer, write_beside
+from shardwise.export.content import Content
+from shardwise.export.directory import OutputDirectory
+from shardwise.export.execution import write_content
+from shardwise.export.file_plan import plan_files
+from shardwise.export.held import held_of
+from shardwise.export.report import ExportReport, gathered_ranks
+from shardwise.materialization.agreement import Agreement, ranks_of_group
+from shardwise.materialization.arguments import argument_lines
+from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.comparing import comparable_lines, comparable_structure
+from shardwise.materialization.device import device_of_model
+from shardwise.materialization.layouts import agreed_layouts
+from shardwise.materialization.names import without_wrappers
+from shardwise.materialization.staging import default_staging_bytes
+from shardwise.materialization.storage import reshard
+from shardwise.materialization.structure import Structure, entries_of
+from shardwise.materialization.timeouts import timeout_seconds_of
+from shardwise.profiling import profile_memory
+from shardwise.tensors import dtype_name, floating_dtype
+
+_WEIGHTS_NAME = "model.safetensors"
+
+
+def export_checkpoint(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    tokenizer: Any = None,
+    staging_bytes: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    timeout: float | timedelta | None = None,
+) -> ExportReport:
+    """Write a model as a directory that `from_pretrained` loads, each rank its own part, without gathering anything.
+
+    All ranks of the group call this together; without a process group it writes a model of one process. Names and layouts are
+    those of the model's checkpoints, as `save_pretrained` of the installed transformers writes them: stacked experts are apart
+    again, a tied tensor is written once. A module that is not of transformers is written under its own names. The directory
+    appears under its name when everything in it is on storage. The model stays as it is.
+
+    Args:
+        model: With values; sharded in any way that `materialize` fills, or not at all.
+        directory: Not there, or empty. Ranks that do not see the first rank's file system send their parts to those that do.
+        dtype: In which floating point tensors are written, but for those that the model's class keeps in another: a torch dtype
+            or its name; None for their own.
+        max_shard_size: Most bytes of tensors in one file, or a text such as `"5GB"`.
+        overwrite: Replace a directory of that name that holds a model, and all that is in it.
+        tokenizer: A tokenizer or processor to save beside the weights.
+        staging_bytes: Bound of the host buffers, in bytes; None is 64 MiB on CPU ranks and 256 MiB on accelerators.
+        group: Ranks that take part; None is the default group.
+        timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
+
+    Returns:
+        What was written, by whom, and what it did cost; the same on all ranks.
+
+    Raises:
+        CheckpointError: The directory is there already, or cannot be written to; nothing has changed there.
+        ConfigurationError: An argument is not possible, or the model has no way back to its checkpoint's layout.
+        LeftOnMetaError: The model has no values yet.
+        RankError: Ranks differ, one failed, or one did not arrive.
+        UnsupportedFormatError: safetensors lacks a dtype.
+        UnsupportedParameterError: A tie that the model's class does not declare.
+    """
+    agreement = Agreement(
+        ranks_of_group(group),
+        timeout_seconds=timeout_seconds_of(timeout, group=group),
+        call="export_checkpoint",
+    )
+    return export_agreed(
+        model,
+        Path(directory).absolute(),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        tokenizer=tokenizer,
+        staging_bytes=staging_bytes,
+        agreement=agreement,
+    )
+
+
+def export_agreed(
+    model: nn.Module,
+    directory: Path,
+    *,
+    dtype: torch.dtype | str | None,
+    max_shard_size: int | str,
+    overwrite: bool,
+    tokenizer: Any,
+    staging_bytes: int | None,
+    agreement: Agreement,
+) -> ExportReport:
+    """Do what `export_checkpoint` does, over the ranks of a call; its arguments are explained there."""
+    model = without_wrappers(model)
+    device = device_of_model(model)
+    staging = staging_bytes or default_staging_bytes(device.type)
+    with profile_memory(device=device) as profile, torch.no_grad():
+        with agreement.phase("check") as check:
+            floating = floating_dtype(dtype, others=(None,))
+            if isinstance(floating, str):  # never: no word is among the others
+                raise ConfigurationError(f"dtype: {floating}")
+            check_tokenizer(tokenizer)
+            _refuse_model(model)
+            reshard(model)
+            check.same = comparable_structure(
+                Structure.of(entries_of(model)),
+                argument_lines(
+                    directory=directory,
+                    dtype=floating,
+                    max_shard_size=max_shard_size,
+                    overwrite=overwrite,
+                    staging_bytes=staging,
+                ),
+                remedy="Pass the same model and arguments on every rank.",
+            )
+        with agreement.phase("compare plans") as compare, resting_collector():
+            content = _content(model, floating, max_shard_size, agreement=agreement)
+            compare.same = comparable_lines(
+                "what is to be written",
+                list(content.lines()),
+                remedy="Load or build the model in the same way on every rank.",
+            )
+        output = OutputDirectory(directory, rank=agreement.rank)
+        written = write_content(
+            content,
+            output,
+            beside=lambda unfinished: write_beside(model, unfinished, dtype=floating, tokenizer=tokenizer),
+            overwrite=overwrite,
+            device=device,
+            staging_bytes=staging,
+            agreement=agreement,
+        )
+    with agreement.phase("report"):
+        ranks = gathered_ranks(
+            agreement, profile, written_bytes=written.written_bytes, network_bytes=written.network_bytes
+        )
+    stored = content.files.stored.values()
+    return ExportReport(
+        directory=str(output.path),
+        kind="model",
+        world_size=len(agreement.ranks),
+        writers=written.writers,
+        files={planned.name: planned.nbytes for planned in content.files.files},
+        tensors=len(stored),
+        dtypes=dict(Counter(dtype_name(of.dtype) for of in stored)),
+        whole=content.whole,
+        seconds=max(of.seconds for of in ranks),
+        phases=profile.phase_seconds(),
+        written_bytes=sum(of.written_bytes for of in ranks),
+        network_bytes=sum(of.network_bytes for of in ranks),
+        ranks=ranks,
+    )
+
+
+def _content(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    max_shard_size: int | str,
+    *,
+    agreement: Agreement,
+) -> Content:
+    held = held_of(model, dtype)
+    if not held.entries:
+        raise ConfigurationError(
+            f"export_checkpoint: expected a model with parameters or persistent buffers, got {type(model).__name__} with none"
+        )
+    by_entry = agreed_layouts(held.entries, agreement=agreement)
+    layouts = {slot.fqn: by_entry[entry.fqn] for entry in held.entries for slot in entry.slots}
+    saved = saved_tensors(model, held.stored, held.ties)
+    files = plan_files(
+        saved,
+        weights_name=_WEIGHTS_NAME,
+        max_shard_size=max_shard_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    return Content(saved=saved, files=files, held=held.stored, shards=held.shards, layouts=layouts)
+
+
+def _refuse_model(model: nn.Module) -> None:
+    if not is_transformers_model(model):
+        return
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ConfigurationError(
+            f"export_checkpoint: expected a model that is not quantised, got {type(model).__name__} with "
+            f"{type(model.hf_quantizer).__name__}. Its save_pretrained knows its format."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigurationError(
+            f"export_checkpoint: expected adapters around the model, as strategy.add_adapter and peft.get_peft_model put them, got "
+            f"{type(model).__name__} with adapters inside, from its own add_adapter. Its save_pretrained writes these."
+        )
