@@ -1,4 +1,4 @@
-"""What lies beside the weights: config, generation config, the model's own code, tokenizer."""
+"""What lies beside the weights of a model: config, generation config, its own code."""
 
 from __future__ import annotations
 
@@ -13,23 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 from shardwise.conversion import is_transformers_model
 from shardwise.errors import ConfigurationError
 from shardwise.tensors import dtype_name
-
-
-def write_beside(model: nn.Module, directory: Path, *, dtype: torch.dtype | None, tokenizer: Any) -> None:
-    """Write the files that `from_pretrained` reads beside the weights, as `save_pretrained` writes them.
-
-    The model and its config stay as they are.
-
-    Args:
-        model: Any module; one that is not of transformers has a tokenizer at most.
-        directory: To write to.
-        dtype: In which floating point tensors are written; None for the model's own.
-        tokenizer: Or processor, with a `save_pretrained` of its own; or None.
-    """
-    if is_transformers_model(model):
-        _write_config(model, directory, dtype)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -47,6 +30,20 @@ def check_tokenizer(tokenizer: Any) -> None:
 def class_of(model: nn.Module) -> Any:
     """Return the class that a model had before `fully_shard` put its own in front."""
     return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def write_config(model: nn.Module, directory: Path, *, dtype: torch.dtype | None) -> None:
+    """Write config, generation config and the model's own code, as `save_pretrained` does; nothing for other modules.
+
+    The model and its config stay as they are.
+
+    Args:
+        model: Any module.
+        directory: To write to.
+        dtype: In which floating point tensors are written; None for the model's own.
+    """
+    if is_transformers_model(model):
+        _write_config(model, directory, dtype)
 
 
 def _write_config(model: Any, directory: Path, dtype: torch.dtype | None) -> None:

@@ -18,7 +18,8 @@ from shardwise.errors import CheckpointError
 from shardwise.export.file_plan import FilePlan
 
 _MARKER = ".shardwise"
-_WRITTEN_BY_EXPORTS = ("*.safetensors", "config.json", "adapter_config.json", "*.safetensors.index.json")
+_ADAPTER_CONFIG = "adapter_config.json"
+_WRITTEN_BY_EXPORTS = ("*.safetensors", "config.json", _ADAPTER_CONFIG, "*.safetensors.index.json")
 
 
 class OutputDirectory:
@@ -84,6 +85,7 @@ class OutputDirectory:
         for planned in plan.files:
             path = self.unfinished / planned.name
             try:
+                path.parent.mkdir(exist_ok=True)
                 file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
                 try:
                     _allocate(file, planned.nbytes)
@@ -108,8 +110,9 @@ class OutputDirectory:
             if plan.index_name is not None:
                 (self.unfinished / plan.index_name).write_text(plan.index, encoding="utf-8")
             (self.unfinished / _MARKER).unlink()
+            stored = {self.unfinished / planned.name for planned in plan.files}
             for path in self.unfinished.rglob("*"):
-                if path.name not in {planned.name for planned in plan.files}:
+                if path not in stored:
                     _sync(path)
             _sync(self.unfinished)
             if self.path.exists():
@@ -157,7 +160,11 @@ class OutputDirectory:
                 f"{self.path}: expected a directory that is empty or not there, got one with files. Export to a new one, or pass "
                 "overwrite=True to replace it."
             )
-        inside = sorted(path.name for path in self.path.iterdir() if path.is_dir())
+        inside = sorted(
+            path.name
+            for path in self.path.iterdir()
+            if path.is_dir() and not (path / _ADAPTER_CONFIG).is_file()
+        )
         is_model = any(True for pattern in _WRITTEN_BY_EXPORTS for _ in self.path.glob(pattern))
         if inside or not is_model:
             got = (

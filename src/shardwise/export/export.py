@@ -14,7 +14,8 @@ from torch import nn
 
 from shardwise.conversion import is_transformers_model, saved_tensors
 from shardwise.errors import ConfigurationError
-from shardwise.export.beside import check_tokenizer, write_beside
+from shardwise.export.adapters import agreed_names, plan_adapters, write_configs
+from shardwise.export.beside import check_tokenizer, write_config
 from shardwise.export.content import Content
 from shardwise.export.directory import OutputDirectory
 from shardwise.export.execution import write_content
@@ -27,7 +28,7 @@ from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.device import device_of_model
 from shardwise.materialization.layouts import agreed_layouts
-from shardwise.materialization.names import without_wrappers
+from shardwise.materialization.names import model_inside, without_wrappers
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import reshard
 from shardwise.materialization.structure import Structure, entries_of
@@ -54,7 +55,8 @@ def export_checkpoint(
 
     All ranks of the group call this together; without a process group it writes a model of one process. Names and layouts are
     those of the model's checkpoints, as `save_pretrained` of the installed transformers writes them: stacked experts are apart
-    again, a tied tensor is written once. A module that is not of transformers is written under its own names. The directory
+    again, a tied tensor is written once. A module that is not of transformers is written under its own names. Of a PEFT model the
+    adapters alone are written, as PEFT's own `save_pretrained` does. The directory
     appears under its name when everything in it is on storage. The model stays as it is.
 
     Args:
@@ -110,6 +112,7 @@ def export_agreed(
 ) -> ExportReport:
     """Do what `export_checkpoint` does, over the ranks of a call; its arguments are explained there."""
     model = without_wrappers(model)
+    is_peft = model_inside(model) is not model
     device = device_of_model(model)
     staging = staging_bytes or default_staging_bytes(device.type)
     with profile_memory(device=device) as profile, torch.no_grad():
@@ -132,17 +135,26 @@ def export_agreed(
                 remedy="Pass the same model and arguments on every rank.",
             )
         with agreement.phase("compare plans") as compare, resting_collector():
-            content = _content(model, floating, max_shard_size, agreement=agreement)
+            content = _content(model, floating, max_shard_size, is_peft=is_peft, agreement=agreement)
             compare.same = comparable_lines(
                 "what is to be written",
                 list(content.lines()),
                 remedy="Load or build the model in the same way on every rank.",
             )
+
+        def beside(unfinished: Path) -> None:
+            if is_peft:
+                write_configs(model, unfinished)
+            else:
+                write_config(model, unfinished, dtype=floating)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+
         output = OutputDirectory(directory, rank=agreement.rank)
         written = write_content(
             content,
             output,
-            beside=lambda unfinished: write_beside(model, unfinished, dtype=floating, tokenizer=tokenizer),
+            beside=beside,
             overwrite=overwrite,
             device=device,
             staging_bytes=staging,
@@ -155,7 +167,7 @@ def export_agreed(
     stored = content.files.stored.values()
     return ExportReport(
         directory=str(output.path),
-        kind="model",
+        kind="adapter" if is_peft else "model",
         world_size=len(agreement.ranks),
         writers=written.writers,
         files={planned.name: planned.nbytes for planned in content.files.files},
@@ -175,6 +187,7 @@ def _content(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     *,
+    is_peft: bool,
     agreement: Agreement,
 ) -> Content:
     held = held_of(model, dtype)
@@ -184,13 +197,16 @@ def _content(
         )
     by_entry = agreed_layouts(held.entries, agreement=agreement)
     layouts = {slot.fqn: by_entry[entry.fqn] for entry in held.entries for slot in entry.slots}
-    saved = saved_tensors(model, held.stored, held.ties)
-    files = plan_files(
-        saved,
-        weights_name=_WEIGHTS_NAME,
-        max_shard_size=max_shard_size,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    if is_peft:
+        saved, files = plan_adapters(agreed_names(model, held.stored, agreement), held.stored)
+    else:
+        saved = saved_tensors(model, held.stored, held.ties)
+        files = plan_files(
+            saved,
+            weights_name=_WEIGHTS_NAME,
+            max_shard_size=max_shard_size,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
     return Content(saved=saved, files=files, held=held.stored, shards=held.shards, layouts=layouts)
 
 
