@@ -74,7 +74,7 @@ def main(folder: Path, times: int) -> None:
                     sw.export_checkpoint(models[turn % 2], target, overwrite=True, max_shard_size="4MB")
             finally:
                 os._exit(1)
-        time.sleep(random.uniform(0.01, SECONDS))  # noqa: S311
+        time.sleep(random.uniform(0.01, SECONDS))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         found.append(found_in(target))

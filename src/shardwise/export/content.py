@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,22 @@ from shardwise.conversion import SavedTensor
 from shardwise.errors import ConfigurationError
 from shardwise.export.file_plan import FilePlan
 from shardwise.plan import Layout, StoredPiece, WantedTensor, unwritten
+from shardwise.tensors import Region
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A box of a tensor of the model that ranks hold in one piece or in shards.
+
+    Args:
+        key: By which each rank finds what it holds of it.
+        region: In the tensor, in elements; the whole of it, or one box of several.
+        layout: How the box lies over the ranks; equal on all ranks.
+    """
+
+    key: str
+    region: Region
+    layout: Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +38,15 @@ class Content:
         saved: To be written, in order.
         files: That they are written to.
         held: Tensors of the model by each of their names: shape, and the dtype in which they are written.
-        shards: This rank's part of each, by the same names.
-        layouts: How each lies over the ranks, by the same names; equal on all ranks.
+        parts: That together are each of them, by the same names.
+        shards: What this rank holds, by the parts' keys.
     """
 
     saved: tuple[SavedTensor, ...]
     files: FilePlan
     held: Mapping[str, StoredTensor]
+    parts: Mapping[str, tuple[Part, ...]]
     shards: Mapping[str, torch.Tensor]
-    layouts: Mapping[str, Layout]
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -43,29 +59,19 @@ class Content:
         return sum(of.nbytes for of in self.files.stored.values())
 
     def wanted(self) -> list[WantedTensor]:
-        """Return what the files want of the model: one entry for each tensor that is written and each that it takes from.
+        """Return what the files want: one entry for each tensor that is written and each part that it takes from.
 
         Raises:
             ConfigurationError: Pieces do not make up a tensor; nothing was written.
         """
-        found = []
+        found: list[WantedTensor] = []
         for each in self.saved:
             pieces: dict[str, list[StoredPiece]] = {}
             for taken in each.taken:
                 stored = StoredPiece(stored=self.files.stored[each.name], piece=taken.piece)
                 pieces.setdefault(taken.fqn, []).append(stored)
             for fqn, of_tensor in pieces.items():
-                found.append(
-                    WantedTensor(
-                        fqn=fqn,
-                        shape=self.held[fqn].shape,
-                        dtype=self.held[fqn].dtype,
-                        layout=self.layouts[fqn],
-                        pieces=tuple(of_tensor),
-                        partial=True,
-                        may_map=False,
-                    )
-                )
+                found += self.taken_from(fqn, of_tensor)
         sizes = {each.name: torch.Size(each.shape).numel() for each in self.saved if each.whole is None}
         for name, count in unwritten(found, sizes).items():
             raise ConfigurationError(
@@ -74,6 +80,30 @@ class Content:
             )
         return found
 
+    def taken_from(self, fqn: str, pieces: Sequence[StoredPiece]) -> Iterator[WantedTensor]:
+        """Yield what some pieces take of each part of a tensor of the model.
+
+        Args:
+            fqn: Of the tensor.
+            pieces: Whose targets are places in it.
+        """
+        for part in self.parts[fqn]:
+            inside = tuple(
+                StoredPiece(stored=each.stored, piece=piece)
+                for each in pieces
+                for piece in each.piece.within(part.region)
+            )
+            if inside:
+                yield WantedTensor(
+                    fqn=part.key,
+                    shape=part.region.shape,
+                    dtype=self.held[fqn].dtype,
+                    layout=part.layout,
+                    pieces=inside,
+                    partial=True,
+                    may_map=False,
+                )
+
     def lines(self) -> Iterator[str]:
         """Yield lines that are equal exactly where ranks would write the same."""
         yield from self.files.lines()
@@ -81,4 +111,4 @@ class Content:
             if each.whole is not None:
                 yield f"{each.name}: by {each.whole.group.operations} of {', '.join(each.whole.group.source_names)}"
             for taken in each.taken:
-                yield f"{each.name}: {taken.fqn} in {self.layouts[taken.fqn]}, {taken.piece}"
+                yield f"{each.name}: {taken.fqn} in {self.parts[taken.fqn]}, {taken.piece}"

@@ -94,9 +94,7 @@ def write_content(
                     buffer_bytes=buffer_bytes,
                 )
                 steps = plan_whole(
-                    content.saved,
-                    content.held,
-                    content.layouts,
+                    content,
                     ranks=agreement.ranks,
                     writers=writers,
                     rank=agreement.rank,
@@ -122,15 +120,7 @@ def write_content(
             collecting.run()
             network_bytes += collecting.received_bytes
             del collecting
-            network_bytes += write_whole(
-                steps,
-                content.held,
-                content.files.stored,
-                files=files,
-                shards=content.shards,
-                plane=plane,
-                agreement=agreement,
-            )
+            network_bytes += write_whole(steps, content, files=files, plane=plane, agreement=agreement)
             give_back_freed()
         with agreement.phase("sync"):
             files.sync()

@@ -16,7 +16,8 @@ from shardwise.conversion import is_transformers_model, saved_tensors
 from shardwise.errors import ConfigurationError
 from shardwise.export.adapters import agreed_names, plan_adapters, write_configs
 from shardwise.export.beside import check_tokenizer, write_config
-from shardwise.export.content import Content
+from shardwise.export.chunks import Chunks
+from shardwise.export.content import Content, Part
 from shardwise.export.directory import OutputDirectory
 from shardwise.export.execution import write_content
 from shardwise.export.file_plan import plan_files
@@ -30,11 +31,12 @@ from shardwise.materialization.device import device_of_model
 from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.names import model_inside, without_wrappers
 from shardwise.materialization.staging import default_staging_bytes
-from shardwise.materialization.storage import reshard
+from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
+from shardwise.plan import Layout
 from shardwise.profiling import profile_memory
-from shardwise.tensors import dtype_name, floating_dtype
+from shardwise.tensors import Region, dtype_name, floating_dtype
 
 _WEIGHTS_NAME = "model.safetensors"
 
@@ -109,8 +111,12 @@ def export_agreed(
     tokenizer: Any,
     staging_bytes: int | None,
     agreement: Agreement,
+    chunks: Chunks | None = None,
 ) -> ExportReport:
-    """Do what `export_checkpoint` does, over the ranks of a call; its arguments are explained there."""
+    """Do what `export_checkpoint` does, which explains the arguments, over the ranks of a call.
+
+    `chunks` says where the values are, if not in the model, which may be on meta then.
+    """
     model = without_wrappers(model)
     is_peft = model_inside(model) is not model
     device = device_of_model(model)
@@ -135,7 +141,9 @@ def export_agreed(
                 remedy="Pass the same model and arguments on every rank.",
             )
         with agreement.phase("compare plans") as compare, resting_collector():
-            content = _content(model, floating, max_shard_size, is_peft=is_peft, agreement=agreement)
+            content = _content(
+                model, floating, max_shard_size, is_peft=is_peft, chunks=chunks, agreement=agreement
+            )
             compare.same = comparable_lines(
                 "what is to be written",
                 list(content.lines()),
@@ -188,15 +196,14 @@ def _content(
     max_shard_size: int | str,
     *,
     is_peft: bool,
+    chunks: Chunks | None,
     agreement: Agreement,
 ) -> Content:
-    held = held_of(model, dtype)
+    held = held_of(model, dtype, chunks=chunks)
     if not held.entries:
         raise ConfigurationError(
             f"export_checkpoint: expected a model with parameters or persistent buffers, got {type(model).__name__} with none"
         )
-    by_entry = agreed_layouts(held.entries, agreement=agreement)
-    layouts = {slot.fqn: by_entry[entry.fqn] for entry in held.entries for slot in entry.slots}
     if is_peft:
         saved, files = plan_adapters(agreed_names(model, held.stored, agreement), held.stored)
     else:
@@ -207,7 +214,29 @@ def _content(
             max_shard_size=max_shard_size,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
-    return Content(saved=saved, files=files, held=held.stored, shards=held.shards, layouts=layouts)
+    parts: dict[str, tuple[Part, ...]] = {}
+    shards: dict[str, torch.Tensor] = {}
+    if chunks is None:
+        layouts = agreed_layouts(held.entries, agreement=agreement)
+        for entry in held.entries:
+            whole = Region.whole(tuple(entry.tensor.shape))
+            parts[entry.fqn] = (Part(key=entry.fqn, region=whole, layout=layouts[entry.fqn]),)
+            shards[entry.fqn] = local_of(entry.tensor)
+    else:
+        layout = Layout.replicated(agreement.ranks)
+        for fqn, of_tensor in chunks.items():
+            shards |= {f"{fqn} {number}": chunk.tensor for number, chunk in enumerate(of_tensor)}
+            parts[fqn] = tuple(
+                Part(key=f"{fqn} {number}", region=chunk.region, layout=layout)
+                for number, chunk in enumerate(of_tensor)
+            )
+    return Content(
+        saved=saved,
+        files=files,
+        held=held.stored,
+        parts={name: parts[first] for name, first in held.first_name.items()},
+        shards=shards,
+    )
 
 
 def _refuse_model(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from torch import nn
 
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import pinned_dtypes
-from shardwise.errors import LeftOnMetaError
+from shardwise.errors import CheckpointError, LeftOnMetaError
+from shardwise.export.chunks import Chunks
 from shardwise.materialization.binding import listed
 from shardwise.materialization.names import clean_fqn
 from shardwise.materialization.storage import local_of
@@ -24,47 +25,71 @@ class Held:
     Args:
         entries: One for each tensor.
         stored: By each of its names, in the order of a state dict: its shape, and the dtype in which it is written.
-        shards: This rank's part of each tensor, by each of its names.
+        first_name: From each name to the first one of its tensor.
         ties: Names of one tensor, for each that has several.
     """
 
     entries: tuple[Entry, ...]
     stored: Mapping[str, StoredTensor]
-    shards: Mapping[str, torch.Tensor]
+    first_name: Mapping[str, str]
     ties: tuple[tuple[str, ...], ...]
 
 
-def held_of(model: nn.Module, dtype: torch.dtype | None) -> Held:
+def held_of(model: nn.Module, dtype: torch.dtype | None, *, chunks: Chunks | None = None) -> Held:
     """Return what of a model is written.
 
     Args:
         model: Sharded or not, with values.
         dtype: In which floating point tensors are written, but for those that the model's class keeps in another; None for
             their own.
+        chunks: Where the values are, if not in the model, which may be on meta then.
 
     Raises:
+        CheckpointError: The chunks are not those of this model.
         LeftOnMetaError: A tensor has no values.
     """
     entries = tuple(entry for entry in entries_of(model, roles=("parameter", "buffer")) if entry.persistent)
+    own_dtype = {entry.fqn: entry.tensor.dtype for entry in entries}
+    if chunks is not None:
+        _require_same_tensors(entries, chunks)
+        own_dtype = {entry.fqn: chunks[entry.fqn][0].tensor.dtype for entry in entries}
     on_meta = [entry.fqn for entry in entries if local_of(entry.tensor).is_meta]
-    if on_meta:
+    if on_meta and chunks is None:
         raise LeftOnMetaError(
             f"export_checkpoint: expected a model with values, got none for {listed(on_meta)}. Wrap or materialize it first; a "
             "TransformersModel wraps at its first forward."
         )
     names = {id(entry.tensor): tuple(dict.fromkeys(slot.fqn for slot in entry.slots)) for entry in entries}
-    tensor_of = {name: entry.tensor for entry in entries for name in names[id(entry.tensor)]}
+    entry_of = {name: entry for entry in entries for name in names[id(entry.tensor)]}
     written_as = _dtypes(model, dtype)
     stored = {}
     for name in _in_order_of_state_dict(model):
-        if name in tensor_of:
-            stored[name] = _as_stored(name, tensor_of[name], written_as(name, tensor_of[name].dtype))
+        if name in entry_of:
+            entry = entry_of[name]
+            stored[name] = _as_stored(name, entry.tensor, written_as(name, own_dtype[entry.fqn]))
     return Held(
         entries=entries,
         stored=stored,
-        shards={name: local_of(tensor) for name, tensor in tensor_of.items()},
+        first_name={name: entry.fqn for name, entry in entry_of.items()},
         ties=tuple(of for of in names.values() if len(of) > 1),
     )
+
+
+def _require_same_tensors(entries: Sequence[Entry], chunks: Chunks) -> None:
+    wanted = {entry.fqn: entry for entry in entries}
+    absent, unexpected = sorted(wanted.keys() - chunks.keys()), sorted(chunks.keys() - wanted.keys())
+    if absent or unexpected:
+        which = f"lacks {listed(absent)}" if absent else f"has {listed(unexpected)} as well"
+        raise CheckpointError(
+            f"export: expected values of this model's tensors; what was saved {which}. Build the model as in the training."
+        )
+    for fqn, entry in wanted.items():
+        count = sum(chunk.region.numel for chunk in chunks[fqn])
+        if not chunks[fqn] or count != entry.tensor.numel():
+            raise CheckpointError(
+                f"{fqn}: expected {entry.tensor.numel()} elements of shape {tuple(entry.tensor.shape)} from the model, got {count} that "
+                "were saved. Build the model as in the training."
+            )
 
 
 def _in_order_of_state_dict(model: nn.Module) -> list[str]:

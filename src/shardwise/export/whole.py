@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from shardwise.checkpoint import StoredTensor
-from shardwise.conversion import SavedTensor, WholeGroup
+from shardwise.conversion import WholeGroup
 from shardwise.errors import CheckpointError, ShapeMismatchError
 from shardwise.export.collecting import Collecting
+from shardwise.export.content import Content
 from shardwise.export.output_files import OutputFiles
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.placing import as_memory
-from shardwise.plan import ExchangePlan, Layout, WantedTensor, as_stored, dealt, plan_exchange
+from shardwise.plan import ExchangePlan, as_stored, dealt, plan_exchange
 from shardwise.tensors import dtype_name
 
 _WRITE_BYTES = 16 * 2**20
@@ -42,9 +43,7 @@ class WholeStep:
 
 
 def plan_whole(
-    saved: Sequence[SavedTensor],
-    held: Mapping[str, StoredTensor],
-    layouts: Mapping[str, Layout],
+    content: Content,
     *,
     ranks: Sequence[int],
     writers: Sequence[int],
@@ -54,9 +53,7 @@ def plan_whole(
     """Deal the conversions out to the ranks that write.
 
     Args:
-        saved: All tensors to be written; the same on all ranks.
-        held: Those of the model, by fqn, in the dtype in which they are written.
-        layouts: Of these.
+        content: Of the export.
         ranks: Global ranks that take part.
         writers: Those of them that see the files.
         rank: This one.
@@ -65,21 +62,13 @@ def plan_whole(
     Returns:
         Steps in order; equally many on every rank.
     """
-    wholes = list({id(each.whole): each.whole for each in saved if each.whole is not None}.values())
+    wholes = list({id(each.whole): each.whole for each in content.saved if each.whole is not None}.values())
     steps = []
     for first in range(0, len(wholes), len(writers)):
         of_writer = dict(zip(writers, wholes[first : first + len(writers)], strict=False))
         sources = {name: writer for writer, whole in of_writer.items() for name in whole.group.source_names}
         wanted = [
-            WantedTensor(
-                fqn=name,
-                shape=held[name].shape,
-                dtype=held[name].dtype,
-                layout=layouts[name],
-                pieces=as_stored(held[name]),
-                may_map=False,
-            )
-            for name in sources
+            tensor for name in sources for tensor in content.taken_from(name, as_stored(content.held[name]))
         ]
         exchange = plan_exchange(
             dealt(wanted, ranks=ranks, writers=writers),
@@ -96,11 +85,9 @@ def plan_whole(
 
 def write_whole(
     steps: Sequence[WholeStep],
-    held: Mapping[str, StoredTensor],
-    stored: Mapping[str, StoredTensor],
+    content: Content,
     *,
     files: OutputFiles,
-    shards: Mapping[str, torch.Tensor],
     plane: DataPlane | None,
     agreement: Agreement,
 ) -> int:
@@ -108,10 +95,8 @@ def write_whole(
 
     Args:
         steps: Of this rank.
-        held: Tensors of the model, by fqn.
-        stored: Where each tensor to be written lies.
+        content: Of the export.
         files: Of the export.
-        shards: This rank's shards by fqn.
         plane: Carries the sources; None where there is one rank.
         agreement: Of the call.
 
@@ -122,11 +107,13 @@ def write_whole(
         CheckpointError: A conversion fails, or does not make what it promised.
         PeerError: Another rank failed.
     """
-    received = 0
+    received, stored = 0, content.files.stored
     for step in steps:
         names = step.whole.group.source_names if step.whole is not None else ()
-        sources = _Sources({name: held[name] for name in names})
-        collecting = Collecting(step.exchange, sink=sources, shards=shards, plane=plane, agreement=agreement)
+        sources = _Sources({name: content.held[name] for name in names})
+        collecting = Collecting(
+            step.exchange, sink=sources, shards=content.shards, plane=plane, agreement=agreement
+        )
         collecting.run()
         received += collecting.received_bytes
         if step.whole is not None:

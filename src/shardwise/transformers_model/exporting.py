@@ -11,7 +11,9 @@ import torch
 
 from shardwise.export import ExportReport
 from shardwise.export.export import export_agreed
+from shardwise.transformers_model.resume import MODEL_PREFIX
 from shardwise.transformers_model.resuming import Resuming
+from shardwise.transformers_model.saved_chunks import saved_chunks
 
 _AUTO = "auto"
 
@@ -37,6 +39,7 @@ class Exporting(Resuming):
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         tokenizer: Any = _AUTO,
+        state: str | os.PathLike[str] | None = None,
         staging_bytes: int | None = None,
     ) -> ExportReport:
         """Write the model as a directory that `from_pretrained` loads, each rank its own part; wraps the model if no forward has.
@@ -49,6 +52,8 @@ class Exporting(Resuming):
             max_shard_size: Most bytes of tensors in one file.
             overwrite: Replace a directory of that name that holds a model.
             tokenizer: To save beside the weights; `"auto"` is `.tokenizer`.
+            state: Write what `save` wrote into this directory, in place of the model's own values: nothing is wrapped, and no
+                rank holds a shard, on any number of ranks. The model must be made as for `load`, without an optimizer.
             staging_bytes: Bound of the host buffers, in bytes.
 
         Returns:
@@ -58,7 +63,13 @@ class Exporting(Resuming):
             CheckpointError: The directory is there already, or cannot be written to; nothing has changed there.
             RankError: Ranks differ, one failed, or one did not arrive.
         """
-        self._wrap()
+        agreement = self._agree("export")
+        chunks = None
+        if state is None:
+            self._wrap()
+        else:
+            with agreement.phase("look at the state"):
+                chunks = saved_chunks(Path(state).absolute(), prefix=MODEL_PREFIX)
         is_auto = isinstance(tokenizer, str) and tokenizer == _AUTO
         return export_agreed(
             self.model,
@@ -68,5 +79,6 @@ class Exporting(Resuming):
             overwrite=overwrite,
             tokenizer=self.tokenizer if is_auto else tokenizer,
             staging_bytes=staging_bytes,
-            agreement=self._agree("export"),
+            agreement=agreement,
+            chunks=chunks,
         )
