@@ -81,3 +81,70 @@ def test_an_adapter_in_another_dtype(tmp_path: Path) -> None:
     sw.export_checkpoint(model, tmp_path / "ours", dtype=torch.float32)
     stored = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+# --- merged into the base ---
+
+MERGED: Mapping[str, Any] = {
+    "plain": {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 12},
+    "an embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules_to_save": {"target_modules": ["v_proj"], "modules_to_save": ["norm"]},
+    "conv1d": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+}
+
+
+@pytest.mark.parametrize("kind", MERGED)
+def test_merged_weights_are_those_of_peft(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    base = causal_model({"conv1d": "gpt2", "an embedding": "qwen3_untied"}.get(kind, "qwen3_tied"))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, **MERGED[kind]))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter.data, std=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = sw.export_checkpoint(model, tmp_path / "ours", adapters="merge")
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert report.kind == "model"
+    model.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    ours, theirs = files_of(tmp_path / "ours"), files_of(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert ours["config.json"] == theirs["config.json"]
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    got = load_file(tmp_path / "ours" / "model.safetensors")
+    assert got.keys() == stored.keys()
+    for name, value in stored.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_two_active_adapters_are_both_added_and_an_inactive_one_is_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(causal_model("qwen3_untied"), peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    for name in ("second", "third"):
+        model.add_adapter(name, peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter.data, std=0.1)
+    model.base_model.set_adapter(["default", "second"])
+    sw.export_checkpoint(model, tmp_path / "ours", adapters="merge")
+    got = load_file(tmp_path / "ours" / "model.safetensors")
+    for name, value in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_an_adapter_on_a_tied_weight_is_not_merged(tmp_path: Path) -> None:
+    with pytest.raises(
+        sw.ConfigurationError, match=r"embed_tokens.weight = lm_head.weight: .*adapters='alone'"
+    ):
+        sw.export_checkpoint(adapted("an embedding"), tmp_path / "ours", adapters="merge")
+
+
+@pytest.mark.parametrize("kind", ["dora, biases", "experts"])
+def test_what_cannot_be_merged_on_shards_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    if kind == "experts" and not transformers_fuses_experts():
+        pytest.skip("transformers 4 keeps experts apart")
+    with pytest.raises(sw.ConfigurationError, match=r"base_model\.\S+: expected LoRA .*adapters='alone'"):
+        sw.export_checkpoint(adapted(kind), tmp_path / "ours", adapters="merge")
+    with pytest.raises(sw.ConfigurationError, match="adapters: expected 'alone' or 'merge' for a PEFT model"):
+        sw.export_checkpoint(adapted(kind), tmp_path / "ours", adapters="base")
+    with pytest.raises(sw.ConfigurationError, match="got 'merge' for Qwen3ForCausalLM"):
+        sw.export_checkpoint(causal_model("qwen3_tied"), tmp_path / "ours", adapters="merge")
+    assert not list(tmp_path.iterdir())

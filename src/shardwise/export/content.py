@@ -11,23 +11,8 @@ from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import SavedTensor
 from shardwise.errors import ConfigurationError
 from shardwise.export.file_plan import FilePlan
-from shardwise.plan import Layout, StoredPiece, WantedTensor, unwritten
-from shardwise.tensors import Region
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A box of a tensor of the model that ranks hold in one piece or in shards.
-
-    Args:
-        key: By which each rank finds what it holds of it.
-        region: In the tensor, in elements; the whole of it, or one box of several.
-        layout: How the box lies over the ranks; equal on all ranks.
-    """
-
-    key: str
-    region: Region
-    layout: Layout
+from shardwise.export.parts import Part, Terms
+from shardwise.plan import StoredPiece, WantedTensor, unwritten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +25,8 @@ class Content:
         held: Tensors of the model by each of their names: shape, and the dtype in which they are written.
         parts: That together are each of them, by the same names.
         shards: What this rank holds, by the parts' keys.
+        terms: What is added to weights while they are written, by the first fqn of each.
+        parts_of_fqn: The parts of every persistent tensor of the model, also of those that are only added, by first fqn.
     """
 
     saved: tuple[SavedTensor, ...]
@@ -47,6 +34,8 @@ class Content:
     held: Mapping[str, StoredTensor]
     parts: Mapping[str, tuple[Part, ...]]
     shards: Mapping[str, torch.Tensor]
+    terms: Terms
+    parts_of_fqn: Mapping[str, tuple[Part, ...]]
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -57,6 +46,11 @@ class Content:
     def nbytes(self) -> int:
         """Of all tensors that are written."""
         return sum(of.nbytes for of in self.files.stored.values())
+
+    @property
+    def fqn_of_key(self) -> dict[str, str]:
+        """From a part's key to the first fqn of its tensor."""
+        return {part.key: fqn for fqn, parts in self.parts_of_fqn.items() for part in parts}
 
     def wanted(self) -> list[WantedTensor]:
         """Return what the files want: one entry for each tensor that is written and each part that it takes from.
@@ -112,3 +106,5 @@ class Content:
                 yield f"{each.name}: by {each.whole.group.operations} of {', '.join(each.whole.group.source_names)}"
             for taken in each.taken:
                 yield f"{each.name}: {taken.fqn} in {self.parts[taken.fqn]}, {taken.piece}"
+        for fqn, terms in self.terms.items():
+            yield f"{fqn}: + {terms}"

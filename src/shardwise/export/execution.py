@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from shardwise.errors import CheckpointError
 from shardwise.export.collecting import Collecting
 from shardwise.export.content import Content
 from shardwise.export.directory import OutputDirectory
+from shardwise.export.merging import gathered_small, grouped, merged
 from shardwise.export.output_files import OutputFiles
 from shardwise.export.whole import plan_whole, write_whole
 from shardwise.export.writing import Writing
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.collector import resting_collector
-from shardwise.materialization.data_plane import open_data_plane
+from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
 from shardwise.materialization.staging import read_bytes_of, staging_ring
@@ -85,14 +86,19 @@ def write_content(
             writers = tuple(rank for rank, text in pairs if json.loads(text))
             buffer_bytes = staging_bytes // EXCHANGE_BUFFERS
             with resting_collector():
-                plan = plan_writes(
-                    dealt(content.wanted(), ranks=agreement.ranks, writers=writers),
-                    ranks=agreement.ranks,
-                    rank=agreement.rank,
-                    writers=writers,
-                    max_write_bytes=read_bytes_of(staging_bytes),
-                    buffer_bytes=buffer_bytes,
-                )
+                wanted = dealt(content.wanted(), ranks=agreement.ranks, writers=writers)
+                plain, groups = grouped(wanted, content.fqn_of_key, content.terms)
+                plans = [
+                    plan_writes(
+                        of_group,
+                        ranks=agreement.ranks,
+                        rank=agreement.rank,
+                        writers=writers,
+                        max_write_bytes=read_bytes_of(staging_bytes),
+                        buffer_bytes=buffer_bytes,
+                    )
+                    for of_group in (plain, *(tensors for _, tensors in groups))
+                ]
                 steps = plan_whole(
                     content,
                     ranks=agreement.ranks,
@@ -101,25 +107,28 @@ def write_content(
                     buffer_bytes=buffer_bytes,
                 )
             if agreement.rank in writers:
-                for name in dict.fromkeys(write.file for write in plan.writes):
+                for name in dict.fromkeys(write.file for plan in plans for write in plan.writes):
                     files.open(name)
         network_bytes = 0
         with agreement.phase("write"), ExitStack() as planes:
             plane = None
-            if len(agreement.ranks) > 1 and (len(plan.exchange) > 0 or steps):
+            exchanges = bool(steps) or bool(groups) or any(len(plan.exchange) > 0 for plan in plans)
+            if len(agreement.ranks) > 1 and exchanges:
                 plane = planes.enter_context(
                     open_data_plane(agreement.ranks, device=device, agreement=agreement)
                 )
-            ring = staging_ring(staging_bytes, device)
-            Writing(plan.writes, files=files, shards=content.shards, ring=ring, agreement=agreement).run()
-            del ring
-            give_back_freed()
-            collecting = Collecting(
-                plan.exchange, sink=files, shards=content.shards, plane=plane, agreement=agreement
-            )
-            collecting.run()
-            network_bytes += collecting.received_bytes
-            del collecting
+            for plan, (fqns, _) in zip(plans, [((), []), *groups], strict=True):
+                shards = {**content.shards, **_merged(content, fqns, agreement, plane)}
+                ring = staging_ring(staging_bytes, device)
+                Writing(plan.writes, files=files, shards=shards, ring=ring, agreement=agreement).run()
+                del ring
+                give_back_freed()
+                collecting = Collecting(
+                    plan.exchange, sink=files, shards=shards, plane=plane, agreement=agreement
+                )
+                collecting.run()
+                network_bytes += collecting.received_bytes
+                del collecting, shards
             network_bytes += write_whole(steps, content, files=files, plane=plane, agreement=agreement)
             give_back_freed()
         with agreement.phase("sync"):
@@ -134,3 +143,25 @@ def write_content(
             if is_first:
                 output.finish(content.files)
     return Written(written_bytes=files.written_bytes, network_bytes=network_bytes, writers=writers)
+
+
+def _merged(
+    content: Content, fqns: Sequence[str], agreement: Agreement, plane: DataPlane | None
+) -> dict[str, torch.Tensor]:
+    """Return copies of what this rank holds of some weights, with their terms added, by the parts' keys."""
+    found: dict[str, torch.Tensor] = {}
+    for fqn in fqns:
+        whole = {}
+        for name in dict.fromkeys(name for term in content.terms[fqn] for name in (term.a, term.b)):
+            whole[name] = gathered_small(
+                content.shards,
+                content.parts_of_fqn[name],
+                ranks=agreement.ranks,
+                rank=agreement.rank,
+                plane=plane,
+            )
+        for part in content.parts_of_fqn[fqn]:
+            shard = content.shards[part.key]
+            found[part.key] = merged(shard, part, content.terms[fqn], whole, rank=agreement.rank)
+        agreement.step()
+    return found

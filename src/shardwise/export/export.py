@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from torch import nn
 from shardwise.conversion import is_transformers_model, saved_tensors
 from shardwise.errors import ConfigurationError
 from shardwise.export.adapters import agreed_names, plan_adapters, write_configs
+from shardwise.export.base_names import base_names
 from shardwise.export.beside import check_tokenizer, write_config
 from shardwise.export.chunks import Chunks
-from shardwise.export.content import Content, Part
+from shardwise.export.content import Content
 from shardwise.export.directory import OutputDirectory
 from shardwise.export.execution import write_content
 from shardwise.export.file_plan import plan_files
 from shardwise.export.held import held_of
+from shardwise.export.merging import terms_of
+from shardwise.export.parts import LowRank, Part
 from shardwise.export.report import ExportReport, gathered_ranks
 from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import argument_lines
@@ -32,13 +36,14 @@ from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.names import model_inside, without_wrappers
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import local_of, reshard
-from shardwise.materialization.structure import Structure, entries_of
+from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.plan import Layout
 from shardwise.profiling import profile_memory
 from shardwise.tensors import Region, dtype_name, floating_dtype
 
 _WEIGHTS_NAME = "model.safetensors"
+ALONE, MERGE = "alone", "merge"
 
 
 def export_checkpoint(
@@ -49,6 +54,7 @@ def export_checkpoint(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     tokenizer: Any = None,
+    adapters: str | None = None,
     staging_bytes: int | None = None,
     group: dist.ProcessGroup | None = None,
     timeout: float | timedelta | None = None,
@@ -57,8 +63,8 @@ def export_checkpoint(
 
     All ranks of the group call this together; without a process group it writes a model of one process. Names and layouts are
     those of the model's checkpoints, as `save_pretrained` of the installed transformers writes them: stacked experts are apart
-    again, a tied tensor is written once. A module that is not of transformers is written under its own names. Of a PEFT model the
-    adapters alone are written, as PEFT's own `save_pretrained` does. The directory
+    again, a tied tensor is written once. A module that is not of transformers is written under its own names.
+    The directory
     appears under its name when everything in it is on storage. The model stays as it is.
 
     Args:
@@ -69,6 +75,8 @@ def export_checkpoint(
         max_shard_size: Most bytes of tensors in one file, or a text such as `"5GB"`.
         overwrite: Replace a directory of that name that holds a model, and all that is in it.
         tokenizer: A tokenizer or processor to save beside the weights.
+        adapters: Of a PEFT model: `"alone"`, as None, writes its adapters, as PEFT's own `save_pretrained` does; `"merge"` writes the
+            base model with the active LoRA adapters added to its weights, one at a time and in copies of shards.
         staging_bytes: Bound of the host buffers, in bytes; None is 64 MiB on CPU ranks and 256 MiB on accelerators.
         group: Ranks that take part; None is the default group.
         timeout: How long to wait for a rank that does not arrive, in seconds or as a timedelta; None is the group's own timeout.
@@ -96,6 +104,7 @@ def export_checkpoint(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         tokenizer=tokenizer,
+        adapters=adapters,
         staging_bytes=staging_bytes,
         agreement=agreement,
     )
@@ -109,6 +118,7 @@ def export_agreed(
     max_shard_size: int | str,
     overwrite: bool,
     tokenizer: Any,
+    adapters: str | None,
     staging_bytes: int | None,
     agreement: Agreement,
     chunks: Chunks | None = None,
@@ -118,7 +128,6 @@ def export_agreed(
     `chunks` says where the values are, if not in the model, which may be on meta then.
     """
     model = without_wrappers(model)
-    is_peft = model_inside(model) is not model
     device = device_of_model(model)
     staging = staging_bytes or default_staging_bytes(device.type)
     with profile_memory(device=device) as profile, torch.no_grad():
@@ -127,7 +136,8 @@ def export_agreed(
             if isinstance(floating, str):  # never: no word is among the others
                 raise ConfigurationError(f"dtype: {floating}")
             check_tokenizer(tokenizer)
-            _refuse_model(model)
+            adapters = _checked_adapters(model, adapters)
+            _refuse_model(model_inside(model))
             reshard(model)
             check.same = comparable_structure(
                 Structure.of(entries_of(model)),
@@ -136,13 +146,14 @@ def export_agreed(
                     dtype=floating,
                     max_shard_size=max_shard_size,
                     overwrite=overwrite,
+                    adapters=adapters,
                     staging_bytes=staging,
                 ),
                 remedy="Pass the same model and arguments on every rank.",
             )
         with agreement.phase("compare plans") as compare, resting_collector():
             content = _content(
-                model, floating, max_shard_size, is_peft=is_peft, chunks=chunks, agreement=agreement
+                model, floating, max_shard_size, adapters=adapters, chunks=chunks, agreement=agreement
             )
             compare.same = comparable_lines(
                 "what is to be written",
@@ -151,10 +162,10 @@ def export_agreed(
             )
 
         def beside(unfinished: Path) -> None:
-            if is_peft:
+            if adapters == ALONE:
                 write_configs(model, unfinished)
             else:
-                write_config(model, unfinished, dtype=floating)
+                write_config(model_inside(model), unfinished, dtype=floating)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
 
@@ -175,7 +186,7 @@ def export_agreed(
     stored = content.files.stored.values()
     return ExportReport(
         directory=str(output.path),
-        kind="adapter" if is_peft else "model",
+        kind="adapter" if adapters == ALONE else "model",
         world_size=len(agreement.ranks),
         writers=written.writers,
         files={planned.name: planned.nbytes for planned in content.files.files},
@@ -195,40 +206,37 @@ def _content(
     dtype: torch.dtype | None,
     max_shard_size: int | str,
     *,
-    is_peft: bool,
+    adapters: str | None,
     chunks: Chunks | None,
     agreement: Agreement,
 ) -> Content:
-    held = held_of(model, dtype, chunks=chunks)
-    if not held.entries:
+    name_of = base_names(model) if adapters == MERGE else None
+    held = held_of(model, dtype, chunks=chunks, name_of=name_of)
+    if not held.stored:
         raise ConfigurationError(
             f"export_checkpoint: expected a model with parameters or persistent buffers, got {type(model).__name__} with none"
         )
-    if is_peft:
+    if adapters == ALONE:
         saved, files = plan_adapters(agreed_names(model, held.stored, agreement), held.stored)
     else:
-        saved = saved_tensors(model, held.stored, held.ties)
+        inside = model_inside(model)
+        saved = saved_tensors(inside, held.stored, held.ties)
         files = plan_files(
             saved,
             weights_name=_WEIGHTS_NAME,
             max_shard_size=max_shard_size,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=held.parameters,
         )
-    parts: dict[str, tuple[Part, ...]] = {}
-    shards: dict[str, torch.Tensor] = {}
-    if chunks is None:
-        layouts = agreed_layouts(held.entries, agreement=agreement)
-        for entry in held.entries:
-            whole = Region.whole(tuple(entry.tensor.shape))
-            parts[entry.fqn] = (Part(key=entry.fqn, region=whole, layout=layouts[entry.fqn]),)
-            shards[entry.fqn] = local_of(entry.tensor)
-    else:
-        layout = Layout.replicated(agreement.ranks)
-        for fqn, of_tensor in chunks.items():
-            shards |= {f"{fqn} {number}": chunk.tensor for number, chunk in enumerate(of_tensor)}
-            parts[fqn] = tuple(
-                Part(key=f"{fqn} {number}", region=chunk.region, layout=layout)
-                for number, chunk in enumerate(of_tensor)
+    parts, shards = _parts_of(held.entries, chunks, agreement)
+    first_fqn = {slot.fqn: entry.fqn for entry in held.entries for slot in entry.slots}
+    terms: dict[str, tuple[LowRank, ...]] = {}
+    for fqn, of_weight in terms_of(model).items() if adapters == MERGE else ():
+        terms[first_fqn[fqn]] = terms.get(first_fqn[fqn], ()) + of_weight
+    for names in held.ties:
+        if held.first_name[names[0]] in terms:
+            raise ConfigurationError(
+                f"{' = '.join(names)}: expected adapters on weights of their own to merge, got one on a tied weight, of which the "
+                "other use would change too. Export the adapter alone (adapters='alone')."
             )
     return Content(
         saved=saved,
@@ -236,7 +244,47 @@ def _content(
         held=held.stored,
         parts={name: parts[first] for name, first in held.first_name.items()},
         shards=shards,
+        terms=terms,
+        parts_of_fqn=parts,
     )
+
+
+def _parts_of(
+    entries: Sequence[Entry], chunks: Chunks | None, agreement: Agreement
+) -> tuple[dict[str, tuple[Part, ...]], dict[str, torch.Tensor]]:
+    """Return the parts of each tensor, by first fqn, and what this rank holds, by their keys."""
+    parts: dict[str, tuple[Part, ...]] = {}
+    shards: dict[str, torch.Tensor] = {}
+    if chunks is None:
+        layouts = agreed_layouts(entries, agreement=agreement)
+        for entry in entries:
+            whole = Region.whole(tuple(entry.tensor.shape))
+            parts[entry.fqn] = (Part(key=entry.fqn, region=whole, layout=layouts[entry.fqn]),)
+            shards[entry.fqn] = local_of(entry.tensor)
+        return parts, shards
+    layout = Layout.replicated(agreement.ranks)
+    for fqn, of_tensor in chunks.items():
+        shards |= {f"{fqn} {number}": chunk.tensor for number, chunk in enumerate(of_tensor)}
+        parts[fqn] = tuple(
+            Part(key=f"{fqn} {number}", region=chunk.region, layout=layout)
+            for number, chunk in enumerate(of_tensor)
+        )
+    return parts, shards
+
+
+def _checked_adapters(model: nn.Module, adapters: str | None) -> str | None:
+    """Return what of a PEFT model is written; None of other models, which have no adapters around them."""
+    is_peft = model_inside(model) is not model
+    if adapters not in (None, ALONE, MERGE) or (adapters is not None and not is_peft):
+        got = (
+            repr(adapters)
+            if is_peft or adapters not in (ALONE, MERGE)
+            else f"{adapters!r} for {type(model).__name__}"
+        )
+        raise ConfigurationError(
+            f"adapters: expected '{ALONE}' or '{MERGE}' for a PEFT model, None for another one, got {got}"
+        )
+    return (adapters or ALONE) if is_peft else None
 
 
 def _refuse_model(model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from shardwise.conversion import pinned_dtypes
 from shardwise.errors import CheckpointError, LeftOnMetaError
 from shardwise.export.chunks import Chunks
 from shardwise.materialization.binding import listed
-from shardwise.materialization.names import clean_fqn
+from shardwise.materialization.names import clean_fqn, model_inside
 from shardwise.materialization.storage import local_of
 from shardwise.materialization.structure import Entry, entries_of
 
@@ -24,18 +24,27 @@ class Held:
 
     Args:
         entries: One for each tensor.
-        stored: By each of its names, in the order of a state dict: its shape, and the dtype in which it is written.
-        first_name: From each name to the first one of its tensor.
+        stored: By each name that a checkpoint's library has for it, in the order of a state dict: its shape, and the dtype in
+            which it is written.
+        first_name: From each of these names to the first fqn of its tensor.
         ties: Names of one tensor, for each that has several.
+        parameters: Number of elements of all parameters among them.
     """
 
     entries: tuple[Entry, ...]
     stored: Mapping[str, StoredTensor]
     first_name: Mapping[str, str]
     ties: tuple[tuple[str, ...], ...]
+    parameters: int
 
 
-def held_of(model: nn.Module, dtype: torch.dtype | None, *, chunks: Chunks | None = None) -> Held:
+def held_of(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    *,
+    chunks: Chunks | None = None,
+    name_of: Callable[[str], str | None] | None = None,
+) -> Held:
     """Return what of a model is written.
 
     Args:
@@ -43,6 +52,8 @@ def held_of(model: nn.Module, dtype: torch.dtype | None, *, chunks: Chunks | Non
         dtype: In which floating point tensors are written, but for those that the model's class keeps in another; None for
             their own.
         chunks: Where the values are, if not in the model, which may be on meta then.
+        name_of: From a tensor's fqn to the name that a checkpoint's library has for it, None of what is not written; left out,
+            they are the same.
 
     Raises:
         CheckpointError: The chunks are not those of this model.
@@ -59,19 +70,24 @@ def held_of(model: nn.Module, dtype: torch.dtype | None, *, chunks: Chunks | Non
             f"export_checkpoint: expected a model with values, got none for {listed(on_meta)}. Wrap or materialize it first; a "
             "TransformersModel wraps at its first forward."
         )
-    names = {id(entry.tensor): tuple(dict.fromkeys(slot.fqn for slot in entry.slots)) for entry in entries}
-    entry_of = {name: entry for entry in entries for name in names[id(entry.tensor)]}
-    written_as = _dtypes(model, dtype)
-    stored = {}
-    for name in _in_order_of_state_dict(model):
-        if name in entry_of:
-            entry = entry_of[name]
+    entry_of = {slot.fqn: entry for entry in entries for slot in entry.slots}
+    written_as = _dtypes(model_inside(model) if name_of is not None else model, dtype)
+    stored: dict[str, StoredTensor] = {}
+    first_name: dict[str, str] = {}
+    names: dict[str, list[str]] = {}
+    for fqn in _in_order_of_state_dict(model):
+        name = name_of(fqn) if name_of is not None else fqn
+        if fqn in entry_of and name is not None and name not in stored:
+            entry = entry_of[fqn]
             stored[name] = _as_stored(name, entry.tensor, written_as(name, own_dtype[entry.fqn]))
+            first_name[name] = entry.fqn
+            names.setdefault(entry.fqn, []).append(name)
     return Held(
         entries=entries,
         stored=stored,
-        first_name={name: entry.fqn for name, entry in entry_of.items()},
-        ties=tuple(of for of in names.values() if len(of) > 1),
+        first_name=first_name,
+        ties=tuple(tuple(of) for of in names.values() if len(of) > 1),
+        parameters=sum(e.tensor.numel() for e in entries if e.role == "parameter" and e.fqn in names),
     )
 
 

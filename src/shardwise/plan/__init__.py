@@ -19,7 +19,7 @@ from shardwise.plan.scatter_plan import (
 )
 from shardwise.plan.slices import Extent, Slice, Slices
 from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
-from shardwise.plan.write_plan import Write, WritePlan, dealt, plan_writes, unwritten
+from shardwise.plan.write_plan import Write, WritePlan, dealt, dealt_layout, plan_writes, unwritten
 
 __all__ = [
     "BUCKETS_IN_FLIGHT",
@@ -58,6 +58,7 @@ __all__ = [
     "choose_route",
     "cost_of_job",
     "dealt",
+    "dealt_layout",
     "divide",
     "exchanged",
     "plan_exchange",

@@ -146,6 +146,11 @@ def _copies_of(layout: Layout) -> tuple[Layout, ...]:
     return _copies(layout.mesh_shape, layout.mesh_ranks, layout.placements)
 
 
+def dealt_layout(layout: Layout) -> Layout:
+    """Return a layout in which each element is kept once: by the ranks of its first copy."""
+    return _copies_of(layout)[0]
+
+
 def run_numel(piece: Piece) -> int:
     """Return how many elements of a piece follow each other in its source without a gap, in whatever order of the target."""
     run = 1

@@ -39,6 +39,7 @@ class Exporting(Resuming):
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
         tokenizer: Any = _AUTO,
+        adapters: str | None = None,
         state: str | os.PathLike[str] | None = None,
         staging_bytes: int | None = None,
     ) -> ExportReport:
@@ -52,6 +53,7 @@ class Exporting(Resuming):
             max_shard_size: Most bytes of tensors in one file.
             overwrite: Replace a directory of that name that holds a model.
             tokenizer: To save beside the weights; `"auto"` is `.tokenizer`.
+            adapters: Of a model with adapters: `"alone"`, as None, writes these; `"merge"` writes the base with LoRA added to it.
             state: Write what `save` wrote into this directory, in place of the model's own values: nothing is wrapped, and no
                 rank holds a shard, on any number of ranks. The model must be made as for `load`, without an optimizer.
             staging_bytes: Bound of the host buffers, in bytes.
@@ -78,6 +80,7 @@ class Exporting(Resuming):
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             tokenizer=self.tokenizer if is_auto else tokenizer,
+            adapters=adapters,
             staging_bytes=staging_bytes,
             agreement=agreement,
             chunks=chunks,
