@@ -37,6 +37,7 @@ from shardwise.errors import (
 )
 
 if TYPE_CHECKING:
+    from shardwise.export import ExportReport, RankExport, export_checkpoint
     from shardwise.materialization import Mismatch, VerifyReport, materialize, verify_shards
     from shardwise.planning import LoadPlan, plan_load
     from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
@@ -54,6 +55,7 @@ __all__ = [
     "CommandError",
     "ConfigurationError",
     "DamagedFileError",
+    "ExportReport",
     "LeftOnMetaError",
     "LoadPlan",
     "LoadReport",
@@ -66,6 +68,7 @@ __all__ = [
     "OutOfMemoryError",
     "PeerError",
     "RankError",
+    "RankExport",
     "RankMismatchError",
     "RankReport",
     "RankTimeoutError",
@@ -77,6 +80,7 @@ __all__ = [
     "UnsupportedParameterError",
     "UnsupportedVersionError",
     "VerifyReport",
+    "export_checkpoint",
     "fsdp_pretrained_load_context",
     "materialize",
     "plan_load",
@@ -87,14 +91,17 @@ __all__ = [
 # Looked up at first use: importing torch takes seconds, and the command line's help needs none of it.
 _LAZY = {
     "AccelerateStrategy": "shardwise.strategies",
+    "ExportReport": "shardwise.export",
     "LoadPlan": "shardwise.planning",
     "LoadReport": "shardwise.profiling",
     "MemoryProfile": "shardwise.profiling",
     "Mismatch": "shardwise.materialization",
     "NativeFSDPStrategy": "shardwise.strategies",
+    "RankExport": "shardwise.export",
     "RankReport": "shardwise.profiling",
     "TransformersModel": "shardwise.transformers_model",
     "VerifyReport": "shardwise.materialization",
+    "export_checkpoint": "shardwise.export",
     "fsdp_pretrained_load_context": "shardwise.strategies",
     "materialize": "shardwise.materialization",
     "plan_load": "shardwise.planning",
