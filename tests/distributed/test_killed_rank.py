@@ -23,7 +23,7 @@ from shardwise.checkpoint import SafetensorsSource
 from shardwise.compare.launch import run_ranks
 from shardwise.errors import CommandError, RankError, RankTimeoutError
 from shardwise.testing import RankPool
-from tests.distributed.steps import connected_ranks
+from tests.distributed.steps import meet_over_the_network
 
 pytestmark = pytest.mark.distributed
 
@@ -77,8 +77,8 @@ def test_the_ranks_that_are_left_name_it_long_before_the_timeout(
 
 
 def die_heard(directory: str, count: int) -> None:
-    with connected_ranks():
-        die_while_reading(directory, count)
+    meet_over_the_network()
+    die_while_reading(directory, count)
 
 
 def test_without_connections_between_ranks_it_is_named_at_the_timeout(pool: RankPool, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import shardwise as sw
 from shardwise.errors import RankError
 from shardwise.testing import RankPool
-from tests.distributed.steps import every_rank
+from tests.distributed.steps import every_rank, meet_over_the_network
 
 pytestmark = pytest.mark.distributed
 
@@ -74,6 +74,7 @@ def test_a_load_that_needs_data_from_other_ranks_names_the_setting(
 
 def fail_long_before_the_timeout(directory: str) -> tuple[str, float]:
     """One rank cannot use its interface; the others would wait for it to connect."""
+    meet_over_the_network()
     here = BAD_INTERFACE if dist.get_rank() == 1 else {}
     started = time.monotonic()
     with mock.patch.dict(os.environ, here), pytest.raises(RankError) as caught:
