@@ -210,6 +210,7 @@ def stop_once(directory: str) -> float:
             command = f"sleep {STOPPED_SECONDS}; kill -CONT {os.getpid()}"
             subprocess.Popen(["/bin/sh", "-c", command])
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(SECONDS_PER_READ)  # this rank looks at its read before that has returned
 
     started = time.monotonic()
     with connected_ranks(), reads_of_one_rank(stop), slow_reads(on=0):
