@@ -140,12 +140,28 @@ def _construct(model_cls: Any, config: Any, dtype: torch.dtype, arguments: dict[
     if make is None:
         make = model_cls._from_config
         arguments.pop("trust_remote_code", None)  # which says something to auto classes alone
-    with _parameters_on_meta():
-        model: nn.Module = make(config, dtype=dtype, **arguments)
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = make(config, dtype=dtype, **arguments)
+    except ValueError as error:
+        _refuse_other_configs(model_cls, config, error)
+        raise
     if not _builds_on_meta():
         model.tie_weights()  # type: ignore[operator]  # the context registers each name of a tied weight as a parameter of its own
     model.eval()
     return model
+
+
+def _refuse_other_configs(model_cls: Any, config: Any, error: ValueError) -> None:
+    """Say in one line what an auto class says with the list of all configs that it knows."""
+    known = getattr(model_cls, "_model_mapping", None)
+    if known is None or type(config) in known:
+        return
+    raise ConfigurationError(
+        f"{model_cls.__name__}: expected a config of a model that this class knows, got {type(config).__name__}, whose architectures "
+        f"are {', '.join(getattr(config, 'architectures', None) or ['not given'])}. Pass that class, or the auto class of its task: "
+        "model_cls= of TransformersModel and plan_load, the first argument of load_pretrained and from_config."
+    ) from error
 
 
 def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
