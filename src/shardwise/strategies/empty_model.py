@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpoint import Source
-from shardwise.errors import ConfigurationError
+from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.strategies.transformers_compat import require_accelerate, warn_of_untested_version
 
 # Arguments of from_pretrained that say how values are found or changed, which is this package's part here.
@@ -71,6 +71,7 @@ def build_empty(
         The model, in eval mode, and the dtype that was chosen for it.
 
     Raises:
+        CheckpointError: No config lies there, and none was given.
         ConfigurationError: An argument, or a class, that needs values while the model is built.
     """
     warn_of_untested_version()
@@ -82,6 +83,11 @@ def build_empty(
             "where transformers loads on global rank 0."
         )
     _require_transformers_class(model_cls, "load_pretrained(defer=True)", remedy="Use defer=False")
+    if kwargs.get("config") is None and not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: expected config.json beside the weights, got none. Is the download complete? A config may be given: config= "
+            "takes one, or the directory or hub id of one; shardwise.materialize needs none."
+        )
     kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_MEANING}
     of_model = {key: kwargs.pop(key) for key in _OF_MODEL if key in kwargs}
     if "trust_remote_code" in kwargs:
