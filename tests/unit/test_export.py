@@ -192,7 +192,7 @@ def test_no_reader_takes_an_unfinished_file_for_a_whole_one(
 ) -> None:
     seen = []
 
-    def look(self: OutputDirectory, plan: Any) -> None:
+    def look(self: OutputDirectory, plan: Any, doing: Any) -> None:
         path = self.unfinished / "model.safetensors"
         assert path.stat().st_size == plan.files[0].nbytes
         with pytest.raises(SafetensorError):
