@@ -41,6 +41,40 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "train": {
+        "--output-dir",
+        "--ranks",
+        "--strategy",
+        "--dtype",
+        "--mixed-precision",
+        "--steps",
+        "--epochs",
+        "--batch-size",
+        "--gradient-accumulation",
+        "--block-size",
+        "--lr",
+        "--weight-decay",
+        "--warmup-steps",
+        "--max-grad-norm",
+        "--activation-checkpointing",
+        "--lora-rank",
+        "--lora-alpha",
+        "--lora-dropout",
+        "--lora-target",
+        "--loss-on",
+        "--seed",
+        "--eval-fraction",
+        "--eval-every",
+        "--checkpoint-every",
+        "--keep",
+        "--async-checkpoints",
+        "--resume",
+        "--export",
+        "--no-export",
+        "--export-dtype",
+        "--json",
+        "--debug",
+    },
     "verify": {"--against", "--ranks", "--json", "--debug"},
 }
 
@@ -86,13 +120,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCompare:
 def test_the_options_of_each_command_are_these() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     found = {
-        name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        name: {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+            if option.startswith("-")
+        }
         for name, command in commands.items()
     }
     assert {name: options - {"--help"} for name, options in found.items()} == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["train"], ["verify"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0

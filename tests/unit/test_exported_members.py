@@ -18,6 +18,7 @@ PUBLIC = [
     "CommandError",
     "ConfigurationError",
     "DamagedFileError",
+    "DataError",
     "LeftOnMetaError",
     "LoadPlan",
     "LoadReport",

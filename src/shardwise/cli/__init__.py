@@ -7,6 +7,7 @@ import typer
 from shardwise.cli.compare import compare_command
 from shardwise.cli.demo import demo_command
 from shardwise.cli.plan import plan_command
+from shardwise.cli.train import train_command
 from shardwise.cli.verify import verify_command
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("compare")(compare_command)
 app.command("plan")(plan_command)
+app.command("train")(train_command)
 app.command("verify")(verify_command)
 
 
