@@ -38,6 +38,7 @@ from shardwise.errors import (
 )
 
 if TYPE_CHECKING:
+    from shardwise.export import ExportReport, RankExport, export_checkpoint
     from shardwise.materialization import Mismatch, VerifyReport, materialize, verify_shards
     from shardwise.planning import LoadPlan, plan_load
     from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
@@ -56,6 +57,7 @@ __all__ = [
     "ConfigurationError",
     "DamagedFileError",
     "DataError",
+    "ExportReport",
     "LeftOnMetaError",
     "LoadPlan",
     "LoadReport",
@@ -68,6 +70,7 @@ __all__ = [
     "OutOfMemoryError",
     "PeerError",
     "RankError",
+    "RankExport",
     "RankMismatchError",
     "RankReport",
     "RankTimeoutError",
@@ -79,6 +82,7 @@ __all__ = [
     "UnsupportedParameterError",
     "UnsupportedVersionError",
     "VerifyReport",
+    "export_checkpoint",
     "fsdp_pretrained_load_context",
     "materialize",
     "plan_load",
@@ -89,14 +93,17 @@ __all__ = [
 # Looked up at first use: importing torch takes seconds, and the command line's help needs none of it.
 _LAZY = {
     "AccelerateStrategy": "shardwise.strategies",
+    "ExportReport": "shardwise.export",
     "LoadPlan": "shardwise.planning",
     "LoadReport": "shardwise.profiling",
     "MemoryProfile": "shardwise.profiling",
     "Mismatch": "shardwise.materialization",
     "NativeFSDPStrategy": "shardwise.strategies",
+    "RankExport": "shardwise.export",
     "RankReport": "shardwise.profiling",
     "TransformersModel": "shardwise.transformers_model",
     "VerifyReport": "shardwise.materialization",
+    "export_checkpoint": "shardwise.export",
     "fsdp_pretrained_load_context": "shardwise.strategies",
     "materialize": "shardwise.materialization",
     "plan_load": "shardwise.planning",

@@ -76,6 +76,18 @@ OPTIONS = {
         "--debug",
     },
     "verify": {"--against", "--ranks", "--json", "--debug"},
+    "export": {
+        "--model",
+        "--adapter-config",
+        "--merge",
+        "--dtype",
+        "--max-shard-size",
+        "--overwrite",
+        "--trust-remote-code",
+        "--ranks",
+        "--json",
+        "--debug",
+    },
 }
 
 
@@ -131,7 +143,7 @@ def test_the_options_of_each_command_are_these() -> None:
     assert {name: options - {"--help"} for name, options in found.items()} == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["train"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["train"], ["verify"], ["export"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -151,6 +163,11 @@ def test_the_command_line_itself_needs_no_transformers() -> None:
         (["compare", "m", "--mode", "fast"], "mode: expected one of native-eager"),
         (["compare", "m", "--dtype", "int8"], "dtype: expected one of auto"),
         (["compare", "/nowhere/at/all"], "model: expected a directory or a hub id, got '/nowhere/at/all'"),
+        (
+            ["export", "m", "out", "--model", "m"],
+            "expected a training's checkpoint with --model, got m without",
+        ),
+        (["export", "m", "out", "--merge"], "expected a training's checkpoint and --adapter-config"),
         (["demo", "--model", "./nowhere"], "model: expected a directory or a hub id, got './nowhere'"),
     ],
 )

@@ -4,6 +4,7 @@ from shardwise.conversion.declared import declaration_of, is_transformers_model,
 from shardwise.conversion.groups import ConversionGroup, Declaration
 from shardwise.conversion.pieces import Piece, whole
 from shardwise.conversion.recipes import KeyMap, Recipe, WholeGroup, derive
+from shardwise.conversion.saved import SavedTensor, Taken, saved_tensors
 from shardwise.conversion.tracing import Part
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "Part",
     "Piece",
     "Recipe",
+    "SavedTensor",
+    "Taken",
     "WholeGroup",
     "declaration_of",
     "derive",
     "is_transformers_model",
     "pinned_dtypes",
+    "saved_tensors",
     "whole",
 ]

@@ -38,7 +38,7 @@ def declaration_of(
         The declaration.
     """
     if is_transformers_model(model):
-        return _generation().declaration_of(model, expected, names, conversions=conversions)  # type: ignore[no-any-return]
+        return generation().declaration_of(model, expected, names, conversions=conversions)  # type: ignore[no-any-return]
     if conversions:
         raise ConfigurationError(
             f"conversions: expected a transformers model to use them with, got {type(model).__name__}. Use rename= for other "
@@ -71,11 +71,12 @@ def pinned_dtypes(
             `dtype`, whatever their class says; 4.57 makes no difference.
     """
     if is_transformers_model(model):
-        return _generation().pinned_dtypes(model, dtype, stored=stored)  # type: ignore[no-any-return]
+        return generation().pinned_dtypes(model, dtype, stored=stored)  # type: ignore[no-any-return]
     return lambda _: None
 
 
-def _generation() -> Any:
+def generation() -> Any:
+    """Return the module that speaks for the installed generation of transformers."""
     import transformers
 
     from shardwise.conversion import transformers4, transformers5

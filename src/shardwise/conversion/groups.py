@@ -37,6 +37,13 @@ class ConversionGroup:
         return tuple(name for names in self.sources.values() for name in names)
 
 
+def renamed_group(name: str, target: str) -> ConversionGroup:
+    """Return the group that takes one tensor as it is, under another name."""
+    return ConversionGroup(
+        target=target, targets=(target,), sources={name: (name,)}, convert=None, operations=""
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declaration:
     """All groups of a model, and what it says about names that have no partner.

@@ -228,6 +228,20 @@ _FOLLOWED: dict[Any, Any] = {
 }
 
 
+def backwards(piece: Piece, *, shape: Shape, source_shape: Shape) -> Piece:
+    """Return the copy back: from what was made, as the source, to places in the tensor that it was made of.
+
+    Args:
+        piece: Of a tensor of `source_shape`; its targets are places in one of `shape`.
+        shape: Of what was made.
+        source_shape: Of what it was made of.
+
+    Raises:
+        NotTraceableError: Its elements are not regular steps along the dims of the source.
+    """
+    return _reshape(piece.reversed(shape), (math.prod(source_shape),), source_shape)
+
+
 def _loops(piece: Piece) -> Iterator[Loop]:
     return zip(piece.sizes, piece.source_strides, piece.target_dims, piece.target_strides, strict=True)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from shardwise.conversion.groups import ConversionGroup, Declaration, any_of
+from shardwise.conversion.groups import ConversionGroup, Declaration, any_of, renamed_group
+from shardwise.conversion.ties import saved_names
 from shardwise.errors import ConfigurationError, UnsupportedVersionError
 
 
@@ -74,6 +75,51 @@ def pinned_dtypes(model: Any, dtype: torch.dtype, *, stored: bool) -> Callable[[
         modules += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     found = any_of(rf"(^|\.){module}($|\.)" for module in modules)
     return lambda name: torch.float32 if found(name) else None
+
+
+def saved_groups(
+    model: Any, shapes: Mapping[str, torch.Size], ties: Sequence[Sequence[str]]
+) -> list[ConversionGroup]:
+    """Return under which names a model's tensors are saved, as `save_pretrained` does it.
+
+    Args:
+        model: A transformers model; its values are not looked at.
+        shapes: Of its persistent tensors, by all of their names, in the order of its state dict.
+        ties: Names of one tensor, for each that has several.
+
+    Raises:
+        UnsupportedParameterError: The model's class does not declare a tie.
+        UnsupportedVersionError: The installed transformers saves in another way.
+
+    Source: `transformers.modeling_utils.PreTrainedModel.save_pretrained` (4.57).
+    """
+    try:
+        from transformers.modeling_utils import _get_tied_weight_keys
+
+        final = {name: model._fix_state_dict_key_on_save(_as_stored(model, name))[0] for name in shapes}
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedVersionError(
+            f"expected a PreTrainedModel that saves as in transformers 4.57, got {error}. Install 4.57 or 5.17 and newer."
+        ) from error
+    ignored = set(model._keys_to_ignore_on_save or ())
+    name_of = {stored: name for name, stored in final.items()}
+    kept = saved_names(
+        [name for name in final.values() if name not in ignored],
+        [[final[name] for name in names] for names in ties],
+        is_tied=any_of(_get_tied_weight_keys(model)),
+    )
+    return [renamed_group(name_of[name], name) for name in kept]
+
+
+def _as_stored(model: Any, name: str) -> str:
+    for pattern, replacement in (_patterns_of(model) or {}).items():
+        back = re.sub(
+            r"\(.*\)", "", pattern.lstrip("^")
+        )  # a pattern's text is the name's, but for anchors and groups
+        name, found = re.subn(replacement, back, name)
+        if found:
+            break
+    return name
 
 
 def _renamed(model: Any, names: Sequence[str]) -> Mapping[str, str]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from shardwise.conversion.groups import ConversionGroup, Declaration, any_of
-from shardwise.errors import UnsupportedVersionError
+from shardwise.conversion.groups import ConversionGroup, Declaration, any_of, renamed_group
+from shardwise.conversion.ties import saved_names
+from shardwise.errors import ConfigurationError, UnsupportedVersionError
 
 
 def declaration_of(
@@ -38,7 +40,7 @@ def declaration_of(
     Raises:
         UnsupportedVersionError: The installed transformers declares it in another way.
     """
-    upstream = _upstream()
+    upstream = _upstream(_FOR_LOADING)
     mapping = (
         list(conversions) if conversions is not None else upstream["get_model_conversion_mapping"](model)
     )
@@ -72,16 +74,110 @@ def declaration_of(
     )
 
 
-def _upstream() -> dict[str, Any]:
-    names = {
-        "transformers.core_model_loading": (
-            "WeightConverter",
-            "WeightRenaming",
-            "dot_natural_key",
-            "rename_source_key",
-        ),
-        "transformers.conversion_mapping": ("get_model_conversion_mapping",),
-    }
+_FOR_LOADING = {
+    "transformers.core_model_loading": (
+        "WeightConverter",
+        "WeightRenaming",
+        "dot_natural_key",
+        "rename_source_key",
+    ),
+    "transformers.conversion_mapping": ("get_model_conversion_mapping",),
+}
+_FOR_SAVING = {
+    "transformers.core_model_loading": (
+        "PrefixChange",
+        "WeightConverter",
+        "WeightRenaming",
+        "apply_converters",
+        "apply_renamings",
+        "dot_natural_key",
+    ),
+    "transformers.conversion_mapping": ("get_model_conversion_mapping",),
+    "transformers.modeling_utils": ("_get_tied_weight_keys",),
+}
+
+
+def saved_groups(
+    model: Any, shapes: Mapping[str, torch.Size], ties: Sequence[Sequence[str]]
+) -> list[ConversionGroup]:
+    """Return how a model's tensors become a checkpoint's, as `save_pretrained` does it.
+
+    Args:
+        model: A transformers model; its values are not looked at.
+        shapes: Of its persistent tensors, by all of their names, in the order of its state dict.
+        ties: Names of one tensor, for each that has several.
+
+    Raises:
+        ConfigurationError: A conversion has no way back.
+        UnsupportedParameterError: The model's class does not declare a tie.
+        UnsupportedVersionError: The installed transformers saves in another way.
+
+    Source: `transformers.core_model_loading.revert_weight_conversion`.
+    """
+    upstream = _upstream(_FOR_SAVING)
+    is_tied = any_of(upstream["_get_tied_weight_keys"](model))
+    ignored = set(model._keys_to_ignore_on_save or ())
+    names = saved_names([name for name in shapes if name not in ignored], ties, is_tied=is_tied)
+    declared = getattr(model, "_weight_conversions", None)
+    if declared is None:  # not loaded: a prefix that a checkpoint might have had is not added
+        declared = [
+            entry
+            for entry in upstream["get_model_conversion_mapping"](model, add_legacy=False)
+            if not isinstance(entry, upstream["PrefixChange"])
+        ] or None
+    if declared is None:
+        return [renamed_group(name, name) for name in names]
+    try:
+        back = [entry.reverse_transform() for entry in declared[::-1]]
+    except Exception as error:  # of somebody else's operation
+        raise ConfigurationError(
+            f"{type(model).__name__}: expected conversions with a way back to the checkpoint's layout, got "
+            f"{type(error).__name__}: {error}. transformers itself cannot save this model in that layout either."
+        ) from error
+    renamings = [entry for entry in back if isinstance(entry, upstream["WeightRenaming"])]
+    converters = [entry for entry in back if isinstance(entry, upstream["WeightConverter"])]
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    collected: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    for name in sorted(names, key=upstream["dot_natural_key"]):
+        target, pattern = upstream["apply_converters"](name, converters)
+        if pattern is None:
+            target = upstream["apply_renamings"](name, renamings)
+            collected.setdefault(target, (None, {}))[1].setdefault(name, []).append(name)
+        else:
+            of_target = collected.setdefault(target, (converter_of[pattern], {}))
+            of_target[1].setdefault(pattern, []).append(name)
+
+    def final(name: str) -> str:
+        found: str = upstream["apply_renamings"](name, renamings)
+        return found
+
+    of_model = _Shapes(shapes)
+    return [
+        _group_back(of_model, model.config, target, converter, sources, final)
+        if converter is not None
+        else renamed_group(next(iter(sources)), target)
+        for target, (converter, sources) in collected.items()
+    ]
+
+
+def _group_back(
+    shapes: _Shapes,
+    config: Any,
+    target: str,
+    converter: Any,
+    sources: Mapping[str, list[str]],
+    final: Callable[[str], str],
+) -> ConversionGroup:
+    group = _group(shapes, config, target, (), converter, sources)
+
+    def convert(tensors: Mapping[str, list[torch.Tensor]]) -> Mapping[str, torch.Tensor]:
+        made = group.convert(tensors)  # type: ignore[misc]
+        return {final(name): tensor for name, tensor in made.items()}
+
+    return replace(group, convert=convert)
+
+
+def _upstream(names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     found = {}
     for module, attributes in names.items():
         try:

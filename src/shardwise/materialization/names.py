@@ -44,12 +44,22 @@ def original_of(fqn: str) -> str:
     return ".".join([*parts[:at], "original_module", *parts[at + 2 :]])  # the adapter's name follows
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` and activation checkpointing wrap."""
+    while (
+        inside := next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+    ) is not None:
+        model = inside
+    return model
+
+
 def model_inside(model: nn.Module) -> nn.Module:
     """Return the model that `torch.compile`, activation checkpointing and PEFT wrap: the one that a checkpoint is of."""
     while True:
-        inside = next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
-        if inside is None and hasattr(model, "peft_config") and "base_model" in model._modules:
-            inside = model._modules["base_model"]._modules.get("model")  # type: ignore[union-attr]
+        model = without_wrappers(model)
+        if not hasattr(model, "peft_config") or "base_model" not in model._modules:
+            return model
+        inside = model._modules["base_model"]._modules.get("model")  # type: ignore[union-attr]
         if inside is None:
             return model
         model = inside

@@ -19,6 +19,7 @@ from shardwise.plan.scatter_plan import (
 )
 from shardwise.plan.slices import Extent, Slice, Slices
 from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
+from shardwise.plan.write_plan import Write, WritePlan, dealt, dealt_layout, plan_writes, unwritten
 
 __all__ = [
     "BUCKETS_IN_FLIGHT",
@@ -49,17 +50,23 @@ __all__ = [
     "StoredPiece",
     "Transfer",
     "WantedTensor",
+    "Write",
+    "WritePlan",
     "add_cost",
     "arriving_directly",
     "as_stored",
     "choose_route",
     "cost_of_job",
+    "dealt",
+    "dealt_layout",
     "divide",
     "exchanged",
     "plan_exchange",
     "plan_reads",
     "plan_scatter",
+    "plan_writes",
     "rank_classes",
     "require_covered",
     "slices_of",
+    "unwritten",
 ]

@@ -21,14 +21,12 @@ from shardwise.transformers_model.adapters import put_adapter
 from shardwise.transformers_model.arguments import build_model, load_tokenizer, make_strategy
 from shardwise.transformers_model.checkpointing import set_checkpointing
 from shardwise.transformers_model.engines import engine_of
+from shardwise.transformers_model.exporting import Exporting
 from shardwise.transformers_model.optimization import make_optimizer, make_scheduler
-from shardwise.transformers_model.resuming import Resuming
-
-_AUTO = "auto"
 
 
 @final
-class TransformersModel(Resuming):
+class TransformersModel(Exporting):
     """A transformers model with its optimizer, scheduler and tokenizer, trained on shards.
 
     Nothing is sharded, and on the default way nothing is read, before the first forward (or `load`): `set_optimizer`,
@@ -90,7 +88,7 @@ class TransformersModel(Resuming):
         gradient_checkpointing: bool = False,
         gradient_accumulation_steps: int = 1,
         sync_each_batch: bool = True,
-        tokenizer: Any = _AUTO,
+        tokenizer: Any = "auto",
         trust_remote_code: bool = False,
         **config_kwargs: Any,
     ) -> None:
@@ -269,13 +267,6 @@ class TransformersModel(Resuming):
         set_checkpointing(self.model, False, {})
 
     # --- alongside ---
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer beside the model, read when it is first asked for; or what was passed; or None."""
-        if isinstance(self._tokenizer, str) and self._tokenizer == _AUTO:
-            self._tokenizer = self._load_tokenizer()
-        return self._tokenizer
 
     @property
     def last_report(self) -> LoadReport | None:

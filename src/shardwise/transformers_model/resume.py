@@ -35,6 +35,7 @@ from shardwise.transformers_model.sharded_files import (
 
 FORMAT = 1
 STATE_NAME = "training.pt"
+MODEL_PREFIX = "model/"
 _OPTIMIZER = "optimizer/"
 
 Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
@@ -196,7 +197,7 @@ def load_training(training: Training, directory: Path, *, agreement: Agreement) 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     entries = entries_of(model, roles=("parameter", "buffer"))
-    return {f"model/{entry.fqn}": entry.tensor.detach() for entry in entries if entry.persistent}
+    return {f"{MODEL_PREFIX}{entry.fqn}": entry.tensor.detach() for entry in entries if entry.persistent}
 
 
 def _optimizer_tensors(training: Training) -> dict[str, torch.Tensor]:

@@ -1,0 +1,101 @@
+"""`shardwise export`: a saved training, or a model, as a directory that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shardwise.cli.options import DebugOption, JsonOption, RanksOption
+from shardwise.cli.terminal import errors_reported, terminal_progress
+
+
+def export_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A training's checkpoint, as TransformersModel.save writes it; or a model, directory or hub id.",
+            show_default=False,
+        ),
+    ],
+    directory: Annotated[
+        Path, typer.Argument(help="To write; not there, or empty.", show_default=False, file_okay=False)
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="The model that was trained, directory or hub id; for its config alone."
+        ),
+    ] = None,
+    adapter_config: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter-config", help="Directory with the adapter_config.json of the adapter that was trained."
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Write the base with the adapter added to it, not the adapter alone."),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="In which tensors are written; default: as they are.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Most bytes of one file.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a directory of a model, and all that is in it.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    ranks: RanksOption = 1,
+    json_file: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write SOURCE as DIRECTORY, each rank a part; no rank holds more of it than staging buffers.
+
+    Leaves with status 0 if the directory is there, 1 if that failed, 2 for wrong options.
+    """
+    with errors_reported(debug=debug):
+        from shardwise.compare.export_worker import export_model
+        from shardwise.compare.launch import run_ranks
+        from shardwise.errors import ConfigurationError
+        from shardwise.transformers_model.resume import STATE_NAME
+
+        is_state = (Path(source) / STATE_NAME).is_file()
+        if is_state and model is None:
+            raise ConfigurationError(
+                f"export: expected --model with {source}, which has a training's tensors and no config, got none. Give the model "
+                "that was trained."
+            )
+        if model is not None and not is_state:
+            raise ConfigurationError(
+                f"export: expected a training's checkpoint with --model, got {source} without {STATE_NAME}"
+            )
+        if (merge or adapter_config is not None) and (not is_state or adapter_config is None):
+            raise ConfigurationError(
+                "export: expected a training's checkpoint and --adapter-config for an adapter, got "
+                f"{source}{' --merge' if merge else ''}{'' if adapter_config is None else ' --adapter-config'}"
+            )
+        arguments = {
+            "model": model or source,
+            "state": str(Path(source).absolute()) if is_state else None,
+            "adapter_config": adapter_config,
+            "adapters": "merge" if merge else None,
+            "directory": str(directory.absolute()),
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "overwrite": overwrite,
+            "trust_remote_code": trust_remote_code,
+        }
+        with terminal_progress() as progress, tempfile.TemporaryDirectory(prefix="shardwise-logs-") as logs:
+            reports = run_ranks(
+                export_model, arguments, ranks=ranks, log_directory=Path(logs), progress=progress
+            )
+        report = reports.get(0)  # under a launcher every rank is here with its own, and all are equal
+        if report is not None:
+            print(report.pop("summary"))
+            if json_file is not None:
+                json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

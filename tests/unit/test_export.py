@@ -1,0 +1,228 @@
+"""Export in one process: the files are those of save_pretrained, and the directory is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+import shardwise as sw
+from shardwise.export.directory import OutputDirectory
+from tests.distributed.models import causal_model
+from tests.unit.models import Tied, tiny
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return causal_model("qwen3_tied").to(torch.bfloat16)
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_tied", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_every_file_is_byte_for_byte_that_of_save_pretrained(
+    tmp_path: Path, kind: str, max_shard_size: str
+) -> None:
+    torch.manual_seed(0)
+    causal_model(kind).to(torch.bfloat16).save_pretrained(tmp_path / "first")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype="auto")
+    size = (
+        "5GB" if kind == "qwen3_moe" else max_shard_size
+    )  # experts that share storage go to one file upstream
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    report = sw.export_checkpoint(model, tmp_path / "ours", max_shard_size=size)
+    assert content_of(tmp_path / "ours") == content_of(tmp_path / "theirs")
+    assert {
+        name: len(text) for name, text in content_of(tmp_path / "ours").items()
+    }.items() >= report.files.items()
+    assert len(report.files) > 1 or size == "5GB"
+    assert report.whole == ()
+
+
+def test_the_report_says_what_was_written(tmp_path: Path, model: Any) -> None:
+    report = sw.export_checkpoint(model, tmp_path / "out")
+    nbytes = sum(t.nbytes for t in load_file(tmp_path / "out" / "model.safetensors").values())
+    assert report.written_bytes == report.ranks[0].written_bytes == nbytes
+    assert report.to_json()["schema"] == "shardwise.export_report/1"
+    assert report.summary().startswith(f"{tmp_path / 'out'}: model, {report.tensors} tensors")
+    assert report.dtypes == {"bfloat16": report.tensors}
+
+
+def test_a_plain_module_with_scalars_empty_tensors_and_several_dtypes(tmp_path: Path) -> None:
+    model = Tied()
+    model.register_buffer("none", torch.empty(0, 3, dtype=torch.int64))
+    model.register_buffer("mask", torch.tensor([True, False, True]))
+    model.half_weight = nn.Parameter(torch.randn(3, 5).to(torch.float16).t())  # not contiguous
+    model.wide = nn.Parameter(torch.randn((), dtype=torch.float64))
+    report = sw.export_checkpoint(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: t for name, t in model.state_dict().items() if name != "head.weight"}
+    assert stored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert stored[name].dtype == tensor.dtype
+        assert torch.equal(stored[name], tensor), name
+    assert os.listdir(tmp_path / "out") == ["model.safetensors"]
+    assert report.dtypes == {"float32": 5, "float64": 1, "float16": 1, "int64": 2, "bool": 1}
+
+
+def test_dtype_casts_all_but_what_the_class_keeps(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    sw.export_checkpoint(model, tmp_path / "out", dtype="float16")
+    kept = {
+        n for n, t in load_file(tmp_path / "out" / "model.safetensors").items() if t.dtype == torch.float32
+    }
+    assert kept
+    assert all("DenseReluDense.wo.weight" in name for name in kept)
+    loaded = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.shared.weight.dtype == loaded.config.dtype == torch.float16
+    assert torch.equal(loaded.shared.weight, model.shared.weight.to(torch.float16))
+    assert model.shared.weight.dtype == torch.float32
+    assert model.config.dtype != torch.float16
+
+
+def test_a_tokenizer_is_saved_beside_the_weights(tmp_path: Path, model: Any) -> None:
+    class Words:
+        def save_pretrained(self, directory: str) -> None:
+            (Path(directory) / "words.txt").write_text("a b")
+
+    sw.export_checkpoint(model, tmp_path / "out", tokenizer=Words())
+    assert (tmp_path / "out" / "words.txt").read_text() == "a b"
+    with pytest.raises(sw.ConfigurationError, match="tokenizer: expected"):
+        sw.export_checkpoint(model, tmp_path / "other", tokenizer="a name")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_without_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        sw.LeftOnMetaError, match=r"export_checkpoint: expected a model with values, got none for .*embed"
+    ):
+        sw.export_checkpoint(tiny("qwen3"), tmp_path / "out")
+    with pytest.raises(sw.ConfigurationError, match="ReLU with none"):
+        sw.export_checkpoint(nn.ReLU(), tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"max_shard_size": "5 potatoes"},
+            r"max_shard_size: expected bytes as a number or a text such as '5GB'",
+        ),
+        ({"dtype": "int8"}, r"dtype: expected None or a floating point torch dtype"),
+    ],
+)
+def test_arguments_are_refused_by_name(
+    tmp_path: Path, model: Any, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(sw.ConfigurationError, match=message):
+        sw.export_checkpoint(model, tmp_path / "out", **arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_directory_is_replaced_on_request_alone(tmp_path: Path, model: Any) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    sw.export_checkpoint(model, out)  # empty
+    before = content_of(out)
+    (out / "notes.txt").write_text("of the old one")
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    with pytest.raises(sw.CheckpointError, match=r"out: expected a directory that is empty .*overwrite=True"):
+        sw.export_checkpoint(model, out)
+    assert content_of(out).keys() == {*before, "notes.txt"}
+    sw.export_checkpoint(model, out, overwrite=True)
+    after = content_of(out)
+    assert after.keys() == before.keys()
+    assert after["model.safetensors"] != before["model.safetensors"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwrite_removes_nothing_but_models(tmp_path: Path, model: Any) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    with pytest.raises(sw.CheckpointError, match="one without a model in it"):
+        sw.export_checkpoint(model, tmp_path / "home", overwrite=True)
+    (tmp_path / "runs" / "step-1").mkdir(parents=True)
+    (tmp_path / "runs" / "config.json").write_text("{}")
+    with pytest.raises(sw.CheckpointError, match=r"directories in it \(step-1\)"):
+        sw.export_checkpoint(model, tmp_path / "runs", overwrite=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(sw.CheckpointError, match="got a file"):
+        sw.export_checkpoint(model, tmp_path / "file", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    with pytest.raises(sw.CheckpointError, match="got a link"):
+        sw.export_checkpoint(model, tmp_path / "link", overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["file", "home", "link", "runs"]
+    assert os.listdir(tmp_path / "home") == ["letter.txt"]
+
+
+def test_what_a_killed_export_left_is_cleaned_or_put_back(tmp_path: Path, model: Any) -> None:
+    sw.export_checkpoint(model, tmp_path / "out")
+    before = content_of(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # killed between two renames
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "old.bin").write_text("x")
+    with pytest.raises(sw.CheckpointError, match="overwrite=True"):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert content_of(tmp_path / "out") == before
+    sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
+    assert os.listdir(tmp_path) == ["out"]
+    assert content_of(tmp_path / "out") == before
+
+
+def test_no_reader_takes_an_unfinished_file_for_a_whole_one(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def look(self: OutputDirectory, plan: Any) -> None:
+        path = self.unfinished / "model.safetensors"
+        assert path.stat().st_size == plan.files[0].nbytes
+        with pytest.raises(SafetensorError):
+            load_file(path)
+        seen.append(path)
+        raise OSError(5, "a fault")
+
+    monkeypatch.setattr(OutputDirectory, "finish", look)
+    with pytest.raises(OSError, match="a fault"):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert seen
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, model: Any) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(sw.CheckpointError, match=re.escape(str(tmp_path / "out"))):
+        sw.export_checkpoint(model, tmp_path / "out")
+
+
+def test_no_room_is_named_for_what_it_is(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(file: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shardwise.export.directory._allocate", full)
+    with pytest.raises(
+        sw.CheckpointError,
+        match=r"making room for [\d,]+ bytes in model.safetensors .*rank 0 .*No space left.*Free space",
+    ):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
