@@ -16,6 +16,7 @@ from shardwise.training import LoraSettings
 from shardwise.training.loss import summed_loss
 from shardwise.training.order import DataOrder
 from shardwise.training.tokens import TokenRows
+from tests.distributed.facade import quiet_peft
 from tests.distributed.models import from_checkpoint
 from tests.distributed.training import metrics_of, settings, train_here, write_model, write_text
 
@@ -219,7 +220,8 @@ def test_a_lora_adapter_is_trained_exported_and_gone_on_with(
     assert again["losses"] == pytest.approx(one["losses"][3:], **SAME)
     assert again["storage_bytes"] == 0
 
-    with_adapter = peft.PeftModel.from_pretrained(from_checkpoint(str(model)), again["export"]).eval()
+    with quiet_peft():
+        with_adapter = peft.PeftModel.from_pretrained(from_checkpoint(str(model)), again["export"]).eval()
     data = TokenRows(Path(again["rows"]))
     held_out = list(range(data.summary.rows - -(-data.summary.rows // 10), data.summary.rows))
     tokens, labels = data.batch(held_out)
