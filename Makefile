@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 PYTEST_TF4_ARGS ?=
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 30
+TEST_WORKERS ?= 2
 
 VENV := .venv
 VENV_TF4 := .venv-tf4
@@ -23,6 +24,8 @@ FUZZ := build/fuzz
 PIP := -m pip --disable-pip-version-check --quiet
 # Succeeds on a Python that shardwise supports.
 PYTHON_IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+# Each has ranks of its own; they wait for each other and for timeouts, so that two keep two cores busy.
+WORKERS = -n $(TEST_WORKERS) --dist loadfile
 TF4_TESTS = $(wildcard tests/unit tests/distributed tests/regression)
 
 # Two targets would install into one virtual environment at the same time under `make -j`.
@@ -36,6 +39,7 @@ help: ## Print this list
 	@echo "names:"
 	@echo "  PYTHON=python3.12     the Python that makes the virtual environments (3.11 or later)"
 	@echo "  TORCH_INDEX_URL=URL   another package index for torch, for instance one of CPU-only builds"
+	@echo "  TEST_WORKERS=2        how many processes run test files at a time"
 	@echo "  FUZZ_SECONDS=600      how long to fuzz"
 	@echo "  DEMO_ARGS, PYTEST_ARGS, PYTEST_TF4_ARGS, BENCH_ARGS   further arguments of that target's command"
 
@@ -45,7 +49,7 @@ demo: $(STAMP) ## Shard a real model on four local ranks in every mode; print th
 	$(VENV)/bin/shardwise demo $(DEMO_ARGS)
 
 test: $(STAMP) ## Run all tests
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 check: $(STAMP) ## Check lint, format, types and the direction of imports
 	$(VENV)/bin/python -m ruff check
@@ -60,11 +64,11 @@ fuzz: $(STAMP) ## Fuzz the parser of file headers for 30 s (Linux x86-64)
 		-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 -rss_limit_mb=2048 -verbosity=0 -print_final_stats=1
 
 test-tf4: $(STAMP_TF4) ## Run the tests on transformers 4, in .venv-tf4
-	$(VENV_TF4)/bin/python -m pytest $(TF4_TESTS) $(PYTEST_TF4_ARGS)
+	$(VENV_TF4)/bin/python -m pytest $(WORKERS) $(TF4_TESTS) $(PYTEST_TF4_ARGS)
 
 matrix: $(STAMP) $(STAMP_TF4) ## Load every model family on 1, 2, 3 and 7 ranks, on transformers 5 and 4
-	$(VENV)/bin/python -m pytest tests/matrix $(PYTEST_ARGS)
-	$(VENV_TF4)/bin/python -m pytest tests/matrix $(PYTEST_TF4_ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) tests/matrix $(PYTEST_ARGS)
+	$(VENV_TF4)/bin/python -m pytest $(WORKERS) tests/matrix $(PYTEST_TF4_ARGS)
 
 # The new environment sees the installed dependencies through a .pth file. Python does not follow the .pth files of a
 # folder that was added that way, so the editable install of this checkout stays invisible to it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,16 @@ def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
             model.register_parameter(f"w{index}", nn.Parameter(torch.empty(shape, dtype=torch.bfloat16)))
     fully_shard(model)
     reads = 0
-    original = SafetensorsSource.read_into
+    original = SafetensorsSource.read_scattered
 
-    def counted(self: SafetensorsSource, file: str, offset: int, into: memoryview) -> None:
+    def counted(
+        self: SafetensorsSource, file: str, offset: int, parts: Sequence[memoryview]
+    ) -> None:  # every read comes here
         nonlocal reads
         reads += 1
-        original(self, file, offset, into)
+        original(self, file, offset, parts)
 
-    SafetensorsSource.read_into = counted  # type: ignore[method-assign]
+    SafetensorsSource.read_scattered = counted  # type: ignore[method-assign]
     dist.barrier()
     started = time.perf_counter()
     report = sw.materialize(model, arguments["model"], cpu_storage=arguments["cpu_storage"])

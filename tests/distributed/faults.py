@@ -27,6 +27,7 @@ from torch.distributed.fsdp import fully_shard
 import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource, StateDictSource
 from shardwise.materialization import exchange, load, storage
+from tests.distributed.steps import connected_ranks
 
 ROUTES = ("direct", "replicate", "node", "rank0", "striped", "state dict")
 RANKS = 4
@@ -310,7 +311,7 @@ def run_fault(directory: str, number: int, route: str) -> Seen:
         fault.change(arguments)
     model = arguments.pop("model")
     started, error, text = time.monotonic(), "", ""
-    with _as_two_nodes(rank), fault.inject(route) if has_it else _nothing():
+    with connected_ranks(), _as_two_nodes(rank), fault.inject(route) if has_it else _nothing():
         try:
             sw.materialize(model, **arguments)
         except Exception as caught:
@@ -319,7 +320,7 @@ def run_fault(directory: str, number: int, route: str) -> Seen:
     del model
     again = _arguments(directory, route, mesh)
     model = again.pop("model")
-    with _as_two_nodes(rank):
+    with connected_ranks(), _as_two_nodes(rank):
         sw.materialize(model, **again)
     values = load_file(Path(directory) / "model.safetensors")
     for name, value in values.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 import shardwise as sw
 from shardwise.materialization import clean_fqn
+from shardwise.materialization.call_store import CallStore
 from tests.distributed.models import VOCABULARY, from_checkpoint
 
 STRATEGIES = ("native_fsdp", "accelerate")
@@ -30,6 +32,11 @@ WAYS = (
 by_way = pytest.mark.parametrize("way", WAYS)
 by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
 ROWS_PER_RANK = 2
+
+
+def connected_ranks() -> AbstractContextManager[Any]:
+    """Let ranks of the pool, which meet through a file, connect to each other as those that meet over a network do."""
+    return mock.patch.object(CallStore, "host_address", ("127.0.0.1", 1))
 
 
 def make_strategy(name: str, **arguments: Any) -> Any:

@@ -21,6 +21,7 @@ from tests.distributed.models import (
     check_equal,
     from_checkpoint,
     gathered,
+    named_tensors,
     transformers_fuses_experts,
 )
 from tests.distributed.steps import (
@@ -398,7 +399,7 @@ FROM_VALUES: dict[str, Options] = {
 }
 
 
-@pytest.mark.parametrize("start", FROM_VALUES)
+@pytest.mark.parametrize("start", [start for start in FROM_VALUES if start != "trainable_token_indices"])
 def test_starts_from_values_are_refused_by_name_on_a_deferred_model(
     pool: RankPool, checkpoint: Checkpoint, start: str
 ) -> None:
@@ -463,3 +464,52 @@ def test_a_saved_adapter_of_a_changed_base_is_refused_by_name_on_a_deferred_mode
         assert "init_lora_weights='olora'" in str(error)
         assert "load_pretrained(defer=False)" in str(error)
     pool.run(load_saved, "native_fsdp", directory, adapter, 1, False, ranks=2)
+
+
+# --- rows of single tokens ---
+
+
+@pytest.mark.parametrize("kind", ["qwen3_untied", "qwen3_tied"])
+def test_rows_of_single_tokens_start_as_those_of_the_embedding(
+    pool: RankPool, checkpoint: Checkpoint, kind: str
+) -> None:
+    pool.run(train_single_tokens, checkpoint(kind), kind, ranks=3)
+
+
+def train_single_tokens(directory: str, kind: str) -> None:
+    rows = {"trainable_token_indices": {"embed_tokens": [5, 1, 96]}}
+    if kind == "qwen3_untied":
+        rows["trainable_token_indices"]["lm_head"] = [2, 3]
+    adapters = [{"target_modules": ATTENTION, **rows}]
+    strategy = make_strategy("native_fsdp")
+    with quiet_peft():
+        torch.manual_seed(3)
+        expected = adapted(from_checkpoint(directory), adapters)
+        model = adapted(load(strategy, directory, defer=True), adapters)
+    strategy.wrap_model(model)
+    found = gathered(model)
+    rows_of = {fqn: tensor for fqn, tensor in named_tensors(expected) if "trainable_tokens" in fqn}
+    assert any("_delta" in fqn for fqn in rows_of)
+    assert any("_original" in fqn for fqn in rows_of)
+    for fqn, tensor in rows_of.items():
+        assert found[fqn].dtype == tensor.dtype
+        assert torch.equal(found[fqn], tensor), fqn
+    backward(strategy, language_loss(model, own_rows(token_batch())))
+    gradients = [p.grad for fqn, p in model.named_parameters() if "trainable_tokens_delta" in fqn]
+    assert all(gradient is not None and gradient.full_tensor().any() for gradient in gradients)
+
+
+def test_rows_of_new_tokens_are_refused_by_name(pool: RankPool, checkpoint: Checkpoint) -> None:
+    for error in pool.run_to_errors(train_new_tokens, checkpoint("qwen3_untied"), ranks=2):
+        assert "trainable_tokens_delta" in str(error)
+        assert "load_pretrained(defer=False)" in str(error)
+
+
+def train_new_tokens(directory: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    base: Any = load(strategy, directory, defer=True)
+    rows = base.config.vocab_size
+    base.resize_token_embeddings(rows + 2, mean_resizing=False)
+    with quiet_peft():
+        model = adapted(base, [{"target_modules": ATTENTION, "trainable_token_indices": [1, rows + 1]}])
+    strategy.wrap_model(model)

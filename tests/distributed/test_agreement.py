@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from shardwise.errors import ConfigurationError, PeerError, RankMismatchError, RankTimeoutError
 from shardwise.materialization import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization.call_store import CallStore
+from shardwise.materialization.rank_errors import timeout_error
 from shardwise.testing import RankPool
 from tests.distributed.steps import logged
 
@@ -94,6 +98,26 @@ def test_publish_and_gather_reach_every_rank(pool: RankPool) -> None:
     assert pool.run(pass_texts_around, ranks=3) == [("grün", texts)] * 3
 
 
+def gather_counting_keys() -> tuple[list[str], int]:
+    together, asked, original = agreement(), [0], CallStore.has
+
+    def counted(self: CallStore, keys: Sequence[str]) -> bool:
+        asked.append(len(keys))
+        return original(self, keys)
+
+    with together.phase("talk"), mock.patch.object(CallStore, "has", counted):
+        if dist.get_rank() == 2:
+            time.sleep(0.3)
+        found = together.gather("who", str(dist.get_rank()))
+    return found, max(asked)
+
+
+def test_a_rank_asks_for_one_key_whatever_the_number_of_ranks(pool: RankPool) -> None:
+    for found, most_keys in pool.run(gather_counting_keys, ranks=4):
+        assert found == ["0", "1", "2", "3"]
+        assert most_keys <= 1
+
+
 def gather_over_a_part() -> list[list[str]]:
     rank = dist.get_rank()
     ranks = [3, 1] if rank % 2 else [0, 2]
@@ -114,13 +138,15 @@ def test_parts_of_the_ranks_agree_among_themselves(pool: RankPool) -> None:
 
 
 def names_of_calls() -> list[str]:
-    return [agreement().name, agreement(ranks=[0]).name, agreement().name]
+    part = [0, 1] if dist.get_rank() < 2 else [2]
+    return [agreement().name, agreement(ranks=part).name, agreement().name]
 
 
 def test_each_call_has_a_name_of_its_own_that_all_ranks_know(pool: RankPool) -> None:
-    first, second = pool.run(names_of_calls, ranks=2)
+    first, second, other = pool.run(names_of_calls, ranks=3)
     assert first == second
     assert len(set(first)) == 3
+    assert (other[0], other[2]) == (first[0], first[2])
 
 
 # --- one rank fails ---
@@ -337,6 +363,14 @@ def test_a_rank_that_gives_no_text_is_named(pool: RankPool) -> None:
     assert type(errors[0]) is RankTimeoutError
     assert "for every rank's report; ranks that did not arrive: 1 of 2" in str(errors[0])
     assert errors[1] is None
+
+
+def test_of_very_many_late_ranks_some_are_named() -> None:
+    text = str(timeout_error("load", "news", rank=0, seconds=5, late=range(1, 4096), ranks=4096))
+    assert (
+        "did not arrive: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 4,079 more of 4096. "
+        in text
+    )
 
 
 # --- a rank takes long ---

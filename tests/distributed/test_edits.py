@@ -147,3 +147,50 @@ def wrap_edited_on_source(directory: str) -> None:
     scale_data(model)
     scale_data(expected)
     check_equal(strategy.wrap_model(model), expected)
+
+
+# --- what would give storage without values, or compute from values that are not there ---
+
+
+def test_a_deferred_model_stays_on_meta(pool: RankPool, checkpoint: Checkpoint) -> None:
+    pool.run(move_before_the_wrap, checkpoint("qwen3_untied"), ranks=1)
+
+
+def move_before_the_wrap(directory: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    model: Any = load(strategy, directory, defer=True)
+    moves: list[Callable[[], Any]] = [
+        lambda: model.to("cpu"),
+        lambda: model.to("cpu", torch.float32),
+        model.cpu,
+        lambda: model.to_empty(device="cpu"),  # what torch itself recommends where .to fails
+        lambda: model.lm_head.to_empty(device="cpu"),
+    ]
+    for move in moves:
+        with pytest.raises(
+            LeftOnMetaError, match=r"stay on meta until wrap_model.*load_pretrained\(defer=False\)"
+        ):
+            move()
+    check_equal(strategy.wrap_model(model), from_checkpoint(directory))
+    model.to("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_start_from_the_values_of_the_base_is_refused_by_name(
+    pool: RankPool, checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
+    pytest.importorskip("peft")
+    pool.run(start_from_values, checkpoint("qwen3_untied"), dtype, ranks=1)
+
+
+def start_from_values(directory: str, dtype: torch.dtype) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    strategy = make_strategy("native_fsdp")
+    for start in ("pissa", "pissa_niter_2", "olora"):
+        base = load(strategy, directory, defer=True, dtype=dtype)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=start)  # type: ignore[arg-type]
+        with pytest.raises(
+            LeftOnMetaError, match=r"PiSSA.*load_pretrained\(defer=False\).*strategy\.add_adapter"
+        ):
+            get_peft_model(base, config)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import shardwise as sw
+from shardwise.compare.generated import generate_checkpoint
 from shardwise.tensors import dtype_name
 from shardwise.testing import RankPool
 from tests.distributed.steps import Checkpoint, load, local_of, make_strategy
@@ -103,6 +104,44 @@ def test_a_cast_takes_the_shard_in_its_new_dtype_and_no_more(
     for peak, shard, _ in pool.run(load_and_wrap, large(torch.bfloat16), torch.float32, "auto", ranks=4):
         assert shard > 2 * WHOLE_BYTES / 4
         assert shard <= peak <= shard + STAGING_BYTES + META_MODEL_BYTES
+
+
+@pytest.fixture(scope="module")
+def of_kind(tmp_path_factory: pytest.TempPathFactory, large: Large) -> Iterator[Callable[[str], str]]:
+    """Checkpoints of a model with a head of its own, one whose embedding is its head, and a mixture of experts."""
+    folder = tmp_path_factory.mktemp("kinds")
+
+    def directory_of(kind: str) -> str:
+        if kind == "untied":
+            return large(torch.bfloat16)
+        generate_checkpoint(
+            folder / kind,
+            config_kind="moe" if kind == "experts" else "dense",
+            parameters=130_000_000,
+            dtype=torch.bfloat16,
+            seed=0,
+            files=2,
+        )
+        return str(folder / kind)
+
+    yield directory_of
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
+def test_a_nodes_memory_stays_as_ranks_are_added(
+    pool: RankPool, checkpoint: Checkpoint, of_kind: Callable[[str], str], kind: str
+) -> None:
+    directory = of_kind(kind)
+    whole_bytes = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    peaks = {}
+    for ranks in (2, 4):
+        pool.run(load_and_wrap, checkpoint("qwen3_moe"), torch.bfloat16, "copy", ranks=ranks)
+        found = pool.run(load_and_wrap, directory, torch.bfloat16, "copy", ranks=ranks)
+        peaks[ranks] = sum(peak for peak, _, _ in found)
+        assert sum(read for _, _, read in found) <= 1.02 * whole_bytes
+    assert peaks[2] >= whole_bytes > 3 * STAGING_BYTES
+    assert peaks[4] <= 1.05 * peaks[2] + 2 * STAGING_BYTES
 
 
 def load_and_wrap(directory: str, dtype: torch.dtype, cpu_storage: Any) -> tuple[int, int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from shardwise.checkpoint import SafetensorsSource
 from shardwise.compare.launch import run_ranks
 from shardwise.errors import CommandError, RankError, RankTimeoutError
 from shardwise.testing import RankPool
+from tests.distributed.steps import connected_ranks
 
 pytestmark = pytest.mark.distributed
 
 SMALL = 70  # tensors, enough of them to be exchanged
 TIMEOUT_SECONDS = 5.0
+PROMPT_SECONDS = 30.0  # some three are usual
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,7 @@ def write(directory: Path, *, exchanged: bool) -> str:
     return str(directory)
 
 
-def die_while_reading(directory: str, count: int) -> None:
+def die_while_reading(directory: str, count: int, timeout: float = 50.0) -> None:
     """Rank 1 is killed when it reads; the others wait for it at the end of the phase, or for its data."""
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(64, 6, bias=False) for _ in range(count)))
@@ -52,29 +56,38 @@ def die_while_reading(directory: str, count: int) -> None:
 
     if dist.get_rank() == 1:
         SafetensorsSource.read_into = SafetensorsSource.read_scattered = killed  # type: ignore[method-assign]
-    sw.materialize(model, directory, cpu_storage="copy", staging_bytes=64 * 1024, timeout=TIMEOUT_SECONDS)
+    sw.materialize(model, directory, cpu_storage="copy", staging_bytes=64 * 1024, timeout=timeout)
 
 
-def test_the_ranks_that_are_left_name_it_at_the_timeout(pool: RankPool, tmp_path: Path) -> None:
-    directory = write(tmp_path, exchanged=False)
-    errors = pool.run_to_errors(die_while_reading, directory, 1, ranks=3, timeout_seconds=60)
+@pytest.mark.parametrize("exchanged", [False, True], ids=["waiting for a phase", "waiting for data"])
+def test_the_ranks_that_are_left_name_it_long_before_the_timeout(
+    pool: RankPool, tmp_path: Path, exchanged: bool
+) -> None:
+    directory, count = write(tmp_path, exchanged=exchanged), SMALL if exchanged else 1
+    started = time.monotonic()
+    errors = pool.run_to_errors(die_heard, directory, count, ranks=3, timeout_seconds=60)
+    assert time.monotonic() - started < PROMPT_SECONDS
     assert "rank 1 ended with exit code -9" in str(errors[1])
     for rank in (0, 2):
-        # The first of the two to give up tells the other.
+        # The first of the two tells the other.
+        assert isinstance(errors[rank], RankError)
+        assert "phase 'read'" in str(errors[rank])
+        assert f"rank 1 on {socket.gethostname()} has ended: its connection to rank " in str(errors[rank])
+        assert "the kernel's out-of-memory killer" in str(errors[rank])
+
+
+def die_heard(directory: str, count: int) -> None:
+    with connected_ranks():
+        die_while_reading(directory, count)
+
+
+def test_without_connections_between_ranks_it_is_named_at_the_timeout(pool: RankPool, tmp_path: Path) -> None:
+    directory = write(tmp_path, exchanged=False)
+    errors = pool.run_to_errors(die_while_reading, directory, 1, TIMEOUT_SECONDS, ranks=3, timeout_seconds=60)
+    for rank in (0, 2):
         assert isinstance(errors[rank], (RankTimeoutError, sw.PeerError))
         assert "phase 'read'" in str(errors[rank])
         assert "ranks that did not arrive: 1 of 3" in str(errors[rank])
-
-
-def test_ranks_that_wait_for_its_data_name_it(pool: RankPool, tmp_path: Path) -> None:
-    directory = write(tmp_path, exchanged=True)
-    errors = pool.run_to_errors(die_while_reading, directory, SMALL, ranks=3, timeout_seconds=60)
-    assert "rank 1 ended with exit code -9" in str(errors[1])
-    for rank in (0, 2):
-        # The first of the two to give up tells the other.
-        assert isinstance(errors[rank], RankError)
-        assert "A rank has ended or lost its connection (no answer from 1 of 3)" in str(errors[rank])
-        assert "the kernel's out-of-memory killer" in str(errors[rank])
 
 
 def die_under_a_launcher(arguments: Mapping[str, Any]) -> None:

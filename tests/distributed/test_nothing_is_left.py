@@ -22,9 +22,10 @@ from torch.distributed.fsdp import fully_shard
 import shardwise as sw
 from shardwise.checkpoint.ranged_file import RangedFile
 from shardwise.materialization.data_plane import DataPlane
+from shardwise.materialization.lifeline import Lifeline
 from shardwise.materialization.staging import StagingRing
 from shardwise.testing import RankPool
-from tests.distributed.steps import every_rank
+from tests.distributed.steps import connected_ranks, every_rank
 
 pytestmark = [
     pytest.mark.distributed,
@@ -87,7 +88,9 @@ def left() -> tuple[list[str], int, int]:
     """Return our threads, the number of descriptors, and our buffers and groups that are still referred to."""
     gc.collect()
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("shardwise"))
-    objects = sum(isinstance(each, (StagingRing, DataPlane, RangedFile)) for each in gc.get_objects())
+    objects = sum(
+        isinstance(each, (StagingRing, DataPlane, RangedFile, Lifeline)) for each in gc.get_objects()
+    )
     return threads, len(os.listdir("/proc/self/fd")), objects
 
 
@@ -101,12 +104,13 @@ def settled(wanted: tuple[list[str], int, int]) -> tuple[list[str], int, int]:
 def growth(once: Callable[[], None]) -> tuple[Any, Any]:
     """Return what is there before and after some loads; the first one of a process opens what torch keeps."""
     gc.unfreeze()  # the pool has put aside what it had imported; ours must be found
-    once()
-    every_rank(None)
-    before = left()
-    for _ in range(LOADS):
+    with connected_ranks():
         once()
-    every_rank(None)
+        every_rank(None)
+        before = left()
+        for _ in range(LOADS):
+            once()
+        every_rank(None)
     return (before[0], before[1], 0), settled((before[0], before[1], 0))
 
 

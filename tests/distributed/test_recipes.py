@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -139,6 +140,25 @@ def test_a_killed_rank_ends_the_job_on_all_machines_within_30_seconds(
     assert ended.seconds - died < 30
     assert "exitcode  : -9" in ended.output  # torchrun's own words
     assert "rank      : 3 (local_rank: 1)" in ended.output
+
+
+def test_a_killed_rank_ends_the_job_where_each_machine_has_a_launcher_of_its_own(tmp_path: Path) -> None:
+    """Nothing tells the first machine's launcher of it but its ranks."""
+    save_file({"weight": torch.ones(64, 64)}, tmp_path / "model.safetensors")
+    (tmp_path / "dies.py").write_text(DIES)
+    command = ["bash", "recipes/torchrun_nodes.sh", str(tmp_path / "dies.py"), str(tmp_path)]
+    common = {"FIRST_NODE": "127.0.0.1", "PORT": str(free_port()), "NODES": "2", "RANKS_PER_NODE": "2"}
+    environments = [environment(**common, NODE_RANK=str(node)) for node in (0, 1)]
+    started = time.time()
+    first, second = run_all([command] * 2, environments, tmp_path, seconds=SECONDS)
+    assert first.status != 0
+    assert second.status != 0
+    died = float(second.output.split("killed at ")[1].split()[0]) - started
+    assert first.seconds - died < 30
+    assert "rank      : 3 (local_rank: 1)" in second.output  # torchrun's own words
+    assert re.search(
+        r"rank [23] on \S+ has ended: its connection to rank [01] closed without a word", first.output
+    )
 
 
 def test_ray_train(model: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import shardwise as sw
 from shardwise.testing import RankPool
 from tests.distributed.models import check_equal, from_checkpoint, raw_bytes, transformers_fuses_experts
 from tests.distributed.steps import every_rank, load, make_strategy, own_rows, token_batch
@@ -115,4 +116,21 @@ def compare_buffers(directory: str, kind: str, defer: bool) -> None:
         ids = own_rows(token_batch(length=length))
         with torch.no_grad():
             assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    check_equal(model, expected)
+
+
+@pytest.mark.parametrize("kind", [*SCALING, "per layer type"])
+def test_a_model_built_on_meta_gets_its_frequencies(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    directory = write(kind, tmp_path)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    made_once = {"model.embed_tokens.embed_scale"} & set(dict(model.named_buffers()))
+    expected: Any = from_checkpoint(directory)
+    given = {} if transformers_fuses_experts() else {name: expected.get_buffer(name) for name in made_once}
+    with poisoned_memory():
+        report = sw.materialize(model.eval(), directory, buffers=given)
+    names = [fqn for fqn, _ in model.named_buffers() if "inv_freq" in fqn]
+    assert {report.origins[fqn] for fqn in names} == {"recomputed"}
     check_equal(model, expected)

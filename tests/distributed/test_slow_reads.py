@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +34,7 @@ TENSORS = 12
 SECONDS_PER_READ = 0.5
 TIMEOUT_SECONDS = 2.0  # more than four reads, less than a half of all
 STALL_TIMEOUT_SECONDS = 8.0
+OPEN_TIMEOUT_SECONDS = 4.0
 SLOW = 1  # the rank that has the trouble
 
 
@@ -139,6 +140,46 @@ def test_a_read_that_hangs_is_named_on_all_ranks_and_a_retry_works(
         assert f"has not returned for 6 s on rank {SLOW} (" in text
         assert seconds < STALL_TIMEOUT_SECONDS + 3
         assert any("model.safetensors: reading" in warning for warning in warnings) == (rank == SLOW)
+
+
+# Where a file system may stop answering before any value is read: what is replaced, and on which rank.
+BEFORE_READS = {
+    "looking for it": ("shardwise.materialization.open_source.locate", SLOW),
+    "model.safetensors: reading its header": ("shardwise.checkpoint.ranged_file.open_regular", 0),
+    "model.safetensors: opening it to map it": ("shardwise.checkpoint.ranged_file.open_regular", SLOW),
+    "looking whether its files have changed": ("shardwise.checkpoint.ranged_file._stat", SLOW),
+}
+
+
+def stall_before_reads(directory: str) -> dict[str, tuple[str, str, float]]:
+    """Return, for each place, the error, its text and the seconds until it; a second load goes well while the first call hangs."""
+    release, seen = threading.Event(), {}
+
+    def hang(*_: Any, **__: Any) -> None:
+        release.wait(60)
+
+    try:
+        for place, (target, rank) in BEFORE_READS.items():
+            has_it = dist.get_rank() == rank
+            hangs = mock.patch(target, side_effect=hang) if has_it else nullcontext()
+            started = time.monotonic()
+            with hangs, pytest.raises(sw.ShardwiseError) as caught:
+                sw.materialize(sharded(), directory, dtype="auto", timeout=OPEN_TIMEOUT_SECONDS)
+            seen[place] = type(caught.value).__name__, str(caught.value), time.monotonic() - started
+            every_rank(None)
+            fill(directory, "direct", timeout=60)
+        return seen
+    finally:
+        release.set()
+
+
+def test_a_file_system_that_hangs_before_any_read_is_named_too(pool: RankPool, files: str) -> None:
+    for rank, seen in enumerate(pool.run(stall_before_reads, files, ranks=2)):
+        for place, (kind, text, seconds) in seen.items():
+            at = BEFORE_READS[place][1]
+            assert kind == (StalledReadError.__name__ if rank == at else "PeerError"), text
+            assert f"{place} has not returned for 3 s on rank {at} (" in text
+            assert seconds < OPEN_TIMEOUT_SECONDS + 3
 
 
 def stop_once(directory: str) -> float:

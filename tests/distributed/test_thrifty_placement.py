@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 import shardwise as sw
@@ -162,6 +164,78 @@ def dims_with(option: str) -> None:
     inputs = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
     model(inputs).square().mean().backward()
     reference(inputs).square().mean().backward()
+    check_gradients(model, reference)
+
+
+# --- resharding over fewer ranks, and other dims ---
+
+
+def columns(parameter: nn.Parameter) -> Shard | None:
+    return Shard(-1) if parameter.ndim == 2 else None
+
+
+class Columns(nn.Module):
+    """Two layers, of which one is a unit of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.layers[0](x))
+        return y
+
+
+@by_strategy
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"reshard_after_forward": 2, "shard_placement_fn": columns},
+            "reshard_after_forward=2 keeps gathered parameters over 2 of 4 ranks, which torch does for shards on dim 0 only; "
+            "shard_placement_fn puts layers.0.weight on dim -1. Use reshard_after_forward=True or False",
+        ),
+        (
+            {"reshard_after_forward": 3},
+            "expected a number that divides the 4 ranks that parameters are sharded over, True or False, got 3",
+        ),
+    ],
+    ids=["columns", "three of four"],
+)
+def test_resharding_that_torch_cannot_do_is_refused(
+    pool: RankPool, strategy: str, config: dict[str, Any], message: str
+) -> None:
+    for error in pool.run_to_errors(wrap_columns, strategy, config, ranks=4):
+        assert isinstance(error, sw.ConfigurationError | sw.PeerError)
+        assert message in str(error)
+
+
+def wrap_columns(strategy: str, config: dict[str, Any]) -> None:
+    make_strategy(strategy, fsdp_config=config).wrap_model(Columns())
+
+
+@pytest.mark.parametrize("reshard", [1, 2, 4])
+def test_what_torch_does_with_columns(pool: RankPool, reshard: int) -> None:
+    """Once this passes for 2, `refuse_reshard` has nothing to refuse."""
+    pool.run(train_columns, reshard, ranks=4)
+
+
+def train_columns(reshard: int) -> None:
+    if reshard == 2:
+        model = Columns()
+        fully_shard(model.layers[0], reshard_after_forward=2, shard_placement_fn=columns)
+        fully_shard(model, shard_placement_fn=columns)
+        with pytest.raises(IndexError):
+            model(torch.ones(2, 8)).sum().backward()
+        return
+    config = {"reshard_after_forward": reshard, "shard_placement_fn": columns}
+    torch.manual_seed(0)
+    model = make_strategy("native_fsdp", fsdp_config=config).wrap_model(Columns())
+    torch.manual_seed(0)
+    reference = Columns()
+    for each in (model, reference):
+        each(torch.ones(2, 8)).square().mean().backward()
     check_gradients(model, reference)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 import shardwise as sw
 from shardwise.materialization import take_values
 from shardwise.testing import RankPool
-from tests.distributed.models import causal_model, from_checkpoint, named_tensors, same_bytes
+from tests.distributed.models import causal_model, check_equal, from_checkpoint, named_tensors, same_bytes
 from tests.distributed.steps import Checkpoint
 
 pytestmark = [
@@ -108,3 +108,24 @@ def base_name(fqn: str) -> str:
     ):
         fqn = fqn.replace(added, "")
     return sw_name(fqn)
+
+
+def test_fully_shard_does_not_hide_what_transformers_declares_for_a_class(
+    pool: RankPool, checkpoint: Checkpoint
+) -> None:
+    pool.run(fill_sharded, checkpoint("qwen3_moe"), ranks=2)
+
+
+def fill_sharded(directory: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(directory))
+    fully_shard(model)  # the very model whose class and kind transformers 5 keeps conversions for
+    cls = type(model)
+    sw.materialize(model.eval(), directory, dtype="auto")
+    assert type(model) is cls
+    check_equal(model, AutoModel.from_pretrained(directory, dtype="auto"))
+    report = sw.verify_shards(model, directory)
+    assert report.is_equal
+    assert report.absent == ()

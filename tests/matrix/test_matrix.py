@@ -129,6 +129,11 @@ def compare(name: str, directory: str, dtype: str = "", with_outputs: bool = Tru
     expected = _auto(family).from_pretrained(directory, dtype=dtype)
     _train_what_the_class_trains(expected, family)
     check_equal(model, expected)
+    verified = sw.verify_shards(
+        model, directory
+    )  # which looks names up under the class that fully_shard made
+    assert verified.is_equal
+    assert "checkpoint" not in {strategy.last_report.origins[fqn] for fqn in verified.absent}
     if not with_outputs:
         return
     batch = batch_of(family, expected)

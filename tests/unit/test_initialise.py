@@ -297,6 +297,17 @@ def test_origins_say_what_happened(tmp_path: Path) -> None:
     assert report.converted == ()
 
 
+def test_running_statistics_begin_anew_with_their_norm() -> None:
+    model = on_meta(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    report = sw.materialize(model, None)
+    expected = nn.BatchNorm1d(4)
+    for (name, buffer), (_, other) in zip(model[1].named_buffers(), expected.named_buffers(), strict=True):
+        assert torch.equal(buffer, other)
+        assert report.origins[f"1.{name}"] == "recomputed"
+    assert model[1].weight.eq(1).all()
+    assert model[1].bias.eq(0).all()
+
+
 # --- a module under two names ---
 
 

@@ -164,7 +164,8 @@ def test_ranks_with_equal_shapes_are_a_class() -> None:
     layout = Layout(
         mesh_shape=(8,), mesh_ranks=tuple(range(8)), placements=(torch.distributed.tensor.Shard(0),)
     )
-    sight = Sight.of_all(range(8))
+    ranks = tuple(range(8))
+    sight = Sight(ranks=ranks, nodes=("",) * 8, readers=ranks)
     wanted = wanted_of(layout, [(16, 2), (5, 3), (11, 1)])
     # Rows: 2 each; 1 each of five ranks; 2 each of five, then 1, then none.
     assert rank_classes(wanted, sight, most_pieces=-1) == ((0,), (1, 2, 3, 4), (5,), (6, 7))

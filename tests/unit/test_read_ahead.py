@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from shardwise.checkpoint import StateDictSource
 from shardwise.errors import CheckpointError, PeerError
+from shardwise.materialization import Agreement
+from shardwise.materialization.awaited_source import awaited
 from shardwise.materialization.read_ahead import ReadAhead
 from shardwise.plan import Extent, Slice
 
@@ -38,14 +42,15 @@ class Recording(StateDictSource):
         super().read_into(file, offset, into)
 
 
-def read_ahead(source: Recording, *, check: object = None, done: list[int] | None = None) -> ReadAhead:
-    return ReadAhead(
-        EXTENTS,
-        source=source,
-        pinned=False,
-        check=check if callable(check) else lambda: None,
-        done=(done if done is not None else []).append,
-    )
+@contextmanager
+def read_ahead(
+    source: Recording, *, check: Callable[[], None] | None = None, done: list[int] | None = None
+) -> Iterator[ReadAhead]:
+    alone = Agreement((0,), timeout_seconds=60.0, call="materialize")
+    if check is not None:
+        alone.check = check  # type: ignore[method-assign,assignment]
+    with awaited(source, alone, name="memory") as bounded:
+        yield ReadAhead(EXTENTS, source=bounded, pinned=False, done=(done if done is not None else []).append)
 
 
 def test_slices_come_in_order_out_of_extents_that_are_read_once() -> None:

@@ -18,19 +18,23 @@ def readers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("shardwise-read")]
 
 
+def meet(together: threading.Barrier, number: int) -> int:
+    together.wait()
+    return number
+
+
 def test_calls_run_at_the_same_time_and_end_with_their_threads() -> None:
-    threads = ReaderThreads(3)
+    threads = ReaderThreads(3, name="shardwise-read")
     together = threading.Barrier(3, timeout=10)
-    futures = [threads.submit(lambda _: together.wait() and None, number) for number in range(3)]
-    for future in futures:
-        assert future.result(timeout=10) is None
+    futures = [threads.submit(meet, together, number) for number in range(3)]
+    assert [future.result(timeout=10) for future in futures] == [0, 1, 2]
     assert len(readers()) == 3
     assert threads.close(within_seconds=10)
     assert readers() == []
 
 
 def test_no_more_threads_than_are_needed() -> None:
-    threads = ReaderThreads(8)
+    threads = ReaderThreads(8, name="shardwise-read")
     threads.submit(time.sleep, 0).result(timeout=10)
     assert len(readers()) == 1
     assert threads.close(within_seconds=10)
@@ -41,7 +45,7 @@ def fail() -> None:
 
 
 def test_an_error_is_the_futures() -> None:
-    threads = ReaderThreads(1)
+    threads = ReaderThreads(1, name="shardwise-read")
     failing = threads.submit(fail)
     with pytest.raises(OSError, match="no such share"):
         failing.result(timeout=10)
@@ -50,7 +54,7 @@ def test_an_error_is_the_futures() -> None:
 
 
 def test_what_has_not_begun_is_cancelled_and_what_is_stuck_is_left() -> None:
-    threads, release = ReaderThreads(1), threading.Event()
+    threads, release = ReaderThreads(1, name="shardwise-read"), threading.Event()
     stuck = threads.submit(release.wait)
     waiting = threads.submit(fail)
     started = time.monotonic()
@@ -69,9 +73,11 @@ class Buffer:
 
 
 def test_a_thread_that_waits_keeps_no_buffer() -> None:
-    threads, buffer = ReaderThreads(1), Buffer()
+    threads, buffer = ReaderThreads(1, name="shardwise-read"), Buffer()
     watched = weakref.ref(buffer)
-    threads.submit(lambda _: None, buffer).result(timeout=10)
+    assert (
+        threads.submit(lambda given: given, buffer).result(timeout=10) is buffer
+    )  # nor what a call returned
     del buffer
     deadline = time.monotonic() + 10
     while watched() is not None and time.monotonic() < deadline:
@@ -84,7 +90,7 @@ def test_a_process_ends_although_a_read_is_stuck() -> None:
     program = (
         "import threading\n"
         "from shardwise.materialization.reader_threads import ReaderThreads\n"
-        "threads = ReaderThreads(1)\n"
+        "threads = ReaderThreads(1, name='stuck')\n"
         "threads.submit(threading.Event().wait)\n"
         "print(threads.close(within_seconds=0.1))\n"
     )

@@ -357,6 +357,17 @@ def test_a_missing_tensor_is_listed_and_a_shape_is_compared(tmp_path: Path) -> N
         sw.materialize(model_of({"c": (5,)}), directory)
 
 
+def test_names_that_only_the_checkpoint_has_are_shown_with_those_that_are_missing(tmp_path: Path) -> None:
+    save_file({"module.a": torch.ones(4, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"got none for a \(1 in all\).*It holds module\.a \(1 in all\).*rename="
+    ):
+        sw.materialize(model_of({"a": (4, 2)}), tmp_path)
+    model = model_of({"a": (4, 2)})
+    sw.materialize(model, tmp_path, rename={"a": "module.a"})
+    assert model.a.eq(1).all()
+
+
 def test_buffers_are_given_made_again_or_listed(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,7 +80,14 @@ class SafetensorsSource:
         self._closed = 0  # times
 
     @classmethod
-    def open(cls, path: Path, *, name: str | None = None, direct_io: bool = False) -> SafetensorsSource:
+    def open(
+        cls,
+        path: Path,
+        *,
+        name: str | None = None,
+        direct_io: bool = False,
+        announce: Callable[[str], None] | None = None,
+    ) -> SafetensorsSource:
         """Parse the headers of a file, or of a directory's files.
 
         Args:
@@ -88,6 +95,7 @@ class SafetensorsSource:
                 safetensors files.
             name: What messages call it.
             direct_io: Read past the page cache where the file system can.
+            announce: Told each file's name before it is opened.
 
         Raises:
             CheckpointError: A file is damaged, not there, outside of the directory, or of another format.
@@ -98,6 +106,8 @@ class SafetensorsSource:
         tensors: dict[str, StoredTensor] = {}
         files: dict[str, DescribedFile] = {}
         for file in names:
+            if announce is not None:
+                announce(file)
             described, found = _describe(resolve_inside(directory, file), file)
             files[file] = described
             for tensor in found:
@@ -154,13 +164,17 @@ class SafetensorsSource:
             direct_io=direct_io,
         )
 
-    def require_as_described(self) -> None:
+    def require_as_described(self, *, announce: Callable[[str], None]) -> None:
         """Open every file once and compare it with its description.
+
+        Args:
+            announce: Told each file's name before it is opened.
 
         Raises:
             CheckpointError: A file is not there, or another one.
         """
         for name in self._files:
+            announce(name)
             self._file(name)
         self.close()
         self._opened.clear()

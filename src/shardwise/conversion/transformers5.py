@@ -11,7 +11,8 @@ Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -41,9 +42,11 @@ def declaration_of(
         UnsupportedVersionError: The installed transformers declares it in another way.
     """
     upstream = _upstream(_FOR_LOADING)
-    mapping = (
-        list(conversions) if conversions is not None else upstream["get_model_conversion_mapping"](model)
-    )
+    if conversions is not None:
+        mapping = list(conversions)
+    else:
+        with _in_own_classes(model):
+            mapping = upstream["get_model_conversion_mapping"](model)
     renamings = [entry for entry in mapping if isinstance(entry, upstream["WeightRenaming"])]
     converters = [entry for entry in mapping if isinstance(entry, upstream["WeightConverter"])]
     rename = _renaming(model.base_model_prefix, expected, renamings, converters, upstream)
@@ -120,11 +123,9 @@ def saved_groups(
     names = saved_names([name for name in shapes if name not in ignored], ties, is_tied=is_tied)
     declared = getattr(model, "_weight_conversions", None)
     if declared is None:  # not loaded: a prefix that a checkpoint might have had is not added
-        declared = [
-            entry
-            for entry in upstream["get_model_conversion_mapping"](model, add_legacy=False)
-            if not isinstance(entry, upstream["PrefixChange"])
-        ] or None
+        with _in_own_classes(model):
+            mapping = upstream["get_model_conversion_mapping"](model, add_legacy=False)
+        declared = [entry for entry in mapping if not isinstance(entry, upstream["PrefixChange"])] or None
     if declared is None:
         return [renamed_group(name, name) for name in names]
     try:
@@ -191,6 +192,28 @@ def _upstream(names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
                 f"{transformers.__version__}. Install one of these, or use load_pretrained(defer=False)."
             ) from error
     return found
+
+
+@contextmanager
+def _in_own_classes(model: Any) -> Iterator[None]:
+    """Give modules back the classes that torch has put others in front of, as `fully_shard` does, while the context is open.
+
+    transformers looks up what it declares by a class's name, and takes a class of another package for custom code, of which it
+    declares nothing.
+    """
+    from transformers import PreTrainedModel
+
+    changed = {}
+    for module in model.modules():
+        cls = type(module)
+        if isinstance(module, PreTrainedModel) and cls.__module__.startswith("torch."):
+            changed[module] = cls
+            module.__class__ = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+    try:
+        yield
+    finally:
+        for module, cls in changed.items():
+            module.__class__ = cls
 
 
 class _Shapes:

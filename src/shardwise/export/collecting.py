@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.placing import as_memory, elements_in, packed_in, place_in
-from shardwise.materialization.read import SECONDS_FOR_STARTED_READS, await_read
 from shardwise.materialization.read_ahead import GrowingBuffer
 from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.plan import ExchangePlan, Round, Transfer
@@ -66,7 +66,7 @@ class Collecting:
             CheckpointError: A write failed.
             PeerError: Another rank failed.
         """
-        threads = ReaderThreads(1)
+        threads = ReaderThreads(1, name="shardwise-write")
         try:
             for number, turn in enumerate(self._plan.rounds(), start=1):
                 content = self._run_round(turn, number)
@@ -77,7 +77,7 @@ class Collecting:
                     self._pending = threads.submit(self._sink.write, read.file, read.start, parts), what
             self._await_last()
         finally:
-            threads.close(within_seconds=SECONDS_FOR_STARTED_READS)
+            threads.close(within_seconds=SECONDS_FOR_STARTED_CALLS)
 
     def _run_round(self, turn: Round, number: int) -> torch.Tensor:
         nbytes = turn.read.stop - turn.read.start if turn.read is not None else 0
@@ -107,7 +107,7 @@ class Collecting:
 
     def _await_last(self) -> None:
         if self._pending is not None:
-            await_read(self._pending[0], self._agreement, what=self._pending[1])
+            await_call(self._pending[0], self._agreement, Doing(self._pending[1]))
             self._pending = None
 
 

@@ -10,8 +10,9 @@ import torch
 
 from shardwise.export.output_files import OutputFiles
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call
 from shardwise.materialization.placing import as_memory, elements_in, place_in
-from shardwise.materialization.read import SECONDS_FOR_STARTED_READS, await_read, read_threads
+from shardwise.materialization.read import read_threads
 from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
 from shardwise.plan import Fragment, Write
@@ -54,7 +55,7 @@ class Writing:
         if not self._writes:
             return
         count = read_threads()
-        threads = ReaderThreads(count)
+        threads = ReaderThreads(count, name="shardwise-write")
         in_flight: deque[tuple[Write, torch.Tensor | None, Future[None]]] = deque()
         try:
             for write in self._writes:
@@ -71,11 +72,11 @@ class Writing:
             while in_flight:
                 self._finish(*in_flight.popleft())
         finally:
-            threads.close(within_seconds=SECONDS_FOR_STARTED_READS)
+            threads.close(within_seconds=SECONDS_FOR_STARTED_CALLS)
 
     def _finish(self, write: Write, buffer: torch.Tensor | None, future: Future[None]) -> None:
         what = f"{write.file}: writing {write.nbytes:,} bytes at byte {write.start:,}"
-        await_read(future, self._agreement, what=what)
+        await_call(future, self._agreement, Doing(what))
         self._agreement.step()
         if buffer is not None:
             self._ring.give_back(buffer)

@@ -1,6 +1,6 @@
 """From a model sharded on meta to one whose shards hold their values."""
 
-from shardwise.materialization.agreement import Agreement, Comparable
+from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.arguments import argument_lines
 from shardwise.materialization.binding import (
     Binding,
@@ -12,24 +12,21 @@ from shardwise.materialization.binding import (
     permitted,
 )
 from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import (
     comparable_digests,
     comparable_lines,
     comparable_structure,
     digest_of,
 )
+from shardwise.materialization.cpu_storage import CpuStorage, checked_cpu_storage
 from shardwise.materialization.device import device_of
 from shardwise.materialization.dtypes import kept_dtypes
 from shardwise.materialization.fill import Filled, fill_from_source
+from shardwise.materialization.from_files import FilledFromFiles, FillOptions, fill_from_files
 from shardwise.materialization.initialise import refuse_uninitialisable
 from shardwise.materialization.load import allocate_buffers
-from shardwise.materialization.materialize import (
-    FilledFromFiles,
-    FillOptions,
-    fill_from_files,
-    materialize,
-    warn_of_unexpected,
-)
+from shardwise.materialization.materialize import materialize, warn_of_unexpected
 from shardwise.materialization.meta import take_values
 from shardwise.materialization.names import clean_fqn, model_inside, original_of
 from shardwise.materialization.open_source import open_source
@@ -38,7 +35,6 @@ from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.source_cost import SourceCost, cost_of_source
-from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import (
     drop_waiting_gradients,
@@ -51,6 +47,7 @@ from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.materialization.verify import Mismatch, VerifyReport, verify_shards
+from shardwise.materialization.wanted import wanted_of
 
 __all__ = [
     "Agreement",

@@ -14,17 +14,28 @@ import json
 import logging
 import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
+from shardwise.errors import PeerError, RankError, RankTimeoutError
+from shardwise.materialization.call_keys import CallKeys
 from shardwise.materialization.call_store import CallStore
+from shardwise.materialization.comparable import Comparable
+from shardwise.materialization.lifeline import Lifeline
+from shardwise.materialization.packed_text import packed, unpacked
 from shardwise.materialization.patience import Patience
+from shardwise.materialization.rank_errors import (
+    ended_error,
+    mismatch_error,
+    named_late,
+    peer_error,
+    timeout_error,
+)
 from shardwise.profiling import phase as record_phase
 
 _log = logging.getLogger("shardwise")
@@ -33,28 +44,13 @@ _OK = "ok"
 _WARN_AFTER_SECONDS = 20.0
 _LONGEST_PAUSE_SECONDS = 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
+_RANKS_AT_FULL_PACE = 2048
+"""One process has the store: of more ranks each asks it less often."""
 _SECONDS_BETWEEN_STEPS = 1.0
-_SECONDS_BETWEEN_ANSWERS = 0.5
+_SECONDS_FOR_THE_LAUNCHER = (
+    1.0  # to end this rank and name the one that died, where it is on the same machine
+)
 _MOST_SECONDS_TO_TELL = 5.0  # how long the store's host stays for ranks that do not know of a failure yet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparable:
-    """Something that must be equal on all ranks.
-
-    Args:
-        what: Its name in a message, for example "the model's structure".
-        digest: Equal exactly where it is.
-        details: Returns it as text; called only where digests differ.
-        explain: Says how two such texts, expected and got, differ.
-        remedy: What the user can do.
-    """
-
-    what: str
-    digest: str
-    details: Callable[[], str]
-    explain: Callable[[str, str], str]
-    remedy: str
 
 
 @dataclass(slots=True)
@@ -79,48 +75,40 @@ class Agreement:
 
     def __init__(self, ranks: Sequence[int], *, timeout_seconds: float, call: str) -> None:
         self.ranks = tuple(ranks)
-        alone = not dist.is_initialized()
-        self.rank = 0 if alone else dist.get_rank()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.timeout_seconds = timeout_seconds
         self.warn_after_seconds = _WARN_AFTER_SECONDS
         self._call = call
         self._store = CallStore(call=call)
-        # Like collectives, shardwise calls must come in one order on all ranks, so the n-th call of every rank over
-        # the same ranks is the same call. The count is kept in the store: it begins anew with a new process group.
-        world_size = 1 if alone else dist.get_world_size()
-        group = "all" if len(self.ranks) == world_size else "-".join(map(str, self.ranks))
-        number = self._store.add(f"shardwise/{group}/calls/{self.rank}", 1)
-        self._number = number
-        self._calls = f"shardwise/{group}/"
-        self._prefix = f"{self._calls}{number}"
+        self._keys = CallKeys(self.ranks, rank=self.rank, store=self._store)
         self._phase = ""
-        self._numbered: Counter[str] = Counter()
-        self._has_forgotten = False
+        self._pace = max(1.0, len(self.ranks) / _RANKS_AT_FULL_PACE)
         self._last_check_seconds = 0.0
         self._last_step_seconds = 0.0
-        self._last_answer_seconds = 0.0
+        self._lifeline = Lifeline(self.ranks, rank=self.rank, store=self._store, prefix=self._keys.prefix)
+        weakref.finalize(self, self._lifeline.close)
+        self._is_connected = False
 
     @property
     def name(self) -> str:
         """Text that is the same on all ranks of this call and that no other call in the process group has."""
-        return self._prefix
+        return self._keys.prefix
 
     def numbered(self, what: str) -> str:
         """Return a text that no other call of this method has; ranks that make it of one `what` do so in one order."""
-        self._numbered[what] += 1
-        return f"{self._prefix}/{what}/{self._numbered[what]}"
+        return self._keys.numbered(what)
 
     def step(self) -> None:
         """Say that this rank has moved on: read something, received something, initialised a module."""
         seconds = time.monotonic()
-        if seconds - self._last_step_seconds >= _SECONDS_BETWEEN_STEPS:
+        if seconds - self._last_step_seconds >= self._pace * _SECONDS_BETWEEN_STEPS:
             self._last_step_seconds = seconds
             with suppress(RankError):  # whoever waits for another rank next says that the store is lost
-                self._store.add(f"{self._prefix}/steps", 1)
+                self._store.add(self._keys.of_call("steps"), 1)
 
     def steps(self) -> int:
         """Return how many steps all ranks have told so far; see `Patience`."""
-        return self._store.add(f"{self._prefix}/steps", 0)
+        return self._store.add(self._keys.of_call("steps"), 0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
@@ -159,19 +147,12 @@ class Agreement:
             reference, differing = outcome["mismatch"]
             self._raise_mismatch(reference, differing, same)
         self._raise_peer_error(outcome)
-        self._forget_earlier_calls()
-
-    def _forget_earlier_calls(self) -> None:
-        """Delete what earlier calls over these ranks left in the store: all ranks are in this one, and look there no more."""
-        if self._has_forgotten or self.rank != self.ranks[0]:
-            return
-        self._has_forgotten = True
-
-        def is_earlier(key: str) -> bool:
-            number = key.removeprefix(self._calls).partition("/")[0]
-            return key.startswith(self._calls) and number.isdigit() and int(number) < self._number
-
-        self._store.delete_all(is_earlier)
+        if not self._is_connected:  # all ranks are in the call now
+            self._is_connected = True
+            self._lifeline.connect()
+        self._lifeline.look()
+        if self.rank == self.ranks[0]:
+            self._keys.forget_earlier()
 
     def publish(self, key: str, value: str | None) -> str:
         """Hand a text from the one rank that has it to all others.
@@ -183,7 +164,7 @@ class Agreement:
         Returns:
             The text, on every rank.
         """
-        full_key = f"{self._prefix}/{key}"
+        full_key = self._keys.of_call(key)
         if value is not None:
             self._store.set(full_key, value)
             return value
@@ -192,75 +173,82 @@ class Agreement:
 
     def gather(self, key: str, value: str) -> list[str]:
         """Return every rank's text, in the order of `ranks`."""
-        key_of_rank = {rank: f"{self._prefix}/{key}/{rank}" for rank in self.ranks}
-        keys = list(key_of_rank.values())
+        if len(self.ranks) == 1:
+            return [value]
+        key_of_rank = self._keys.of_ranks(key)
+        everything = self._keys.of_call(key, "all")
         self._store.set(key_of_rank[self.rank], value)
-        self._wait(keys, what=f"every rank's {key}", key_of_rank=key_of_rank)
-        return self._store.get(keys)
+        # The last one puts the texts together: if each rank asked for all the others', the store would have their square to send.
+        if self._store.add(self._keys.of_call(key, "there"), 1) == len(self.ranks):
+            texts = self._store.get(list(key_of_rank.values()))
+            self._store.set(everything, packed(json.dumps(texts)))
+            return texts
+        self._wait([everything], what=f"every rank's {key}", key_of_rank=key_of_rank)
+        found: list[str] = json.loads(unpacked(self._store.get([everything])[0]))
+        return found
 
     def note(self, key: str, value: str) -> None:
         """Leave a text for other ranks to look at; a later one takes its place."""
-        self._store.set(f"{self._prefix}/{key}/{self.rank}", value)
+        self._store.set(self._keys.of_call(key, str(self.rank)), value)
 
     def noted(self, key: str) -> dict[int, str]:
         """Return what ranks have noted so far, by rank, without waiting."""
-        keys = {rank: f"{self._prefix}/{key}/{rank}" for rank in self.ranks}
+        keys = self._keys.of_ranks(key)
         there = [rank for rank, full_key in keys.items() if self._store.has([full_key])]
         texts = self._store.get([keys[rank] for rank in there]) if there else []
         return dict(zip(there, texts, strict=True))
 
     def check(self, *, now: bool = False) -> None:
-        """Raise if another rank has failed in this phase; cheap enough to call while data moves.
+        """Raise if another rank has failed in this phase, or one next to this one has ended; cheap enough to call while data moves.
 
         Args:
-            now: Ask the store even if that was done a moment ago.
-        """
-        seconds = time.monotonic()
-        if now or seconds - self._last_check_seconds >= _POLL_SECONDS_WHILE_MOVING:
-            self._last_check_seconds = seconds
-            if self._store.has([self._outcome_key]):
-                self._raise_peer_error(self._outcome())
-            self._answer(seconds)
-
-    def silent_ranks(self, *, within_seconds: float) -> list[int]:
-        """Ask all ranks of the call for an answer, and return those that gave none; they have ended, are cut off, or are busy.
-
-        A rank answers while it waits for another one.
-
-        Args:
-            within_seconds: How long to wait for answers.
+            now: Ask even if that was done a moment ago.
 
         Raises:
             PeerError: Another rank has failed.
+            RankError: A rank next to this one has ended.
         """
-        self._store.set(self._question_key, str(self.rank))
+        seconds = time.monotonic()
+        if now or seconds - self._last_check_seconds >= self._pace * _POLL_SECONDS_WHILE_MOVING:
+            self._last_check_seconds = seconds
+            if self._store.has([self._outcome_key]):
+                self._raise_peer_error(self._outcome())
+            if ended := self._lifeline.ended():
+                self._raise_ended(ended)
+
+    def hear(self, *, within_seconds: float) -> None:
+        """Wait for another rank's error, for a while.
+
+        Raises:
+            PeerError: Another rank has failed.
+            RankError: A rank next to this one has ended.
+        """
         deadline = time.monotonic() + within_seconds
         while time.monotonic() < deadline:
             self.check(now=True)
             time.sleep(_LONGEST_PAUSE_SECONDS / 10)
-        return [rank for rank, key in self._answer_keys.items() if not self._store.has([key])]
 
-    def _answer(self, seconds: float) -> None:
-        if seconds - self._last_answer_seconds >= _SECONDS_BETWEEN_ANSWERS:
-            self._last_answer_seconds = seconds
-            if self._store.has([self._question_key]):
-                self._store.set(self._answer_keys[self.rank], "")
+    def _raise_ended(self, ended: str) -> None:
+        """Raise for a rank that has ended, unless it has failed and told why, or has done its part of the call."""
+        deadline = time.monotonic() + _SECONDS_FOR_THE_LAUNCHER
+        while time.monotonic() < deadline:
+            if self._store.has([self._outcome_key]):
+                self._raise_peer_error(self._outcome())
+                return
+            time.sleep(_LONGEST_PAUSE_SECONDS / 10)
+        raise ended_error(self._where, ended, rank=self.rank)
 
     @property
-    def _question_key(self) -> str:
-        return f"{self._prefix}/{self._phase}/question"
-
-    @property
-    def _answer_keys(self) -> dict[int, str]:
-        return {rank: f"{self._prefix}/{self._phase}/answer/{rank}" for rank in self.ranks}
+    def _where(self) -> str:
+        return f"{self._call}, phase {self._phase!r}"
 
     @property
     def _outcome_key(self) -> str:
-        return f"{self._prefix}/{self._phase}/outcome"
+        return self._keys.of_call(self._phase, "outcome")
 
     @property
     def _arrival_keys(self) -> dict[int, str]:
-        return {rank: f"{self._prefix}/{self._phase}/rank/{rank}" for rank in self.ranks}
+        return self._keys.of_ranks(self._phase, "rank")
 
     def _outcome(self) -> dict[str, Any]:
         outcome: dict[str, Any] = json.loads(self._store.get([self._outcome_key])[0])
@@ -284,14 +272,15 @@ class Agreement:
 
     def _leave(self) -> None:
         """After a failure: say that this rank knows, and let the store live until all do, if it is in this process."""
-        counter = f"{self._prefix}/{self._phase}/told"
+        counter = self._keys.of_call(self._phase, "told")
         with suppress(RankError):
             self._store.add(counter, 1)
             self._store.wait_if_host(counter, count=len(self.ranks), timeout_seconds=_MOST_SECONDS_TO_TELL)
+        self._lifeline.close()
 
     def _arrive(self, digest: str) -> None:
         self._store.set(self._arrival_keys[self.rank], digest)
-        if self._store.add(f"{self._prefix}/{self._phase}/arrived", 1) < len(self.ranks):
+        if self._store.add(self._keys.of_call(self._phase, "arrived"), 1) < len(self.ranks):
             return
         digests = self._store.get(list(self._arrival_keys.values()))
         differing = [rank for rank, text in zip(self.ranks, digests, strict=True) if text != digests[0]]
@@ -317,22 +306,20 @@ class Agreement:
         while not self._store.has(keys):
             waited = time.monotonic() - started
             if patience.is_over():
-                raise RankTimeoutError(self._timeout_message(what, key_of_rank))
+                raise timeout_error(
+                    self._where,
+                    what,
+                    rank=self.rank,
+                    seconds=self.timeout_seconds,
+                    late=self._late(key_of_rank),
+                    ranks=len(self.ranks),
+                )
             if waited > self.warn_after_seconds and not has_warned:
                 has_warned = True
                 self._warn_of_wait(what, key_of_rank)
             self.check()
             # Short waits stay quick and long ones do not load the store's host.
-            time.sleep(min(_LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
-
-    def _timeout_message(self, what: str, key_of_rank: Mapping[int, str]) -> str:
-        late = self._late(key_of_rank)
-        return (
-            f"{self._call}, phase {self._phase!r}: rank {self.rank} waited {self.timeout_seconds:g} s for {what}"
-            f"{_named_late('ranks that did not arrive', late, of=len(self.ranks))}. "
-            "Check that every rank makes the same shardwise calls in the same order, look at the logs of the other "
-            "ranks, or pass a longer timeout."
-        )
+            time.sleep(min(self._pace * _LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
 
     def _warn_of_wait(self, what: str, key_of_rank: Mapping[int, str]) -> None:
         late = self._late(key_of_rank)
@@ -340,13 +327,12 @@ class Agreement:
         waiting = [rank for rank in key_of_rank if rank not in late] or self.ranks[1:]
         if self.rank == waiting[0]:
             _log.warning(
-                "%s, phase %r: rank %d has waited %g s for %s%s; it goes on waiting for at most %g s (timeout=)",
-                self._call,
-                self._phase,
+                "%s: rank %d has waited %g s for %s%s; it goes on waiting for at most %g s (timeout=)",
+                self._where,
                 self.rank,
                 self.warn_after_seconds,
                 what,
-                _named_late("ranks that have not arrived", late, of=len(self.ranks)),
+                named_late("ranks that have not arrived", late, of=len(self.ranks)),
                 self.timeout_seconds,
             )
 
@@ -355,28 +341,19 @@ class Agreement:
 
     def _raise_peer_error(self, outcome: dict[str, Any]) -> None:
         if "error" in outcome:
-            raise PeerError(
-                f"{self._call}, phase {self._phase!r}: rank {outcome['rank']} on {outcome['host']} failed first: "
-                f"{outcome['error']}"
-            )
+            raise peer_error(self._where, outcome)
 
     def _raise_mismatch(self, reference: int, differing: list[int], same: Comparable) -> None:
-        base = f"{self._prefix}/{self._phase}/details"
-        if self.rank in (reference, differing[0]):
-            self._store.set(f"{base}/{self.rank}", same.details())
-        key_of_rank = {rank: f"{base}/{rank}" for rank in (reference, differing[0])}
+        all_keys = self._keys.of_ranks(self._phase, "details")
+        key_of_rank = {rank: all_keys[rank] for rank in (reference, differing[0])}
+        if self.rank in key_of_rank:
+            self._store.set(key_of_rank[self.rank], same.details())
         keys = list(key_of_rank.values())
         self._wait(keys, what="the other ranks' details", key_of_rank=key_of_rank)
         expected, got = self._store.get(keys)
-        ranks = ", ".join(map(str, differing))
-        raise RankMismatchError(
-            f"{self._call}, phase {self._phase!r}: {same.what} on rank {ranks} is not that of rank {reference}: "
-            f"{same.explain(expected, got)}. {same.remedy}"
+        raise mismatch_error(
+            self._where, same, reference=reference, differing=differing, expected=expected, got=got
         )
-
-
-def _named_late(what: str, late: Sequence[int], *, of: int) -> str:
-    return f"; {what}: {', '.join(map(str, late))} of {of}" if late else ""
 
 
 def ranks_of_group(group: dist.ProcessGroup | None) -> tuple[int, ...]:

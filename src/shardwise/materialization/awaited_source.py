@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from shardwise.checkpoint import Readable, Source
+import torch
+
+from shardwise.checkpoint import Readable, Run, Source
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.read import SECONDS_FOR_STARTED_READS, await_read
+from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call, on_thread
 from shardwise.materialization.reader_threads import ReaderThreads
-from shardwise.materialization.sight import is_in_memory
 
 
 class AwaitedSource:
@@ -19,12 +20,14 @@ class AwaitedSource:
 
     Args:
         source: Open.
+        name: Of the source, for messages.
         threads: On which it is read.
         agreement: Of the call.
     """
 
-    def __init__(self, source: Source, *, threads: ReaderThreads, agreement: Agreement) -> None:
+    def __init__(self, source: Readable, *, name: str, threads: ReaderThreads, agreement: Agreement) -> None:
         self._source = source
+        self._name = name
         self._threads = threads
         self._agreement = agreement
 
@@ -33,34 +36,66 @@ class AwaitedSource:
         """As the source has them."""
         return self._source.tensors
 
+    def begin(self, file: str, offset: int, into: memoryview) -> Callable[[], None]:
+        """Begin to read as `Source.read_into` does.
+
+        Returns:
+            Waits for the read, and raises as `await_call`.
+        """
+        future = self._threads.submit(self._source.read_into, file, offset, into)
+        what = f"{self._name}, {file}: reading {len(into):,} bytes at byte {offset:,}"
+        return lambda: await_call(future, self._agreement, Doing(what))
+
     def read_into(self, file: str, offset: int, into: memoryview) -> None:
         """Read as `Source.read_into` does.
 
         Raises:
-            As `await_read`.
+            As `await_call`.
         """
-        future = self._threads.submit(self._source.read_into, file, offset, into)
-        what = f"{self._source.name}, {file}: reading {len(into):,} bytes at byte {offset:,}"
-        await_read(future, self._agreement, what=what)
+        self.begin(file, offset, into)()
 
 
 @contextmanager
-def awaited(source: Source, agreement: Agreement) -> Iterator[Readable]:
-    """Bound the reads of a source in the body; what lies in memory needs none.
+def awaited(source: Readable, agreement: Agreement, *, name: str) -> Iterator[AwaitedSource]:
+    """Bound the reads of a source in the body.
 
     Args:
         source: Open.
         agreement: Of the call.
+        name: Of the source, for messages.
     """
-    if is_in_memory(source):
-        yield source
-        return
-    threads = ReaderThreads(1)
-    seconds = SECONDS_FOR_STARTED_READS
+    threads, seconds = ReaderThreads(1, name="shardwise-read"), SECONDS_FOR_STARTED_CALLS
     try:
-        yield AwaitedSource(source, threads=threads, agreement=agreement)
+        yield AwaitedSource(source, name=name, threads=threads, agreement=agreement)
     except StalledReadError:
         seconds = 0.0  # the others wait to be told
         raise
     finally:
         threads.close(within_seconds=seconds)
+
+
+def mapped(source: Source, runs: Sequence[Run], agreement: Agreement) -> list[torch.Tensor | None]:
+    """Map runs of one file as `Source.mapped` does.
+
+    Raises:
+        CheckpointError: The file cannot be opened, or has changed.
+        PeerError: Another rank failed.
+        StalledReadError: The file system does not answer.
+    """
+    what = f"{source.name}, {runs[0].file}: opening it to map it"
+    return on_thread(lambda _: source.mapped(runs), agreement, what=what)
+
+
+def require_unchanged(source: Source, agreement: Agreement) -> None:
+    """Raise unless every file of a source that is open is still what it was.
+
+    Raises:
+        ChangedFileError: A file is another one, or has other bytes.
+        PeerError: Another rank failed.
+        StalledReadError: The file system does not answer.
+    """
+    on_thread(
+        lambda _: source.require_unchanged(),
+        agreement,
+        what=f"{source.name}: looking whether its files have changed",
+    )

@@ -267,6 +267,7 @@ def permitted(
     *,
     name: str,
     optional: Collection[str] = (),
+    unexpected: Sequence[str] = (),
 ) -> frozenset[str]:
     """Return what may be absent from a checkpoint.
 
@@ -275,6 +276,7 @@ def permitted(
         missing: `"error"`, `"init"`, or patterns of names.
         name: Of the checkpoint, for the message.
         optional: Fqns that may be absent whatever `missing` says.
+        unexpected: Names that the checkpoint holds and nothing in the model takes, for the message.
 
     Returns:
         All of `absent`.
@@ -294,9 +296,18 @@ def permitted(
         raise CheckpointError(
             f"{name}: expected a value for every parameter, got none for {listed(refused)}. If these are new, for "
             "example a head, pass missing='init' or a list of name patterns; if not, the checkpoint is incomplete or "
-            "belongs to another class."
+            "belongs to another class." + _renaming_remedy(unexpected)
         )
     return frozenset(absent)
+
+
+def _renaming_remedy(unexpected: Sequence[str]) -> str:
+    if not unexpected:
+        return ""
+    return (
+        f" It holds {listed(unexpected)}, which the model does not take: where these are the same tensors under other names, "
+        "shardwise.materialize takes rename=."
+    )
 
 
 def listed(names: Sequence[str]) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchError
-from shardwise.materialization.agreement import Comparable
 from shardwise.materialization.binding import listed
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_digests, digest_of
 from shardwise.materialization.rerun import make_again
 from shardwise.materialization.rules import buffer_rules
@@ -64,7 +64,7 @@ def fill_buffers(
         raise LeftOnMetaError(
             f"expected values for every buffer, got none for {listed([e.fqn for e in left])}: they are on meta, no checkpoint holds them, "
             "and their module does not make them again. Pass buffers= (values by name, or a function), give the module a "
-            "reset_buffers method, or build the model off meta."
+            "reset_buffers method, or build buffers off meta, as accelerate.init_empty_weights does, which transformers 4.57 needs."
         )
     filled = tuple(entry.fqn for entry in entries if id(entry.tensor) in values)
     _put(model, values, device)

@@ -33,6 +33,12 @@ class CallStore:
             else torch._C._distributed_c10d.HashStore()
         )
 
+    @property
+    def host_address(self) -> tuple[str, int] | None:
+        """Name and port under which the store is reached; None where it is not reached over the network."""
+        store = self._tcp_store
+        return (store.host, store.port) if store is not None else None
+
     def set(self, key: str, value: str) -> None:
         """Set a key."""
         with self._connected():
@@ -90,10 +96,14 @@ class CallStore:
             or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         ):
             return False
+        return self._tcp_store is not None
+
+    @property
+    def _tcp_store(self) -> Any:
         store = self._store
         while hasattr(store, "underlying_store"):
             store = store.underlying_store
-        return isinstance(store, torch._C._distributed_c10d.TCPStore)
+        return store if isinstance(store, torch._C._distributed_c10d.TCPStore) else None
 
     @contextmanager
     def _connected(self) -> Iterator[None]:

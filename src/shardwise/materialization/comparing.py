@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from shardwise.materialization.agreement import Comparable
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.structure import Structure, structure_difference
 
 _MOST_LINES = 5

@@ -16,6 +16,8 @@ import torch
 from shardwise.checkpoint import Readable, StateDictSource, StoredTensor
 from shardwise.conversion import WholeGroup
 from shardwise.errors import CheckpointError, ShapeMismatchError
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_source import awaited
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.freed import give_back_freed
@@ -126,6 +128,7 @@ def convert(
     *,
     place: Mapping[str, torch.Tensor],
     plane: DataPlane | None,
+    agreement: Agreement,
     done: Callable[[int], None],
 ) -> None:
     """Carry out all steps.
@@ -135,6 +138,7 @@ def convert(
         source: Open.
         place: This rank's shards by fqn.
         plane: Carries the results; None where there is one rank.
+        agreement: Of the call.
         done: Told the bytes of each source read.
 
     Raises:
@@ -143,10 +147,9 @@ def convert(
     """
     for step in steps:
         results = _results(step, source, done) if step.whole is not None else {}
-        Exchange(
-            step.exchange, source=StateDictSource(results), targets=place, plane=plane, done=lambda _: None
-        ).run()
-        del results  # else they would live on while the next step reads its sources
+        with awaited(StateDictSource(results), agreement, name="what a conversion has made") as made:
+            Exchange(step.exchange, source=made, targets=place, plane=plane, done=lambda _: None).run()
+        del results, made  # else they would live on while the next step reads its sources
         give_back_freed()
 
 

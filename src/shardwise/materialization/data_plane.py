@@ -20,7 +20,7 @@ from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.own_group import make_group
 from shardwise.materialization.patience import Patience
 
-_SECONDS_FOR_THE_CAUSE = 2.0
+_SECONDS_FOR_THE_CAUSE = 3.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
 
@@ -41,14 +41,6 @@ class DataPlane:
     def close(self) -> None:
         """Let go of the group; the plane is of no use afterwards."""
         del self.group
-
-    def check(self) -> None:
-        """Raise if another rank has failed.
-
-        Raises:
-            PeerError: With its error.
-        """
-        self._agreement.check()
 
     def connect(self) -> None:
         """Make the connections that some backends leave to the first collective, where a rank that is late blocks the others."""
@@ -119,16 +111,11 @@ class DataPlane:
         try:
             work.wait()
         except RuntimeError as error:
-            # A rank that failed closes its connections a moment before it says why; a killed one cannot say it.
-            silent = self._agreement.silent_ranks(within_seconds=_SECONDS_FOR_THE_CAUSE)
-            named = (
-                f" (no answer from {', '.join(map(str, silent))} of {len(self._agreement.ranks)})"
-                if silent
-                else ""
-            )
+            # A rank that failed closes its connections a moment before it says why; of a killed one the rank next to it says so.
+            self._agreement.hear(within_seconds=_SECONDS_FOR_THE_CAUSE)
             raise RankError(
-                f"rank {self._agreement.rank}: {what} broke off: {error}. A rank has ended or lost its connection{named}: "
-                "look for the first error in the ranks' logs, and for the kernel's out-of-memory killer."
+                f"rank {self._agreement.rank}: {what} broke off: {error}. A rank has ended or lost its connection: look for the "
+                "first error in the ranks' logs, and for the kernel's out-of-memory killer."
             ) from error
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from shardwise.checkpoint import Readable
+from shardwise.materialization.awaited_source import AwaitedSource
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.placing import elements_in, packed_in, place_in
 from shardwise.materialization.read_ahead import GrowingBuffer, ReadAhead
@@ -28,7 +28,7 @@ class Exchange:
         self,
         plan: ExchangePlan,
         *,
-        source: Readable,
+        source: AwaitedSource,
         targets: Mapping[str, torch.Tensor],
         plane: DataPlane | None,
         done: Callable[[int], None],
@@ -54,16 +54,12 @@ class Exchange:
             PeerError: Another rank failed.
         """
         nothing = torch.empty(0, dtype=torch.uint8)
-        with ReadAhead(
-            list(self._plan.extents()),
-            source=self._source,
-            pinned=self._pinned,
-            check=self._plane.check if self._plane is not None else _alone,
-            done=self._done,
-        ) as ahead:
-            for number, turn in enumerate(self._plan.rounds(), start=1):
-                content = ahead.content_of(turn.read) if turn.read is not None else nothing
-                self._run_round(turn, content, what=f"round {number} of {len(self._plan)} of the exchange")
+        ahead = ReadAhead(
+            list(self._plan.extents()), source=self._source, pinned=self._pinned, done=self._done
+        )
+        for number, turn in enumerate(self._plan.rounds(), start=1):
+            content = ahead.content_of(turn.read) if turn.read is not None else nothing
+            self._run_round(turn, content, what=f"round {number} of {len(self._plan)} of the exchange")
 
     def _run_round(self, turn: Round, content: torch.Tensor, *, what: str) -> None:
         receive = self._receive.first(sum(turn.receive_bytes))
@@ -105,7 +101,3 @@ class Exchange:
     def _place(self, transfer: Transfer, elements: torch.Tensor) -> None:
         with torch.no_grad():
             place_in(self._targets[transfer.fqn], transfer.piece).copy_(elements)
-
-
-def _alone() -> None:
-    """No other rank can fail."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from shardwise.checkpoint import Run
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.awaited_source import awaited
+from shardwise.materialization.awaited_source import awaited, mapped, require_unchanged
 from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
@@ -50,7 +50,7 @@ def allocate(
     device: torch.device,
     staging_bytes: int,
     dtype_of: Mapping[str, torch.dtype],
-    rank: int,
+    agreement: Agreement,
 ) -> tuple[list[SourcePlan], dict[str, torch.Tensor]]:
     """Give every meta parameter storage: pages of the file where the plan says so, else memory.
 
@@ -60,37 +60,47 @@ def allocate(
         device: Of parameters outside of FSDP2.
         staging_bytes: Bound of the staging buffers.
         dtype_of: In which each shard is kept, by fqn; also of parameters that no plan has.
-        rank: This one, global.
+        agreement: Of the call.
 
     Returns:
         The plans, in which what could not be mapped after all is read, and this rank's shards by fqn.
+
+    Raises:
+        CheckpointError: A file cannot be opened, or has changed.
+        OutOfMemoryError: There is no memory for the shards.
+        PeerError: Another rank failed.
+        StalledReadError: A file system does not answer.
     """
     pages: dict[str, torch.Tensor] = {}
     final: list[SourcePlan] = []
     for plan in plans:
         unmapped: set[str] = set()
-        for item, found in zip(plan.direct.mapped, _map(plan, dtype_of), strict=True):
+        for item, found in zip(plan.direct.mapped, _map(plan, dtype_of, agreement), strict=True):
             if found is None:
                 unmapped.add(item.fqn)
             else:
                 pages[item.fqn] = found
         final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
     planned = {fqn for plan in plans for fqn in plan.fqns}
-    with naming_out_of_memory("the shards", device=device, rank=rank):
+    with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
         allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
         allocate_buffers(model, planned, device)
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
-def _map(plan: SourcePlan, dtypes: Mapping[str, torch.dtype]) -> list[torch.Tensor | None]:
-    items = plan.direct.mapped
-    if not items:
-        return []
-    of_items = [
+def _map(
+    plan: SourcePlan, dtypes: Mapping[str, torch.dtype], agreement: Agreement
+) -> list[torch.Tensor | None]:
+    runs = [
         Run(file=i.file, start=i.start, dtype=dtypes[i.fqn], numel=i.nbytes // dtypes[i.fqn].itemsize)
-        for i in items
+        for i in plan.direct.mapped
     ]
-    return plan.source.mapped(of_items)  # at once: pages of two calls are never the same
+    of_file: dict[str, list[Run]] = {}
+    for run in runs:
+        of_file.setdefault(run.file, []).append(run)
+    # Each file at once: pages of two calls are never the same.
+    found = {file: iter(mapped(plan.source, of, agreement)) for file, of in of_file.items()}
+    return [next(found[run.file]) for run in runs]
 
 
 def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:
@@ -171,14 +181,14 @@ def execute(
             ring.drain()
             del ring
         for plan in plans:
-            with awaited(plan.source, agreement) as source:
+            with awaited(plan.source, agreement, name=plan.source.name) as source:
                 with phase("exchange"):
                     for each in plan.exchanges:
                         plane = planes.get(each.ranks)
                         Exchange(each, source=source, targets=targets, plane=plane, done=done).run()
                 with phase("convert"):
                     plane = planes.get(plan.converters)
-                    convert(plan.steps, source, place=targets, plane=plane, done=done)
+                    convert(plan.steps, source, place=targets, plane=plane, agreement=agreement, done=done)
             with phase("compare replicas"):
                 for ranks, fqns in plan.replicated.items():
                     if ranks in planes:
@@ -186,7 +196,7 @@ def execute(
                             fqns, targets, ranks=ranks, rank=agreement.rank, plane=planes[ranks]
                         )
     for plan in plans:
-        plan.source.require_unchanged()
+        require_unchanged(plan.source, agreement)
     return Loaded(
         storage_bytes=sum(plan.storage_bytes for plan in plans),
         network_bytes=sum(plan.network_bytes for plan in plans),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +24,6 @@ from shardwise.materialization.arguments import (
 )
 from shardwise.materialization.binding import (
     Binding,
-    Bound,
     Rename,
     bind,
     check_bound,
@@ -34,21 +31,15 @@ from shardwise.materialization.binding import (
     nothing_bound,
     permitted,
 )
-from shardwise.materialization.buffers import Buffers, equal_buffers, fill_buffers
+from shardwise.materialization.buffers import Buffers
 from shardwise.materialization.collector import resting_collector
-from shardwise.materialization.comparing import comparable_lines, comparable_structure
+from shardwise.materialization.comparing import comparable_structure
+from shardwise.materialization.cpu_storage import CpuStorage, checked_cpu_storage
 from shardwise.materialization.device import device_of_model
-from shardwise.materialization.dtypes import kept_dtypes
-from shardwise.materialization.given_buffers import GivenBuffers
-from shardwise.materialization.initialise import initialise, refuse_uninitialisable
-from shardwise.materialization.layouts import agreed_layouts
-from shardwise.materialization.load import Loaded, allocate, execute
-from shardwise.materialization.meta import refuse_meta
+from shardwise.materialization.from_files import FillOptions, fill_from_files
 from shardwise.materialization.open_source import Checkpoint, open_source
-from shardwise.materialization.progress import JobProgress, shown_by_default
+from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
-from shardwise.materialization.sight import agreed_sights
-from shardwise.materialization.source_plan import CpuStorage, checked_cpu_storage, plan_sources, wanted_of
 from shardwise.materialization.staging import default_staging_bytes
 from shardwise.materialization.storage import reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
@@ -56,54 +47,10 @@ from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.plan import ROUTES
-from shardwise.profiling import LoadReport, phase, profile_memory
+from shardwise.profiling import LoadReport, profile_memory
 from shardwise.tensors import floating_dtype
 
 _log = logging.getLogger("shardwise")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FillOptions:
-    """How values come into a model.
-
-    Args:
-        device: Of the mesh, or of a model without one.
-        staging_bytes: Bound of the staging buffers, in bytes.
-        cpu_storage: Whether shards in host memory may be pages of the file.
-        dtype: In which floating point shards are kept, as `kept_dtypes` takes it.
-        buffers: Values of buffers that no checkpoint holds.
-        route: One of `shardwise.plan.ROUTES`.
-        show_progress: On this rank; the first rank's counts.
-    """
-
-    device: torch.device
-    staging_bytes: int
-    cpu_storage: CpuStorage
-    dtype: torch.dtype | str | None
-    buffers: Buffers
-    route: str
-    show_progress: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilledFromFiles:
-    """What a fill did.
-
-    Args:
-        loaded: On this rank.
-        predicted: For the job.
-        origins: Of the tensors that it gave values, by fqn.
-        converted: Fqns of those that a conversion of whole tensors made.
-        route: That the values took; `"none"` where there were none to read.
-        reason: Why it was that one.
-    """
-
-    loaded: Loaded
-    predicted: dict[str, int]
-    origins: dict[str, str]
-    converted: tuple[str, ...]
-    route: str
-    reason: str
 
 
 def materialize(
@@ -217,7 +164,9 @@ def materialize(
                 binding = _bind(model, entries, source, rename, conversions, dtype)
             name = source.name if source is not None else type(model).__name__
             allowed = "init" if source is None else missing
-            absent = permitted(binding.absent, allowed, name=name, optional=binding.optional)
+            absent = permitted(
+                binding.absent, allowed, name=name, optional=binding.optional, unexpected=binding.unexpected
+            )
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
         compared_bytes = 0
@@ -259,141 +208,6 @@ def materialize(
             converted=filled.converted,
             dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
         )
-
-
-def fill_from_files(
-    model: nn.Module,
-    bound: Mapping[str, Bound],
-    absent: frozenset[str],
-    options: FillOptions,
-    *,
-    agreement: Agreement,
-) -> FilledFromFiles:
-    """Allocate what is on meta, read what is bound, initialise what is absent, restore buffers.
-
-    Args:
-        model: Sharded or not; equal in structure on all ranks.
-        bound: Where values are, by fqn.
-        absent: Fqns to initialise; of those that are bound too, what the source has is read over it.
-        options: Equal on all ranks but for the device's index and `show_progress`.
-        agreement: Of the call.
-
-    Returns:
-        What it did cost.
-
-    Raises:
-        CheckpointError: A file cannot be read, or has changed.
-        LeftOnMetaError: Something has no values.
-        RankError: Ranks differ, or one failed.
-    """
-    ranks, rank = agreement.ranks, agreement.rank
-    with agreement.phase("compare plans") as compare:
-        entries = entries_of(model)
-        refuse_unswappable(entries)
-        refuse_uninitialisable(model, absent)
-        dtype_of = kept_dtypes(entries, bound, options.dtype)
-        with resting_collector():
-            wanted = wanted_of(
-                model,
-                entries,
-                bound,
-                partial=absent & bound.keys(),
-                layouts=agreed_layouts(entries, agreement=agreement),
-                device=options.device,
-                cpu_storage=options.cpu_storage,
-                dtype_of=dtype_of,
-            )
-            compare.same = comparable_lines(
-                "what is to be read",
-                [
-                    *(line for each in wanted for line in each.lines()),
-                    *(f"{fqn}: initialised" for fqn in sorted(absent)),
-                ],
-                remedy="Pass the same checkpoint, rename, conversions and missing on every rank.",
-            )
-    with agreement.phase("plan") as plan:
-        sights = agreed_sights([each.source for each in wanted], agreement, key="sight")
-        with resting_collector():
-            plans = plan_sources(
-                wanted,
-                sights=sights,
-                route=options.route,
-                rank=rank,
-                device=options.device,
-                staging_bytes=options.staging_bytes,
-                cpu_storage=options.cpu_storage,
-            )
-        if rank == ranks[0]:
-            for each, sight in zip(plans, sights, strict=True):
-                # A rank that does not see the files may have been given another path by mistake.
-                level = logging.WARNING if sight.blind and not sight.in_memory else logging.INFO
-                _log.log(
-                    level, "%s: route %s, because %s", each.source.name, each.route.name, each.route.reason
-                )
-        storage_bytes = sum(each.storage_bytes for each in plans)
-        network_bytes = sum(each.network_bytes for each in plans)
-        moved_bytes = sum(each.moved_bytes for each in plans)
-        own = {
-            "storage": storage_bytes,
-            "network": network_bytes,
-            "whole tensors": max((each.whole_tensor_bytes for each in plans), default=0),
-            "moved": moved_bytes,
-            "shown": options.show_progress,
-        }
-        planned = [json.loads(text) for text in agreement.gather("planned", json.dumps(own))]
-        kept = {e.fqn for e in entries_of(model, roles=("buffer",)) if not e.tensor.is_meta}
-        given = GivenBuffers(options.buffers)
-        with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
-            filled_buffers = fill_buffers(model, given.buffers, bound=bound.keys(), device=options.device)
-        # What a buffer with storage holds is this rank's own affair: a counter of its steps may differ.
-        plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
-    with agreement.phase("allocate"), resting_collector():
-        plans, targets = allocate(
-            model,
-            plans,
-            device=options.device,
-            staging_bytes=options.staging_bytes,
-            dtype_of=dtype_of,
-            rank=rank,
-        )
-    initialised: tuple[str, ...] = ()
-    if absent:
-        with agreement.phase("initialise"):
-            own_seed = json.dumps(torch.initial_seed()) if rank == ranks[0] else None
-            seed = json.loads(agreement.publish("seed", own_seed))
-            initialised = initialise(model, absent, ranks=ranks, rank=rank, seed=seed, step=agreement.step)
-    progress = JobProgress(
-        agreement,
-        own_bytes=moved_bytes,
-        job_bytes=sum(of_rank["moved"] for of_rank in planned),
-        show=planned[0]["shown"],
-    )
-    with progress, agreement.phase("read"):
-        loaded = execute(
-            plans,
-            targets,
-            device=options.device,
-            staging_bytes=options.staging_bytes,
-            agreement=agreement,
-            done=progress.add,
-        )
-        del targets
-        refuse_meta(model)
-    predicted = {
-        "storage_bytes": sum(of_rank["storage"] for of_rank in planned),
-        "network_bytes": sum(of_rank["network"] for of_rank in planned),
-        "whole_tensor_bytes": max(of_rank["whole tensors"] for of_rank in planned),
-    }
-    origins = dict.fromkeys(initialised, "initialised") | dict.fromkeys(bound, "checkpoint")
-    origins |= dict.fromkeys(absent & bound.keys(), "derived")  # its further rows are new
-    return FilledFromFiles(
-        loaded=loaded,
-        predicted=predicted,
-        origins=origins | dict.fromkeys(filled_buffers, "recomputed"),
-        converted=tuple(tensor.fqn for each in plans for tensor in each.wanted.converted),
-        route=" + ".join(dict.fromkeys(each.route.name for each in plans)) or "none",
-        reason="; ".join(dict.fromkeys(each.route.reason for each in plans)) or "nothing was to be read",
-    )
 
 
 def _check_route(route: str) -> None:

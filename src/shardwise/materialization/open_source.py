@@ -26,9 +26,11 @@ from shardwise.checkpoint import (
     read_text,
     snapshot_revision,
 )
-from shardwise.errors import CheckpointError, ConfigurationError
-from shardwise.materialization.agreement import Agreement, Comparable
+from shardwise.errors import CheckpointError, ConfigurationError, StalledReadError
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_call import Doing, on_thread
 from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_lines
 from shardwise.materialization.packed_text import packed, unpacked
 from shardwise.profiling import own_node, phase
@@ -130,7 +132,14 @@ def open_source(
         directory = path if path.is_dir() else path.parent
     if place.some_are_blind and configs_into is not None:
         with agreement.phase("configuration"):
-            own = _configs_of(directory) if is_reader and directory is not None else None
+            own = None
+            if is_reader and directory is not None:
+                folder: Path = directory
+                own = on_thread(
+                    lambda _: _configs_of(folder),
+                    agreement,
+                    what=f"{place.name}: reading its configuration",
+                )
             text = agreement.publish("configuration", own)
             if directory is None:
                 directory = configs_into
@@ -138,7 +147,11 @@ def open_source(
                     (directory / name).write_text(content, encoding="utf-8")
     if place.is_pickle:
         with agreement.phase("read pickle"):
-            tensors = load_pickle(path) if is_reader and path is not None else None
+            tensors = None
+            if is_reader and path is not None:
+                tensors = on_thread(
+                    lambda _: load_pickle(path), agreement, what=f"{place.name}: reading a pickle file"
+                )
         source = _of_reader(tensors, agreement, name=place.name)
     else:
         source = _safetensors(place, path, agreement, direct_io=direct_io)
@@ -179,7 +192,13 @@ def _found_by_ranks(
         failure: CheckpointError | None = None
         location = None
         try:
-            location = locate(checkpoint, revision=revision, access=access)
+            location = on_thread(
+                lambda _: locate(checkpoint, revision=revision, access=access),
+                agreement,
+                what=f"{os.fspath(checkpoint)}: looking for it",
+            )
+        except StalledReadError:
+            raise  # a rank whose mount hangs is none that does not see the files
         except CheckpointError as error:
             failure = error
         own_path = location.path if location is not None else None
@@ -215,17 +234,40 @@ def _safetensors(place: _Place, path: Path | None, agreement: Agreement, *, dire
         source = None
         if agreement.rank == place.reader and path is not None:
             with phase("parse headers"), resting_collector():
-                source = SafetensorsSource.open(path, name=place.name, direct_io=direct_io)
+                source = _parsed(place, path, agreement, direct_io=direct_io)
         text = agreement.publish("headers", packed(source.describe()) if source is not None else None)
         if source is not None:
             return source
         if path is None:
             described = SafetensorsSource.from_description(unpacked(text), Path())
             return RemoteSource(described.name, described.tensors, in_memory=False)
-        source = SafetensorsSource.from_description(unpacked(text), path, direct_io=direct_io)
+        return _described(place, path, agreement, unpacked(text), direct_io=direct_io)
+
+
+def _parsed(place: _Place, path: Path, agreement: Agreement, *, direct_io: bool) -> SafetensorsSource:
+    def parse(doing: Doing) -> SafetensorsSource:
+        return SafetensorsSource.open(
+            path,
+            name=place.name,
+            direct_io=direct_io,
+            announce=lambda file: doing.begin(f"{place.name}, {file}: reading its header"),
+        )
+
+    return on_thread(parse, agreement, what=f"{place.name}: looking for its files")
+
+
+def _described(
+    place: _Place, path: Path, agreement: Agreement, text: str, *, direct_io: bool
+) -> SafetensorsSource:
+    def describe(doing: Doing) -> SafetensorsSource:
+        source = SafetensorsSource.from_description(text, path, direct_io=direct_io)
         if place.checks:
-            source.require_as_described()
+            source.require_as_described(
+                announce=lambda file: doing.begin(f"{place.name}, {file}: reading its header")
+            )
         return source
+
+    return on_thread(describe, agreement, what=f"{place.name}: looking for its files")
 
 
 def _configs_of(directory: Path) -> str:

@@ -80,8 +80,6 @@ def needs_base_values(config: Any) -> str | None:
     """
     if getattr(config, "use_dora", False):
         return _MAGNITUDE
-    if getattr(config, "trainable_token_indices", None):
-        return _TOKENS
     how = getattr(config, "init_lora_weights", True)
     return None if _is_random(how) else f"an adapter with init_lora_weights={how!r}"
 
@@ -94,8 +92,9 @@ def _start_of(around: Sequence[nn.Module], of_layer: str, kind: str, adapter: st
     config: Any = next((found[adapter] for found in configs if found and adapter in found), None)
     if kind == "trainable_tokens_delta":
         raise ConfigurationError(
-            f"{fqn}: expected an adapter that starts from random numbers, got {_TOKENS}, and the values of this model are read at "
-            "the wrap. Load it with load_pretrained(defer=False), or train all rows: modules_to_save=['embed_tokens']."
+            f"{fqn}: expected an adapter that starts from random numbers or from stored rows, got {_TOKENS}, of which no checkpoint "
+            "is at hand. Load the model with load_pretrained, and embeddings that are resized with load_pretrained(defer=False); or "
+            "train all rows: modules_to_save=['embed_tokens']."
         )
     is_lora = getattr(type(layer), "reset_lora_parameters", None) is LoraLayer.reset_lora_parameters
     if not is_lora or config is None:

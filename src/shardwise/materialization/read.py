@@ -2,78 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
 import torch
 
 from shardwise.checkpoint import Source, read_scattered
 from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call
 from shardwise.materialization.placing import as_memory, elements_in, place_in
 from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
 from shardwise.plan import Fragment, Read, ReadPlan
 
-_log = logging.getLogger("shardwise")
 _MOST_THREADS = 8
 _MOST_BYTES = 16 * 2**20
 """Of one request: enough for any disk, little enough for several threads to share the work."""
-_LOOKS = 20
-"""In the time that a read may take, at others' failures."""
-_LONGEST_PAUSE_SECONDS = 0.25
-_PART_OF_TIMEOUT = 0.75
-"""That one read may take: its rank names the file before the others, who wait for it, give up at the timeout."""
-SECONDS_FOR_STARTED_READS = 2.0
-"""After a failure: reads that have started write into shards and buffers, and had better end before these go."""
 
 
 def read_threads() -> int:
     """Return how many reads are in flight: enough to keep a disk busy, few on a small machine."""
     return min(_MOST_THREADS, 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-
-
-def await_read(future: Future[None], agreement: Agreement, *, what: str) -> None:
-    """Wait until a read on a thread returns, another rank fails, or it is overdue.
-
-    Args:
-        future: Of the read.
-        agreement: Of the call.
-        what: Is read, for messages.
-
-    Raises:
-        CheckpointError: The read failed.
-        PeerError: Another rank failed.
-        StalledReadError: It has not returned within three quarters of the call's timeout.
-    """
-    started = time.monotonic()
-    longest = _PART_OF_TIMEOUT * agreement.timeout_seconds
-    warn_after = min(agreement.warn_after_seconds, longest / 2)
-    has_warned = False
-    while not wait([future], timeout=min(_LONGEST_PAUSE_SECONDS, longest / _LOOKS)).done:
-        agreement.check()
-        waited = time.monotonic() - started
-        if waited > longest:
-            raise StalledReadError(
-                f"{what} has not returned for {longest:g} s on rank {agreement.rank} ({socket.gethostname()}). "
-                f"Check the disk or the mount there, or pass a longer timeout than {agreement.timeout_seconds:g} s."
-            )
-        if waited > warn_after and not has_warned:
-            has_warned = True
-            _log.warning(
-                "%s has not returned for %.3g s on rank %d (%s); it goes on waiting for at most %g s (timeout=)",
-                what,
-                waited,
-                agreement.rank,
-                socket.gethostname(),
-                longest,
-            )
-    future.result()
 
 
 class Reading:
@@ -118,9 +70,9 @@ class Reading:
         if not self._plan.reads:
             return
         count = read_threads()
-        threads = ReaderThreads(count)
+        threads = ReaderThreads(count, name="shardwise-read")
         in_flight: deque[_Request] = deque()
-        seconds = SECONDS_FOR_STARTED_READS
+        seconds = SECONDS_FOR_STARTED_CALLS
         try:
             for request in self._requests():
                 while len(in_flight) >= 2 * count or (request.is_staged and not self._ring.available):
@@ -155,7 +107,7 @@ class Reading:
 
     def _finish(self, request: _Request) -> None:
         what = f"{self._source.name}, {request.file}: reading {request.nbytes:,} bytes at byte {request.start_byte:,}"
-        await_read(request.future, self._agreement, what=what)
+        await_call(request.future, self._agreement, Doing(what))
         if request.buffer is not None:
             for read in request.reads:
                 for fragment in read.fragments:

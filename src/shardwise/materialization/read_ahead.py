@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Self
 
 import torch
 
-from shardwise.checkpoint import Readable
+from shardwise.materialization.awaited_source import AwaitedSource
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import Extent, Slice
-
-_POLL_SECONDS = 0.25
 
 
 class ReadAhead:
@@ -20,9 +16,8 @@ class ReadAhead:
 
     Args:
         extents: In the order in which their slices are wanted.
-        source: Open.
+        source: Open; waits for reads that have begun when it is left.
         pinned: Whether the buffers lie in pinned host memory.
-        check: Called while a read is awaited; raises if another rank has failed.
         done: Told the bytes of each extent read.
     """
 
@@ -30,31 +25,20 @@ class ReadAhead:
         self,
         extents: Sequence[Extent],
         *,
-        source: Readable,
+        source: AwaitedSource,
         pinned: bool,
-        check: Callable[[], None],
         done: Callable[[int], None],
     ) -> None:
         self._extents: Iterator[Extent] = iter(extents)
         self._source = source
-        self._check = check
         self._done = done
         longest_bytes = max((extent.nbytes for extent in extents), default=0)
         self._buffers = [
             GrowingBuffer(torch.device("cpu"), pinned=pinned, expected_bytes=longest_bytes) for _ in range(2)
         ]
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shardwise-read")
-        self._next: tuple[Extent, torch.Tensor, Future[None]] | None = None
+        self._next: tuple[Extent, torch.Tensor, Callable[[], None]] | None = None
         self._current: tuple[Extent, torch.Tensor] | None = None
-
-    def __enter__(self) -> Self:
-        """Start the first read."""
         self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait for a read that is in progress: it writes into a buffer, which must not go before."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def content_of(self, read: Slice) -> torch.Tensor:
         """Return the bytes of a slice; they are valid until the next call.
@@ -62,6 +46,7 @@ class ReadAhead:
         Raises:
             CheckpointError: The read failed.
             PeerError: Another rank failed.
+            StalledReadError: The read hangs.
         """
         if self._current is None or not _holds(self._current[0], read):
             self._advance()
@@ -73,10 +58,8 @@ class ReadAhead:
     def _advance(self) -> None:
         if self._next is None:
             return
-        extent, content, future = self._next
-        while not wait([future], timeout=_POLL_SECONDS).done:
-            self._check()
-        future.result()
+        extent, content, await_read = self._next
+        await_read()
         self._done(extent.nbytes)
         self._current = extent, content
         self._start()
@@ -88,8 +71,7 @@ class ReadAhead:
             return
         self._buffers.reverse()  # the other one is in use
         content = self._buffers[0].first(extent.nbytes)
-        future = self._pool.submit(self._source.read_into, extent.file, extent.start, as_memory(content))
-        self._next = extent, content, future
+        self._next = extent, content, self._source.begin(extent.file, extent.start, as_memory(content))
 
 
 def _holds(extent: Extent, read: Slice) -> bool:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
-_Job = tuple[Future[None], Callable[..., None], tuple[Any, ...]]
+_Result = TypeVar("_Result")
+_Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class ReaderThreads:
@@ -20,19 +21,21 @@ class ReaderThreads:
 
     Args:
         count: Most threads.
+        name: Of the threads, before their number.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, name: str) -> None:
         self._count = count
+        self._name = name
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
 
-    def submit(self, function: Callable[..., None], *args: Any) -> Future[None]:
+    def submit(self, function: Callable[..., _Result], *args: Any) -> Future[_Result]:
         """Call a function on a thread."""
-        future: Future[None] = Future()
+        future: Future[_Result] = Future()
         self._jobs.put((future, function, args))
         if len(self._threads) < self._count:
-            name = f"shardwise-read-{len(self._threads)}"
+            name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -64,11 +67,12 @@ def _work(jobs: SimpleQueue[_Job | None]) -> None:
         future, function, args = job
         if future.set_running_or_notify_cancel():
             try:
-                function(*args)
+                result = function(*args)
             except BaseException as error:  # for whoever waits for the result
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                future.set_result(result)
+                del result
         del (
             job,
             future,

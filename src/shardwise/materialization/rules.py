@@ -64,21 +64,30 @@ def buffer_rules(model: nn.Module, fqn: str) -> list[Rule]:
         fqn: Of the module; empty for the model itself.
 
     Returns:
-        In the order of preference: `_init_weights` of the transformers model around it, its `reset_buffers`, its
-        `reset_parameters` if it has no parameters: otherwise it would make those; and `_init_weights` on the modules around
-        it, one by one: Falcon-H1's model makes a buffer of each of its layers.
+        In the order of preference: `_init_weights` of the transformers model around it, its `reset_buffers`, the
+        `reset_running_stats` of torch's norms, its `reset_parameters` if it has no parameters: otherwise it would make those;
+        `_init_weights` on the modules around it, one by one: Falcon-H1's model makes a buffer of each of its layers; and what
+        a rotary embedding of transformers 4.57 calls in its constructor alone.
     """
     around = _outwards(model, fqn)
     module = around[0]
     calls = _init_weights_calls(around)
     choices = [calls[:1]] if calls else []
-    names = ["reset_buffers"]
+    names = ["reset_buffers", "reset_running_stats"]
     if not any(True for _ in module.parameters(recurse=False)):
         names.append("reset_parameters")
     methods = (_method(module, name) for name in names)
     choices += [[method] for method in methods if method is not None]
     choices += [[call] for call in calls[1:]]
+    if _method(module, "rope_init_fn") is not None and hasattr(module, "config"):
+        choices.append([partial(_rotary_again, module)])
     return [Rule(owner=fqn, calls=calls) for calls in choices]
+
+
+def _rotary_again(module: Any) -> None:
+    # The scaling beside it is a number, which the constructor has computed on meta too.
+    inverse, _ = module.rope_init_fn(module.config, None)
+    module.inv_freq.copy_(inverse)
 
 
 def _outwards(model: nn.Module, fqn: str) -> list[nn.Module]:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from shardwise.materialization.convert import ConvertedTensor, plan_conversions, source_bytes_of
-from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
+from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
 from shardwise.materialization.staging import RING_BUFFERS, read_bytes_of
+from shardwise.materialization.wanted import Wanted
 from shardwise.plan import (
     JobCost,
     Route,

@@ -55,7 +55,7 @@ def require_equal_aliases(
             for number, (alias, stored) in enumerate(pairs)
             for start, stop in _pieces(alias.stored, stored, most_bytes)
         )
-        with awaited(source, agreement) as bounded:
+        with awaited(source, agreement, name=source.name) as bounded:
             for turn, (number, start, stop) in enumerate(pieces):
                 if readers[turn % len(readers)] != agreement.rank:
                     continue

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.checkpoint import Source
-from shardwise.errors import ConfigurationError
+from shardwise.errors import CheckpointError, ConfigurationError, LeftOnMetaError
 from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
-from shardwise.materialization.awaited_source import awaited
+from shardwise.materialization.awaited_source import awaited, require_unchanged
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.convert import (
@@ -32,11 +32,12 @@ from shardwise.materialization.open_source import Checkpoint, RemoteSource, open
 from shardwise.materialization.placing import place_in
 from shardwise.materialization.read import Reading
 from shardwise.materialization.sight import is_in_memory
-from shardwise.materialization.source_plan import EXCHANGE_BUFFERS, Wanted
+from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
 from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
 from shardwise.materialization.storage import local_of, reshard
-from shardwise.materialization.structure import Structure, entries_of
+from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
+from shardwise.materialization.wanted import Wanted
 from shardwise.plan import Fragment, WantedTensor, plan_reads
 
 
@@ -130,7 +131,8 @@ def verify_shards(
         What differs, the same on all ranks.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or a shape is not the model's.
+        CheckpointError: The checkpoint is damaged, holds none of the model's names, or a shape is not the model's.
+        LeftOnMetaError: The model has no values yet.
         RankError: A rank failed, or did not arrive.
     """
     ranks = ranks_of_group(group)
@@ -139,6 +141,7 @@ def verify_shards(
     )
     with agreement.phase("check") as check:
         reshard(model)
+        _refuse_meta(entries_of(model))
         devices = {local_of(e.tensor).device.type for e in entries_of(model) if e.role != "attribute"}
         staging = staging_bytes or default_staging_bytes("cpu" if devices <= {"cpu"} else "accelerator")
         check.same = comparable_structure(
@@ -157,6 +160,12 @@ def verify_shards(
         entries = entries_of(model)
         layouts = agreed_layouts(entries, agreement=agreement)
         binding = bind(model, entries, source, rename=rename, conversions=conversions)
+        if binding.absent and not binding.bound:
+            raise CheckpointError(
+                f"{source.name}: expected tensors of the model, of which it has {listed(binding.absent)}, got "
+                f"{listed(sorted(source.tensors))}: nothing would be compared. Pass rename= if the names differ, or the checkpoint "
+                "that belongs to the model."
+            )
         check_bound(entries, binding.bound)
         by_fqn = {e.fqn: e for e in entries if e.role != "attribute" and e.fqn in binding.bound}
         held = {fqn: binding.bound[fqn] for fqn in by_fqn}
@@ -232,8 +241,15 @@ def verify_shards(
             )
             for step in steps:
                 made = {fqn: torch.empty_like(targets[fqn]) for fqn in step.exchange.arriving}
-                with awaited(source, agreement) as bounded:
-                    convert([step], bounded, place=made, plane=plane, done=lambda _: None)
+                with awaited(source, agreement, name=source.name) as bounded:
+                    convert(
+                        [step],
+                        bounded,
+                        place=made,
+                        plane=plane,
+                        agreement=agreement,
+                        done=lambda _: None,
+                    )
                 for fqn, shard in made.items():
                     count, at = _differing(targets[fqn], shard)
                     if count:
@@ -242,7 +258,7 @@ def verify_shards(
             storage_bytes += sum(
                 source_bytes_of(step.whole, source) for step in steps if step.whole is not None
             )
-        source.require_unchanged()
+        require_unchanged(source, agreement)
         own = []
         for fqn, found in differing.items():
             first, _, name, file = min(found)
@@ -262,6 +278,14 @@ def verify_shards(
             for fqn, name, file, count, first in found
         ),
     )
+
+
+def _refuse_meta(entries: Sequence[Entry]) -> None:
+    empty = [entry.fqn for entry in entries if entry.role == "parameter" and entry.tensor.is_meta]
+    if empty:
+        raise LeftOnMetaError(
+            f"verify_shards: expected a model with values, got {listed(empty)} on meta. Call it after wrap_model or materialize."
+        )
 
 
 def _counted(number: int, one: str, several: str) -> str:

@@ -3,11 +3,12 @@
 from shardwise.plan.chosen import exchanged
 from shardwise.plan.classes import rank_classes
 from shardwise.plan.coverage import arriving_directly, require_covered
-from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange, slices_of
+from shardwise.plan.division import Division, JobDivision, Sharing, divide
+from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange
 from shardwise.plan.job_cost import JobCost, Staging, add_cost, cost_of_job
 from shardwise.plan.layout import Layout, Part
 from shardwise.plan.load_plan import Fragment, Read, ReadPlan, plan_reads
-from shardwise.plan.routes import ROUTES, Division, JobDivision, Route, Sharing, Sight, choose_route, divide
+from shardwise.plan.routes import ROUTES, Route, choose_route
 from shardwise.plan.scatter_plan import (
     BUCKETS_IN_FLIGHT,
     Bucket,
@@ -17,7 +18,9 @@ from shardwise.plan.scatter_plan import (
     ScatterPlan,
     plan_scatter,
 )
+from shardwise.plan.sight import Sight
 from shardwise.plan.slices import Extent, Slice, Slices
+from shardwise.plan.slicing import slices_of
 from shardwise.plan.wanted import Mapped, StoredPiece, WantedTensor, as_stored
 from shardwise.plan.write_plan import Write, WritePlan, dealt, dealt_layout, plan_writes, unwritten
 

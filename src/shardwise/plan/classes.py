@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardwise.plan.routes import Sight
+from shardwise.plan.sight import Sight
 from shardwise.plan.wanted import WantedTensor
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from shardwise.plan.exchange_plan import plan_exchange, slices_of
+from shardwise.plan.division import JobDivision, Sharing
+from shardwise.plan.exchange_plan import plan_exchange
 from shardwise.plan.load_plan import Read, plan_reads
-from shardwise.plan.routes import JobDivision, Sharing, Sight
+from shardwise.plan.sight import Sight
 from shardwise.plan.slices import Counts
+from shardwise.plan.slicing import slices_of
 from shardwise.plan.wanted import WantedTensor
 
 _FEW_RANKS = 16

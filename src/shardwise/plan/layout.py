@@ -229,14 +229,12 @@ class Layout:
         key = (piece, shape, rank)
         known = self._known_pieces.get(key)
         if known is None:
-            known = self._known_pieces[key] = tuple(self.cut_pieces(piece, shape, rank))
+            known = self._known_pieces[key] = tuple(
+                inside.moved(part.local.start) if any(part.local.start) else inside
+                for part in self.parts(shape, rank)
+                for inside in piece.within(part.region)
+            )
         return known
-
-    def cut_pieces(self, piece: Piece, shape: tuple[int, ...], rank: int) -> Iterator[Piece]:
-        """Yield the same as `local_pieces`, of a piece that will not be asked for again."""
-        for part in self.parts(shape, rank):
-            for inside in piece.within(part.region):
-                yield inside.moved(part.local.start) if any(part.local.start) else inside
 
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...] | None:
         """Return the shape of a global rank's shard, or None if it is not part of the mesh."""

@@ -195,7 +195,9 @@ class RoundLoad:
         """Return a bound of what a rank gets in each round of pieces that are no equal runs."""
         most = np.zeros(rounds, dtype=np.int64)
         for strips, layout, shape, piece in self._others:
-            those = np.flatnonzero(np.isin(strip, strips))
+            first = np.searchsorted(strip, strips)
+            count = np.searchsorted(strip, strips, side="right") - first
+            those = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(count.sum())
             start, stop = piece.source_start, piece.source_start + piece.source_span
             run = np.minimum(high[those], stop) - np.maximum(low[those], start)
             those, run = those[run > 0], run[run > 0]

@@ -2,7 +2,7 @@
 
 PEFT puts new parameters beside those of the base, on the base's device, which is meta. Their first values follow PEFT's own
 rules and need nothing of the base, so they are made at the wrap; a copy that `modules_to_save` made is read from where its
-original is. Adapters that exist already must come with their values: loading them into meta parameters would drop them
+original is, and trainable rows of single tokens from where the embedding's rows are. Adapters that exist already must come with their values: loading them into meta parameters would drop them
 without a word, so that is refused.
 
 Source: `peft.tuners.tuners_utils.BaseTunerLayer`, `peft.utils.other.ModulesToSaveWrapper`, `peft.PeftModel.from_pretrained`.
@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import LeftOnMetaError
 from shardwise.materialization import entries_of, original_of
+from shardwise.strategies.token_rows import token_rows
 from shardwise.strategies.wrap import Deferred
 
 
@@ -37,6 +38,7 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
     if not always and not deferred.bound and not deferred.absent:
         return deferred
     bound, absent = dict(deferred.bound), set(deferred.absent)
+    bound |= token_rows(model, bound)
     new = parameters_of_tuners(model)
     entries = entries_of(model)
     entry_of = {slot.fqn: entry.fqn for entry in entries for slot in entry.slots}

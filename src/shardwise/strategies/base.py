@@ -119,7 +119,8 @@ class Strategy(ABC):
                 part of another one before the wrap; its values cannot be edited before that, which `wrap_model` refuses
                 where it can see it. False: global rank 0 loads the values, which may be edited before
                 the wrap, and the other ranks build on meta.
-            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`. `trust_remote_code` is False unless it is
+            **config_kwargs: Further arguments of `from_pretrained`; not `device_map`. `config` is a config, or the directory or
+                hub id of one that every rank can read. `trust_remote_code` is False unless it is
                 given: no code of the checkpoint runs, and nobody is asked on the terminal.
 
         Returns:
@@ -198,7 +199,7 @@ class Strategy(ABC):
 
         Args:
             model_cls: A transformers model or auto class, for example `AutoModelForCausalLM`.
-            config: Of transformers; it is copied.
+            config: Of transformers, which is copied; or the directory or hub id of one.
             dtype: In which shards are stored: `"auto"` for the config's own, else float32; or a torch dtype or its name.
             **config_kwargs: Attributes of the config to change, and further arguments of the class's `from_config`.
 

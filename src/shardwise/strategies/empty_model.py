@@ -7,7 +7,7 @@ builds and cannot make them again, so there they are kept real, through accelera
 from __future__ import annotations
 
 import copy
-import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,7 +99,7 @@ def build_from_config(model_cls: Any, config: Any, *, dtype: Any, **kwargs: Any)
 
     Args:
         model_cls: A transformers model or auto class.
-        config: Of transformers; it is copied.
+        config: Of transformers, which is copied; or the directory or hub id of one.
         dtype: Of the parameters; `"auto"` is the config's, else float32.
         **kwargs: Attributes of the config to change, `attn_implementation`, `trust_remote_code`, and arguments of the class.
 
@@ -111,12 +111,15 @@ def build_from_config(model_cls: Any, config: Any, *, dtype: Any, **kwargs: Any)
     """
     warn_of_untested_version()
     _require_transformers_class(model_cls, "from_config", remedy="Build the model on meta yourself")
+    of_model = {key: kwargs.pop(key) for key in (*_OF_MODEL, "trust_remote_code") if key in kwargs}
+    if isinstance(config, (str, os.PathLike)):
+        trust = {"trust_remote_code": of_model.get("trust_remote_code", False)}
+        config, _ = _config_of(model_cls, Path(config), {"config": config, **trust})
     if not hasattr(config, "to_dict"):
         raise ConfigurationError(
-            f"from_config: expected a config of transformers, got {type(config).__name__}. AutoConfig.from_pretrained reads one."
+            f"from_config: expected a config of transformers, or the directory or hub id of one, got {type(config).__name__}."
         )
     config = copy.deepcopy(config)
-    of_model = {key: kwargs.pop(key) for key in (*_OF_MODEL, "trust_remote_code") if key in kwargs}
     for key in [key for key in kwargs if hasattr(config, key)]:
         setattr(config, key, kwargs.pop(key))
     return _construct(model_cls, config, _dtype_of(config, None, dtype), of_model | kwargs)
@@ -148,16 +151,17 @@ def _construct(model_cls: Any, config: Any, dtype: torch.dtype, arguments: dict[
 def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoConfig
 
-    for key in _HUB:  # the snapshot is on disk already
-        kwargs.pop(key, None)
+    access = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     config = kwargs.pop("config", None)
+    if config is None:
+        config, access = directory, {}  # of a snapshot that is on disk already
     trust = {key: kwargs.pop(key) for key in ("trust_remote_code",) if key in kwargs}
-    if config is not None:
+    if not isinstance(config, (str, os.PathLike)):
         return copy.deepcopy(config), kwargs
-    config_class = getattr(model_cls, "config_class", None)
-    if config_class is not None:
-        return config_class.from_pretrained(directory, return_unused_kwargs=True, **kwargs)  # type: ignore[no-any-return]
-    return AutoConfig.from_pretrained(directory, return_unused_kwargs=True, **trust, **kwargs)  # type: ignore[no-any-return]
+    config_class = getattr(model_cls, "config_class", None) or AutoConfig
+    if config_class is AutoConfig:
+        access |= trust
+    return config_class.from_pretrained(config, return_unused_kwargs=True, **access, **kwargs)  # type: ignore[no-any-return]
 
 
 def _dtype_of(config: Any, source: Source | None, dtype: Any) -> torch.dtype:
@@ -203,4 +207,5 @@ def _add_generation_config(model: nn.Module, directory: Path) -> None:
     if hasattr(model, "generation_config") and path.is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        # Not from_dict: on 4.57 `generate` asks for the hash that this one leaves.
+        model.generation_config = GenerationConfig.from_pretrained(str(directory))

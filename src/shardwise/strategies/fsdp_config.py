@@ -65,7 +65,7 @@ class FSDPConfig:
 
     Args:
         reshard_after_forward: Free gathered parameters after each unit's forward; None is FSDP2's own choice
-            (all units but the root), an int reshards to that many ranks.
+            (all units but the root), an int reshards to that many ranks, of shards on dim 0 only.
         cpu_offload: Keep shards in host memory; True, or an offload policy of torch.
         activation_checkpointing: Recompute the activations of each wrapped layer in backward.
         auto_wrap_policy: `"transformer"` (wrap classes, the default), `"none"` (the root alone), or a function that

@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from shardwise.errors import ConfigurationError
 from shardwise.materialization import Entry
+from shardwise.strategies.fsdp_config import FSDPConfig
 
 _log = logging.getLogger("shardwise")
 
@@ -35,6 +37,56 @@ def thrifty_dim(shape: tuple[int, ...], shard_ranks: int) -> int:
     if padded < _MOST_PADDED * shape[0]:
         return 0
     return next((dim for dim, size in enumerate(shape) if dim > 0 and size % shard_ranks == 0), 0)
+
+
+def keeps_a_part(reshard: bool | int | None, *, shard_ranks: int) -> bool:
+    """Return whether gathered parameters are kept over fewer ranks after a forward than they are sharded over.
+
+    Args:
+        reshard: FSDP2's `reshard_after_forward`, to which 1 is False and the number of ranks True.
+        shard_ranks: Ranks that parameters are sharded over.
+    """
+    return isinstance(reshard, int) and not isinstance(reshard, bool) and 1 < reshard < shard_ranks
+
+
+def refuse_reshard(
+    entries: Collection[Entry], ignored: Collection[nn.Parameter], config: FSDPConfig, *, shard_ranks: int
+) -> None:
+    """Raise where `reshard_after_forward` is a number that torch cannot use.
+
+    What is kept over fewer ranks torch (2.13) cuts as rows, whatever its dim, and the next gathering of another dim fails with
+    an IndexError; see `to_sharded_post_forward` in torch/distributed/fsdp/_fully_shard/_fsdp_param.py.
+
+    Args:
+        entries: Of the model, before it is sharded.
+        ignored: Parameters that are not sharded.
+        config: Of the strategy.
+        shard_ranks: Ranks that the others are sharded over.
+
+    Raises:
+        ConfigurationError: It does not divide the ranks, or a parameter is sharded on another dim than 0.
+    """
+    reshard = config.reshard
+    if not isinstance(reshard, int) or isinstance(reshard, bool):
+        return
+    if reshard < 1 or shard_ranks % reshard:
+        raise ConfigurationError(
+            f"fsdp_config['reshard_after_forward']: expected a number that divides the {shard_ranks} ranks that parameters are "
+            f"sharded over, True or False, got {reshard}."
+        )
+    if config.shard_placement_fn is None or not keeps_a_part(reshard, shard_ranks=shard_ranks):
+        return
+    for entry in entries:
+        if not isinstance(entry.tensor, nn.Parameter) or entry.tensor in ignored:
+            continue
+        found = config.shard_placement_fn(entry.tensor)
+        placement = getattr(found, "placement", found)  # of a ShardPlacementResult
+        if isinstance(placement, Shard) and placement.dim % max(1, entry.tensor.ndim):
+            raise ConfigurationError(
+                f"fsdp_config: reshard_after_forward={reshard} keeps gathered parameters over {reshard} of {shard_ranks} ranks, which "
+                f"torch does for shards on dim 0 only; shard_placement_fn puts {entry.fqn} on dim {placement.dim}. Use "
+                "reshard_after_forward=True or False, or leave that parameter on dim 0."
+            )
 
 
 def thrifty_placement(shard_ranks: int) -> Callable[[nn.Parameter], Shard | None]:

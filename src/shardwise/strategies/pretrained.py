@@ -106,7 +106,9 @@ def load_deferred(
                 conversions=None,
                 pinned=pinned_dtypes(model, chosen, stored=True),
             )
-            permitted(binding.absent, missing, name=name, optional=binding.optional)
+            permitted(
+                binding.absent, missing, name=name, optional=binding.optional, unexpected=binding.unexpected
+            )
             check_bound(entries, binding.bound)
             await_values(model, entries, binding, chosen)
             warn_of_unexpected(binding, name, agreement)

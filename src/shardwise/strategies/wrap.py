@@ -46,7 +46,7 @@ from shardwise.profiling import LoadReport, phase, profile_memory
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.optimizers import DetachedOptimizer, check_optimizers, drop_references
-from shardwise.strategies.placement import log_placements, thrifty_placement
+from shardwise.strategies.placement import keeps_a_part, log_placements, refuse_reshard, thrifty_placement
 from shardwise.strategies.wrapping import (
     Unit,
     apply_checkpointing,
@@ -217,7 +217,9 @@ def _check(
     if checkpointing:
         apply_checkpointing(model, options.config)
     units = plan_units(model, options.config)
-    refuse_mixed_dtypes(model, units, ignored_parameters(model, options.config))
+    ignored = ignored_parameters(model, options.config)
+    refuse_mixed_dtypes(model, units, ignored)
+    refuse_reshard(entries_of(model), ignored, options.config, shard_ranks=options.mesh.size(-1))
     return records, units
 
 
@@ -406,9 +408,8 @@ def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions
         if not parameter.is_meta:  # FSDP2 moves what it manages, and leaves these where they are
             parameter.data = parameter.data.to(device_of(options.mesh))
     placement = config.shard_placement_fn
-    # With an int torch cuts what it reshards after forward as rows, whatever its dim, and the forward fails.
-    if placement is None and (config.reshard is None or isinstance(config.reshard, bool)):
-        shard_ranks = options.mesh.size(-1)
+    shard_ranks = options.mesh.size(-1)
+    if placement is None and not keeps_a_part(config.reshard, shard_ranks=shard_ranks):  # see refuse_reshard
         placement = thrifty_placement(shard_ranks)
         if dist.get_rank() == source_rank_of(options.mesh):
             log_placements(entries_of(model), ignored, shard_ranks=shard_ranks)

@@ -68,10 +68,6 @@ def build_model(
         PeerError: Another rank failed.
     """
     with agreement.phase("arguments"):
-        if isinstance(config, (str, os.PathLike)):
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(config, trust_remote_code=trust_remote_code)
         model_cls = _class_of(model_cls)
         if model_id is None and config is None:
             raise ConfigurationError(
