@@ -18,6 +18,8 @@ from shardwise.compare.worker import join_group
 from shardwise.training import TrainSettings, sample_text
 
 STEPS: Final = 30
+MOST_DIFFERENCE: Final = 0.01
+"""Between the two losses of a step, relative; both are computed in float32, in another order."""
 PROMPT: Final = "The carpenter wrote a sentence on the board:"
 
 _ANSWER_TOKENS: Final = 24
@@ -82,6 +84,12 @@ class FineTuning:
         pairs = zip(self.losses, self.plain_losses, strict=True)
         return max(abs(one - other) / abs(other) for one, other in pairs)
 
+    @property
+    def is_good(self) -> bool:
+        """Whether losses agree, and fall, and the export answers as the sharded model does."""
+        fell = self.losses[-1] < self.losses[0]
+        return fell and self.largest_difference < MOST_DIFFERENCE and self.answers_alike
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it."""
         return {**dataclasses.asdict(self), "largest_difference": self.largest_difference}
@@ -119,6 +127,15 @@ def fine_tune(model: Path, directory: Path, *, ranks: int, progress: Progress) -
         seconds=sharded["seconds"],
         plain_seconds=plain["seconds"],
     )
+
+
+def why_not(model: Path, *, ranks: int) -> str | None:
+    """Return why a model cannot be fine-tuned here; None where it can."""
+    if _SETTINGS.batch_size % ranks:
+        return f"a step has {_SETTINGS.batch_size} rows, which {ranks} ranks cannot share equally"
+    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return f"{model} has no tokenizer"
+    return None
 
 
 def train_and_answer(arguments: Mapping[str, Any]) -> dict[str, Any]:
