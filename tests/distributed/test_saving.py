@@ -1,4 +1,4 @@
-"""The README's way to save a wrapped model: the directory loads in plain `from_pretrained`, with the trained values."""
+"""What torch and Accelerate gather of a wrapped model is saved by transformers, and loads with the trained values."""
 
 from __future__ import annotations
 

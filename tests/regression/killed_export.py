@@ -1,6 +1,6 @@
 """Exports in a child that is killed at a random moment, again and again: python killed_export.py FOLDER TIMES.
 
-The child replaces one directory by the next, of two models whose weights are all ones or all twos. After each death the
+The child replaces one directory by the next, of two models whose weights are all halves or all ones. After each death the
 directory must be one of the two, or not there. Prints what was found, as JSON.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import shardwise as sw
 
-SECONDS = 0.25  # within which the child dies; an export takes about a tenth
+EXPORTS = 2.5  # about as many as fit into the longest life of a child
 
 
 def model_of(value: float) -> transformers.PreTrainedModel:
@@ -63,9 +63,12 @@ def main(folder: Path, times: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a fork keeps no other thread
     random.seed(6)
-    models = [model_of(1.0), model_of(2.0)]
+    models = [model_of(0.5), model_of(1.0)]
     target = folder / "out"
-    found = []
+    started = time.monotonic()
+    sw.export_checkpoint(models[1], target, max_shard_size="4MB")
+    seconds = time.monotonic() - started
+    found = [found_in(target)]
     for number in range(times):
         child = os.fork()
         if child == 0:
@@ -74,7 +77,7 @@ def main(folder: Path, times: int) -> None:
                     sw.export_checkpoint(models[turn % 2], target, overwrite=True, max_shard_size="4MB")
             finally:
                 os._exit(1)
-        time.sleep(random.uniform(0.01, SECONDS))
+        time.sleep(random.uniform(0, EXPORTS * seconds))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         found.append(found_in(target))

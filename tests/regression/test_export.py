@@ -34,9 +34,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_directory_or_none(tmp_path: Path) -
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])
-    assert len(result["found"]) == KILLS + 1
-    assert result["found"][-1] == "1.0"
-    assert {"1.0", "2.0"} <= set(result["found"])
+    assert len(result["found"]) == KILLS + 2
+    assert result["found"][-1] == "0.5"
+    assert {"0.5", "1.0"} <= set(result["found"])
     assert result["left"] == ["out"]
 
 

@@ -166,9 +166,9 @@ def test_the_command_line_itself_needs_no_transformers() -> None:
         (["compare", "/nowhere/at/all"], "model: expected a directory or a hub id, got '/nowhere/at/all'"),
         (
             ["export", "m", "out", "--model", "m"],
-            "expected a training's checkpoint with --model, got m without",
+            "export: expected a training's checkpoint with --model, got m without",
         ),
-        (["export", "m", "out", "--merge"], "expected a training's checkpoint and --adapter-config"),
+        (["export", "m", "out", "--merge"], "export: expected a training's checkpoint and --adapter-config"),
         (["demo", "--model", "./nowhere"], "model: expected a directory or a hub id, got './nowhere'"),
     ],
 )

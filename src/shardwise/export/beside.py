@@ -40,7 +40,7 @@ def write_config(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
     Args:
         model: Any module.
         directory: To write to.
-        dtype: In which floating point tensors are written; None for the model's own.
+        dtype: In which its parameters are written; None where none is of floating point.
     """
     if is_transformers_model(model):
         _write_config(model, directory, dtype)

@@ -26,6 +26,7 @@ class Content:
         parts: That together are each of them, by the same names.
         shards: What this rank holds, by the parts' keys.
         terms: What is added to weights while they are written, by the first fqn of each.
+        dtype: Of the model's floating point parameters, as a config names it; None where it has none.
         parts_of_fqn: The parts of every persistent tensor of the model, also of those that are only added, by first fqn.
     """
 
@@ -35,6 +36,7 @@ class Content:
     parts: Mapping[str, tuple[Part, ...]]
     shards: Mapping[str, torch.Tensor]
     terms: Terms
+    dtype: torch.dtype | None
     parts_of_fqn: Mapping[str, tuple[Part, ...]]
 
     @property

@@ -165,7 +165,7 @@ def export_agreed(
             if adapters == ALONE:
                 write_configs(model, unfinished)
             else:
-                write_config(model_inside(model), unfinished, dtype=floating)
+                write_config(model_inside(model), unfinished, dtype=content.dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
 
@@ -245,6 +245,7 @@ def _content(
         parts={name: parts[first] for name, first in held.first_name.items()},
         shards=shards,
         terms=terms,
+        dtype=held.dtype,
         parts_of_fqn=parts,
     )
 

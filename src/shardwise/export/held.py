@@ -29,6 +29,7 @@ class Held:
         first_name: From each of these names to the first fqn of its tensor.
         ties: Names of one tensor, for each that has several.
         parameters: Number of elements of all parameters among them.
+        dtype: Of the first floating point parameter, as a config names it; None where there is none.
     """
 
     entries: tuple[Entry, ...]
@@ -36,6 +37,7 @@ class Held:
     first_name: Mapping[str, str]
     ties: tuple[tuple[str, ...], ...]
     parameters: int
+    dtype: torch.dtype | None
 
 
 def held_of(
@@ -82,12 +84,15 @@ def held_of(
             stored[name] = _as_stored(name, entry.tensor, written_as(name, own_dtype[entry.fqn]))
             first_name[name] = entry.fqn
             names.setdefault(entry.fqn, []).append(name)
+    parameters = [entry for entry in entries if entry.role == "parameter" and entry.fqn in names]
+    own_dtypes = [own_dtype[entry.fqn] for entry in parameters]
     return Held(
         entries=entries,
         stored=stored,
         first_name=first_name,
         ties=tuple(tuple(of) for of in names.values() if len(of) > 1),
-        parameters=sum(e.tensor.numel() for e in entries if e.role == "parameter" and e.fqn in names),
+        dtype=dtype or next((own for own in own_dtypes if own.is_floating_point), None),
+        parameters=sum(entry.tensor.numel() for entry in parameters),
     )
 
 
