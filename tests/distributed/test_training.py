@@ -79,7 +79,16 @@ def test_losses_are_those_of_one_process(pool: RankPool, model: Path, text: Path
     for ranks, strategy, passes in ((2, "accelerate", 2), (4, "native_fsdp", 1), (4, "accelerate", 1)):
         output = tmp_path / f"{ranks}-{strategy}"
         found = run(
-            pool, ranks, settings(model, text, output, strategy=strategy, gradient_accumulation=passes)
+            pool,
+            ranks,
+            settings(
+                model,
+                text,
+                output,
+                strategy=strategy,
+                gradient_accumulation=passes,
+                reshard_after_forward=ranks == 2,
+            ),
         )
         assert found["losses"] == pytest.approx(expected, **SAME)
         assert [line["loss"] for line in metrics_of(output)] == found["losses"]

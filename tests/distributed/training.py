@@ -72,6 +72,7 @@ def settings(model: Path, data: Path, output: Path, **changed: Any) -> TrainSett
         "warmup_steps": 2,
         "max_grad_norm": 0.5,
         "activation_checkpointing": False,
+        "reshard_after_forward": True,
         "lora": None,
         "loss_on": "auto",
         "seed": 5,

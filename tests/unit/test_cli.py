@@ -58,6 +58,8 @@ OPTIONS = {
         "--warmup-steps",
         "--max-grad-norm",
         "--activation-checkpointing",
+        "--reshard-after-forward",
+        "--no-reshard-after-forward",
         "--lora-rank",
         "--lora-alpha",
         "--lora-dropout",

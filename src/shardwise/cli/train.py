@@ -74,6 +74,13 @@ def train_command(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Compute activations again in backward.")
     ] = False,
+    reshard_after_forward: Annotated[
+        bool,
+        typer.Option(
+            "--reshard-after-forward/--no-reshard-after-forward",
+            help="Free gathered layers between forward and backward; without, the whole model stays, and less is moved.",
+        ),
+    ] = True,
     lora_rank: Annotated[
         int | None,
         typer.Option("--lora-rank", min=1, help="Train a LoRA adapter of this rank, not the model."),
@@ -159,6 +166,7 @@ def train_command(
             warmup_steps=warmup_steps,
             max_grad_norm=max_grad_norm or None,
             activation_checkpointing=activation_checkpointing,
+            reshard_after_forward=reshard_after_forward,
             lora=lora,
             loss_on=loss_on,
             seed=seed,

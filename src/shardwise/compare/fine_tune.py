@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ MOST_DIFFERENCE: Final = 0.01
 """Between the two losses of a step, relative; both are computed in float32, in another order."""
 PROMPT: Final = "The carpenter wrote a sentence on the board:"
 
-_ANSWER_TOKENS: Final = 24
+_ANSWER_TOKENS: Final = 16
 _SETTINGS: Final = TrainSettings(
     model="",
     data="",
@@ -34,12 +33,13 @@ _SETTINGS: Final = TrainSettings(
     epochs=1,
     batch_size=4,
     gradient_accumulation=1,
-    block_size=32,
-    learning_rate=5e-5,
+    block_size=16,
+    learning_rate=1e-4,
     weight_decay=0.01,
     warmup_steps=3,
     max_grad_norm=1.0,
     activation_checkpointing=False,
+    reshard_after_forward=False,  # the model is small, and a gather through the host slow
     lora=None,
     loss_on="all",
     seed=0,
@@ -87,7 +87,8 @@ class FineTuning:
     @property
     def is_good(self) -> bool:
         """Whether losses agree, and fall, and the export answers as the sharded model does."""
-        fell = self.losses[-1] < self.losses[0]
+        third = max(1, len(self.losses) // 3)  # a step's rows are few, and some are harder than others
+        fell = sum(self.losses[-third:]) < sum(self.losses[:third])
         return fell and self.largest_difference < MOST_DIFFERENCE and self.answers_alike
 
     def to_json(self) -> dict[str, Any]:
@@ -182,7 +183,6 @@ def train_plainly(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from shardwise.training.order import DataOrder
     from shardwise.training.tokens import TokenRows
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     settings = TrainSettings.from_json(arguments["settings"])
     started = time.perf_counter()
     announce("fine-tuning in one process")

@@ -21,7 +21,10 @@ def make_model(settings: TrainSettings) -> TransformersModel:
         strategy=settings.strategy,
         mixed_precision=settings.mixed_precision,
         dtype=settings.dtype,
-        fsdp_config={"activation_checkpointing": settings.activation_checkpointing},
+        fsdp_config={
+            "activation_checkpointing": settings.activation_checkpointing,
+            "reshard_after_forward": None if settings.reshard_after_forward else False,
+        },
         gradient_accumulation_steps=settings.gradient_accumulation,
     )
     # Each rank drops out other activations; what all start from follows the first rank's seed.
