@@ -15,6 +15,7 @@
     │   ├── ChangedFileError          not the file any more that was described when the load began
     │   ├── StalledReadError          a read does not return
     │   └── UnsupportedFormatError    a format, dtype or quantisation that is not read
+    ├── DataError                     a file of training data, or a line of it, cannot be used
     ├── OutOfMemoryError              host or device memory for a shard could not be had
     ├── RankError                     ranks do not agree
     │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
@@ -90,6 +91,10 @@ class StalledReadError(CheckpointError, TimeoutError):
 
 class UnsupportedFormatError(CheckpointError):
     """A file format, dtype or quantisation that shardwise does not read; the message names the remedy."""
+
+
+class DataError(ShardwiseError):
+    """A file of training data, or a line of it, cannot be used; the message names the line."""
 
 
 class OutOfMemoryError(ShardwiseError, MemoryError):

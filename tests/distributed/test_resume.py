@@ -116,8 +116,10 @@ def load_wrongly(directory: str, another: str, saved: str, name: str) -> None:
         model.load(saved)
     with pytest.raises(sw.CheckpointError, match=r"written, got none with training\.pt"):
         model.load(directory)
+    trained = with_optimizer(facade(directory, name))
+    train(trained, range(1))
     with pytest.raises(sw.ShardwiseError, match="expected a directory that is empty or not there"):
-        model.save(saved)  # on the first rank a CheckpointError, elsewhere its echo
+        trained.save(saved)  # on the first rank a CheckpointError, elsewhere its echo
     other = with_optimizer(facade(another, "native_fsdp"))
     with pytest.raises(sw.CheckpointError, match="the optimizer's groups that it was saved with"):
         other.load(saved)
@@ -242,4 +244,33 @@ def go_on_with_adapter(directory: str, saved: str) -> list[float]:
     torch.manual_seed(2)  # what it starts from does not count
     model = with_adapter(directory)
     model.load(saved)
+    return train(model, range(2, 5))
+
+
+@by_strategy
+@pytest.mark.parametrize("kind", ["qwen3_tied", "qwen3_moe", "gpt2"])
+def test_a_resumed_training_reads_nothing_of_the_base(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path, strategy: str, kind: str
+) -> None:
+    directory, saved = checkpoint(kind), str(tmp_path / "saved")
+    expected = pool.run(save_halfway, directory, saved, strategy, ranks=2)[0]
+    for losses in pool.run(
+        go_on_without_the_base, directory, saved, strategy, ranks=4 if kind == "gpt2" else 2
+    ):
+        close(losses, expected)
+
+
+def go_on_without_the_base(directory: str, saved: str, name: str) -> list[float]:
+    model = with_optimizer(facade(directory, name, cpu_storage="copy"))
+    with pytest.raises(sw.ShardwiseError, match="written, got none with training"):
+        model.load(directory)
+    with pytest.raises(sw.CallOrderError, match="forward: expected a model with values"):
+        model.forward(own(batch(0)))
+    with pytest.raises(sw.CallOrderError, match="save: expected a model with values"):
+        model.save(saved + "-2")
+    model.load(saved)
+    report = model.last_report
+    assert report is not None
+    assert report.storage_bytes == 0
+    assert report.route_reason == "the values come from the state of a training"
     return train(model, range(2, 5))

@@ -13,8 +13,9 @@ import typer.main
 from typer.testing import CliRunner
 
 from shardwise.cli import app, demo, results, terminal
-from shardwise.compare import demo_model, experiment, small_model
+from shardwise.compare import demo_model, experiment, fine_tune, small_model
 from shardwise.compare.experiment import Comparison
+from shardwise.compare.fine_tune import FineTuning
 from shardwise.errors import CheckpointError, CommandError, MissingDependencyError
 
 runner = CliRunner()
@@ -38,6 +39,42 @@ OPTIONS = {
         "--route",
         "--device",
         "--ranks-per-node",
+        "--json",
+        "--debug",
+    },
+    "train": {
+        "--output-dir",
+        "--ranks",
+        "--strategy",
+        "--dtype",
+        "--mixed-precision",
+        "--steps",
+        "--epochs",
+        "--batch-size",
+        "--gradient-accumulation",
+        "--block-size",
+        "--lr",
+        "--weight-decay",
+        "--warmup-steps",
+        "--max-grad-norm",
+        "--activation-checkpointing",
+        "--reshard-after-forward",
+        "--no-reshard-after-forward",
+        "--lora-rank",
+        "--lora-alpha",
+        "--lora-dropout",
+        "--lora-target",
+        "--loss-on",
+        "--seed",
+        "--eval-fraction",
+        "--eval-every",
+        "--checkpoint-every",
+        "--keep",
+        "--async-checkpoints",
+        "--resume",
+        "--export",
+        "--no-export",
+        "--export-dtype",
         "--json",
         "--debug",
     },
@@ -98,13 +135,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCompare:
 def test_the_options_of_each_command_are_these() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     found = {
-        name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        name: {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+            if option.startswith("-")
+        }
         for name, command in commands.items()
     }
     assert {name: options - {"--help"} for name, options in found.items()} == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["verify"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["compare"], ["train"], ["verify"], ["export"]])
 def test_help(command: list[str]) -> None:
     result = runner.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
@@ -282,6 +324,49 @@ def test_errors_are_told_once_and_tracebacks_on_demand(
     assert brief.stderr.strip().startswith("shardwise: ")
     assert len(brief.stderr.strip().splitlines()) == 1
     assert "Traceback" in long.stderr
+
+
+TUNED: dict[str, Any] = {
+    "ranks": 4,
+    "losses": [4.0, 3.0],
+    "plain_losses": [4.0, 3.0003],
+    "answer": " Write it down.",
+    "answers_alike": True,
+    "export": "e",
+    "seconds": 9.0,
+    "plain_seconds": 5.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "status", "says"),
+    [
+        ({}, 0, "no step differs by more than 0.0100 %"),
+        ({"plain_losses": [4.0, 3.1]}, 1, "no step differs by more than 3.2258 %"),
+        ({"losses": [4.0, 4.0], "plain_losses": [4.0, 4.0]}, 1, "loss 4.0000, at the end 4.0000"),
+        ({"answers_alike": False}, 1, 'with OTHER TOKENS as the sharded model: "Write it down."'),
+    ],
+)
+def test_demo_fine_tunes_its_own_model(
+    fake: FakeCompare,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    status: int,
+    says: str,
+) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    monkeypatch.setattr(demo_model, "demo_model", lambda progress: tmp_path)
+    tuned = FineTuning(**{**TUNED, **changed})
+    monkeypatch.setattr(fine_tune, "fine_tune", lambda model, directory, *, ranks, progress: tuned)
+    result = runner.invoke(app, ["demo", "--output-dir", str(tmp_path / "out")])
+    assert result.exit_code == status
+    assert says in result.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["fine_tuning"]["losses"] == tuned.losses
+    other = runner.invoke(app, ["demo", "--ranks", "3", "--output-dir", str(tmp_path / "out")])
+    assert "No fine-tuning: a step has 4 rows, which 3 ranks cannot share equally" in other.stderr
+    assert other.exit_code == 0
 
 
 def test_demo_prepares_its_own_model(

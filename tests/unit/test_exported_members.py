@@ -18,6 +18,7 @@ PUBLIC = [
     "CommandError",
     "ConfigurationError",
     "DamagedFileError",
+    "DataError",
     "ExportReport",
     "LeftOnMetaError",
     "LoadPlan",

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("testing",),
 )
 # (importer, imported) pairs of siblings.
-SIDEWAYS = frozenset({("tensors", "errors"), ("compare", "report")})
+SIDEWAYS = frozenset({("tensors", "errors"), ("compare", "report"), ("training", "transformers_model")})
 
 LEVEL_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +18,9 @@ from shardwise.cli.options import DebugOption, JsonOption, OutputOption, RanksOp
 from shardwise.cli.results import LOG_FOLDER, show
 from shardwise.cli.terminal import STATUS_FAILED, Progress, errors_reported, terminal_progress
 from shardwise.compare.modes import modes_named
+
+if TYPE_CHECKING:
+    from shardwise.compare.fine_tune import FineTuning
 
 
 def demo_command(
@@ -32,7 +37,7 @@ def demo_command(
     json_file: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Bring a real model up in every mode, show what each cost, and check that all end with the same model."""
+    """Bring a real model up in every mode, check that all end with the same model, and fine-tune it on shards and in one process."""
     with errors_reported(debug=debug):
         from shardwise.compare.experiment import compare
         from shardwise.compare.launch import refuse_inside_launcher
@@ -50,10 +55,32 @@ def demo_command(
                 log_directory=output_dir / LOG_FOLDER,
                 progress=progress,
             )
+        is_good = comparison.is_good
+        if model is None and is_good:
+            tuned = _fine_tuned(checkpoint, output_dir, ranks=ranks)
+            if tuned is not None:
+                document = {**comparison.document, "fine_tuning": tuned.to_json()}
+                comparison, is_good = replace(comparison, document=document), tuned.is_good
         show(comparison, output_directory=output_dir, json_file=json_file)
         _print_what_next(checkpoint, ranks=ranks)
-    if not comparison.is_good:
+    if not is_good:
         raise typer.Exit(STATUS_FAILED)
+
+
+def _fine_tuned(checkpoint: str, output_directory: Path, *, ranks: int) -> FineTuning | None:
+    """Fine-tune the demo's own model, on shards and in one process; None where that cannot be done here."""
+    from shardwise.compare.fine_tune import fine_tune, why_not
+
+    reason = why_not(Path(checkpoint), ranks=ranks)
+    if reason is not None:
+        Console(stderr=True, highlight=False).print(Text(f"No fine-tuning: {reason}"), soft_wrap=True)
+        return None
+    output_directory.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".fine-tuning-", dir=output_directory) as folder,
+        terminal_progress() as progress,
+    ):
+        return fine_tune(Path(checkpoint), Path(folder), ranks=ranks, progress=progress)
 
 
 def _print_what_next(checkpoint: str, *, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,7 +35,11 @@ def show(comparison: Comparison, *, output_directory: Path, json_file: Path | No
     for path in json_files:
         comparison.save(path)
     render(comparison.document, console)
-    for line in [*agreement_lines(comparison), *_answer_lines(comparison)]:
+    for line in [
+        *agreement_lines(comparison),
+        *_answer_lines(comparison),
+        *fine_tuning_lines(comparison.document.get("fine_tuning")),
+    ]:
         console.print(Text(line), soft_wrap=True)
     written = list(map(str, json_files))
     picture = output_directory / "report.png"
@@ -70,6 +75,21 @@ def agreement_lines(comparison: Comparison) -> list[str]:
             f"NOT EQUAL: {difference['mode']} differs from {found['reference']} in {' and in '.join(what)}."
         )
     return lines
+
+
+def fine_tuning_lines(found: Mapping[str, Any] | None) -> list[str]:
+    """Say how a fine-tuning on shards compares with the same in one process; nothing where there was none."""
+    if found is None:
+        return []
+    losses = found["losses"]
+    same = "the same tokens" if found["answers_alike"] else "OTHER TOKENS"
+    return [
+        f"Fine-tuned {len(losses)} steps on {found['ranks']} ranks: loss {losses[0]:.4f}, at the end {losses[-1]:.4f}. One process: "
+        f"{found['plain_losses'][0]:.4f}, at the end {found['plain_losses'][-1]:.4f}; no step differs by more than "
+        f"{100 * found['largest_difference']:.4f} %.",
+        f"Exported; a plain from_pretrained in one process goes on from the same words with {same} as the sharded model: "
+        f'"{found["answer"].strip()}"',
+    ]
 
 
 def _answer_lines(comparison: Comparison) -> list[str]:

@@ -27,7 +27,7 @@ from shardwise.errors import CommandError, ConfigurationError
 
 _MONITOR_INTERVAL_SECONDS: Final = 0.05
 _ELASTIC_LOGGER: Final = "torch.distributed.elastic"
-_GRACE_SECONDS: Final = 10
+GRACE_SECONDS: Final = 10
 """That ranks have to leave when this process is told to; torch's own default is 30 s."""
 _STATUS_OF_SIGNAL_0: Final = 128  # as shells have it
 _HANDLED_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -57,7 +57,13 @@ def refuse_inside_launcher(command: str, *, environ: Mapping[str, str]) -> None:
 
 
 def run_ranks(
-    worker: Worker, arguments: Mapping[str, Any], *, ranks: int, log_directory: Path, progress: Progress
+    worker: Worker,
+    arguments: Mapping[str, Any],
+    *,
+    ranks: int,
+    log_directory: Path,
+    progress: Progress,
+    grace_seconds: int = GRACE_SECONDS,
 ) -> dict[int, Any]:
     """Call `worker(arguments)` on every rank, and wait for all of them.
 
@@ -72,6 +78,7 @@ def run_ranks(
         ranks: Number of processes to start.
         log_directory: Where each rank's output and error are kept, in one folder per rank.
         progress: Called, from another thread, with what rank 0 announces.
+        grace_seconds: That ranks have to leave when this process is told to, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise.
 
     Returns:
         What the worker returned, by rank.
@@ -83,7 +90,8 @@ def run_ranks(
         ConfigurationError: `ranks` is less than one.
     """
     if is_rank(os.environ):
-        return {int(os.environ["RANK"]): worker(arguments)}
+        with _heard_here(progress):
+            return {int(os.environ["RANK"]): worker(arguments)}
     if ranks < 1:
         raise ConfigurationError(f"ranks: expected 1 or more, got {ranks}. Give --ranks 1 or more.")
     log_directory.mkdir(parents=True, exist_ok=True)
@@ -102,13 +110,31 @@ def run_ranks(
         )
         stack.enter_context(_quiet_elastic_logs())
         stack.enter_context(_own_signal_handlers_back())
-        stack.enter_context(_rank_environment(progress_file=exchange / "progress"))
+        stack.enter_context(
+            _rank_environment(progress_file=exchange / "progress", grace_seconds=grace_seconds)
+        )
         stack.enter_context(follow(exchange / "progress", progress))
         _launch(request, ranks=ranks, log_directory=log_directory, name=worker.__name__)
         return {
             rank: json.loads(result_file(exchange, rank=rank).read_text(encoding="utf-8"))
             for rank in range(ranks)
         }
+
+
+@contextmanager
+def _heard_here(progress: Progress) -> Iterator[None]:
+    """Under another launcher: hear what rank 0 announces in its own process."""
+    if os.environ["RANK"] != "0" or PROGRESS_FILE_VARIABLE in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="shardwise-") as folder:
+        file = Path(folder) / "progress"
+        os.environ[PROGRESS_FILE_VARIABLE] = str(file)
+        try:
+            with follow(file, progress):
+                yield
+        finally:
+            del os.environ[PROGRESS_FILE_VARIABLE]
 
 
 def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> None:
@@ -143,10 +169,10 @@ def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> Non
 
 
 @contextmanager
-def _rank_environment(*, progress_file: Path) -> Iterator[None]:
+def _rank_environment(*, progress_file: Path, grace_seconds: int) -> Iterator[None]:
     # The ranks inherit this process's environment. One thread each, as torchrun does: the cores are shared.
     added = {PROGRESS_FILE_VARIABLE: str(progress_file)}
-    defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE_SECONDS)}
+    defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace_seconds)}
     added |= {name: value for name, value in defaults.items() if name not in os.environ}
     # The launcher sets this one itself, and leaves it.
     touched = [*added, "TORCHELASTIC_SIGNALS_TO_HANDLE"]

@@ -25,10 +25,12 @@ from shardwise.materialization.dtypes import kept_dtypes
 from shardwise.materialization.fill import Filled, fill_from_source
 from shardwise.materialization.from_files import FilledFromFiles, FillOptions, fill_from_files
 from shardwise.materialization.initialise import refuse_uninitialisable
+from shardwise.materialization.load import allocate_buffers
 from shardwise.materialization.materialize import materialize, warn_of_unexpected
 from shardwise.materialization.meta import take_values
 from shardwise.materialization.names import clean_fqn, model_inside, original_of
 from shardwise.materialization.open_source import open_source
+from shardwise.materialization.own_group import make_group
 from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
@@ -61,6 +63,7 @@ __all__ = [
     "SourceCost",
     "Structure",
     "VerifyReport",
+    "allocate_buffers",
     "argument_lines",
     "bind",
     "check_bound",
@@ -81,6 +84,7 @@ __all__ = [
     "kept_dtypes",
     "listed",
     "local_bytes_of",
+    "make_group",
     "materialize",
     "model_inside",
     "needs_base_values",

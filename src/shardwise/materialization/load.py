@@ -84,7 +84,7 @@ def allocate(
     planned = {fqn for plan in plans for fqn in plan.fqns}
     with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
         allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
-        _allocate_buffers(model, planned, device)
+        allocate_buffers(model, planned, device)
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
@@ -115,7 +115,14 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> S
     return dataclasses.replace(plan, direct=direct)
 
 
-def _allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:
+def allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:
+    """Give buffers on meta storage, their values undefined.
+
+    Args:
+        model: Sharded or not.
+        bound: Their fqns.
+        device: Where they go.
+    """
     for entry in entries_of(model, roles=("buffer",)):
         if entry.role == "buffer" and entry.fqn in bound and entry.tensor.is_meta:
             shape = local_of(entry.tensor).shape  # of a DTensor this rank's shard, as of a parameter

@@ -1,10 +1,11 @@
 """Memory over time, phases, and the report of a load."""
 
 from shardwise.profiling.columns import MemoryPeaks
+from shardwise.profiling.device import device_reader
 from shardwise.profiling.load_report import LoadReport, RankReport
 from shardwise.profiling.node import own_node
 from shardwise.profiling.phases import PhaseSpan, phase
-from shardwise.profiling.readings import MemoryReading
+from shardwise.profiling.readings import MemoryReading, host_reader
 from shardwise.profiling.sampler import MemoryProfile, profile_memory
 from shardwise.profiling.timeline import Figure, Timeline, node_increase, node_peak_bytes
 
@@ -17,6 +18,8 @@ __all__ = [
     "PhaseSpan",
     "RankReport",
     "Timeline",
+    "device_reader",
+    "host_reader",
     "node_increase",
     "node_peak_bytes",
     "own_node",

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import OffloadPolicy
 
 from shardwise.errors import ConfigurationError, MissingDependencyError
+from shardwise.strategies.accelerate_plugin import plugin_class
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.precision import policy_of
 
@@ -77,11 +78,9 @@ def keep_gradient_state() -> Any | None:
 
 def make_plugin(config: FSDPConfig, *, mixed_precision: str) -> Any:
     """Return Accelerate's FSDP2 plugin with every option given, so that none is read from the environment."""
-    from accelerate import FullyShardedDataParallelPlugin
-
     transformer = config.auto_wrap_policy == "transformer"
     names = [c if isinstance(c, str) else c.__name__ for c in config.wrap_classes or ()]
-    return FullyShardedDataParallelPlugin(
+    return plugin_class()(
         fsdp_version=2,
         reshard_after_forward=config.reshard is not False,
         cpu_offload=config.offload_policy,

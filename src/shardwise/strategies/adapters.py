@@ -51,7 +51,7 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
             bound[entry.fqn] = bound[original]
         if original in absent or (original not in bound and id(entry.tensor) in new):  # resized ones are both
             absent.add(entry.fqn)
-    return Deferred(bound=bound, absent=frozenset(absent))
+    return Deferred(bound=bound, absent=frozenset(absent), blank=deferred.blank)
 
 
 def parameters_of_tuners(model: nn.Module) -> set[int]:

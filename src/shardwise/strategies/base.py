@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -91,6 +92,7 @@ class Strategy(ABC):
         self._awaited = Awaited()
         self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
         self._origins = Origins()
+        self._blank: WeakSet[nn.Module] = WeakSet()
 
     def load_pretrained(
         self,
@@ -318,6 +320,16 @@ class Strategy(ABC):
             return nullcontext()
         return plain_load_context(source_rank=source_rank_of(self.device_mesh), rank=dist.get_rank())
 
+    def leave_blank(self, model: nn.Module) -> None:
+        """Make the next wrap of a model read and initialise nothing: its parameters get storage, and the caller fills them.
+
+        What has values already, as with `load_pretrained(defer=False)`, keeps them; without `memory_efficient_init` that is all.
+
+        Args:
+            model: Not wrapped.
+        """
+        self._blank.add(model_inside(model))
+
     @abstractmethod
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
         """Shard a model and rebind what was made on it."""
@@ -401,6 +413,9 @@ class Strategy(ABC):
             route=self.route,
             timeout_seconds=self.timeout_seconds,
         )
+        deferred = with_adapters(self._bindings.take(model), model, always=not self.memory_efficient_init)
+        if inside in self._blank and self.memory_efficient_init:
+            deferred = dataclasses.replace(deferred, blank=True)
         with replaced_parameters_marked(model):
             self.last_report = wrap(
                 model,
@@ -408,9 +423,7 @@ class Strategy(ABC):
                 options,
                 name=record.name if record is not None else type(model).__name__,
                 origins=self._origins.take(model),
-                deferred=with_adapters(
-                    self._bindings.take(model), model, always=not self.memory_efficient_init
-                ),
+                deferred=deferred,
                 refuse=refuse,
                 shard=shard,
             )

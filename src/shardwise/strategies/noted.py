@@ -62,7 +62,7 @@ class Bindings:
                 bound[entry.fqn], has_grown = resized(entry, of)
                 if has_grown:
                     absent.add(entry.fqn)
-        return Deferred(bound=bound, absent=frozenset(absent))
+        return Deferred(bound=bound, absent=frozenset(absent), blank=False)
 
     def _note_new_heads(self, model: nn.Module) -> None:
         for module in model.modules():

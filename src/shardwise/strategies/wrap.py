@@ -26,6 +26,7 @@ from shardwise.materialization import (
     FilledFromFiles,
     FillOptions,
     Structure,
+    allocate_buffers,
     clean_fqn,
     collect_report,
     comparable_digests,
@@ -94,10 +95,12 @@ class Deferred:
     Args:
         bound: Where values are, by fqn.
         absent: Fqns of parameters that were permitted to be absent from the checkpoints.
+        blank: None of them is read or initialised: the caller of the wrap does that.
     """
 
     bound: Mapping[str, Bound]
     absent: frozenset[str]
+    blank: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,7 +296,9 @@ def _shard_and_fill(
     del source
     read = _read_deferred(model, options, deferred, held or frozenset(), agreement, device)
     route, reason = read.route, read.reason
-    if not deferred.bound:
+    if deferred.blank:
+        route, reason = "none", "the values come from the state of a training"
+    elif not deferred.bound:
         route, reason = "none", "no checkpoint holds the model's values: they were made"
     sent_bytes = sent.plan.network_bytes if sent is not None else 0
     return Cost(
@@ -336,10 +341,16 @@ def _read_deferred(
     with ExitStack() as stack:
         for source_of_files in {id(bound.source): bound.source for bound in deferred.bound.values()}.values():
             stack.callback(source_of_files.close)
+        bound = {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held}
+        absent = deferred.absent - held
+        if deferred.blank:
+            with agreement.phase("blank buffers"):
+                allocate_buffers(model, bound.keys(), device)
+            bound, absent = {}, frozenset()
         return fill_from_files(
             model,
-            {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held},
-            deferred.absent - held,
+            bound,
+            absent,
             FillOptions(
                 device=device,
                 staging_bytes=options.staging_bytes,

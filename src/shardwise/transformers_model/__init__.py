@@ -1,5 +1,6 @@
 """The facade: a transformers model, its optimizer and scheduler, trained and resumed on shards."""
 
 from shardwise.transformers_model.facade import TransformersModel
+from shardwise.transformers_model.resume import PendingSave
 
-__all__ = ["TransformersModel"]
+__all__ = ["PendingSave", "TransformersModel"]

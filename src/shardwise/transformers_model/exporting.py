@@ -69,6 +69,7 @@ class Exporting(Resuming):
         chunks = None
         if state is None:
             self._wrap()
+            self._refuse_blank("export")
         else:
             with agreement.phase("look at the state"):
                 chunks = saved_chunks(Path(state).absolute(), prefix=MODEL_PREFIX)

@@ -131,7 +131,7 @@ class TransformersModel(Exporting):
         self.lr_scheduler: Any | None = None
         self.global_step = 0
         self._torch_optimizer: Optimizer | None = None
-        self._is_wrapped = False
+        self._is_wrapped = self._is_blank = False
         self._loss: torch.Tensor | None = None
         self._has_stepped = False
         if gradient_checkpointing:
@@ -278,11 +278,13 @@ class TransformersModel(Exporting):
         """Whether the model is sharded and has its values."""
         return self._is_wrapped
 
-    def _wrap(self) -> None:
+    def _wrap(self, *, blank: bool = False) -> None:
         if self._is_wrapped:
             return
+        if blank:
+            self.strategy.leave_blank(self.model)
         if self._torch_optimizer is None:
             self.model = self.strategy.wrap_model(self.model)
         else:
             self.model, self.optimizer = self.strategy.wrap_model(self.model, self._torch_optimizer)
-        self._is_wrapped = True
+        self._is_wrapped, self._is_blank = True, blank

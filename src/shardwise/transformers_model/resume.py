@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from shardwise.errors import CheckpointError, ConfigurationError, DamagedFileError
-from shardwise.materialization import Agreement, entries_of, listed
+from shardwise.materialization import Agreement, entries_of, listed, make_group
 from shardwise.transformers_model.optimizer_state import new_state
 from shardwise.transformers_model.random_state import random_state, set_random_state
-from shardwise.transformers_model.sharded_files import read_index, read_tensors, write_tensors
+from shardwise.transformers_model.sharded_files import (
+    begin_writing,
+    end_writing,
+    read_index,
+    read_tensors,
+    write_tensors,
+)
 
 FORMAT = 1
 STATE_NAME = "training.pt"
@@ -68,26 +75,76 @@ def save_training(training: Training, directory: Path, *, step: int, agreement: 
         CheckpointError: There is something in the directory, or a value cannot be written safely.
         PeerError: Another rank failed.
     """
-    is_first = agreement.rank == agreement.ranks[0]
-    unfinished = directory.parent / f".{directory.name}.unfinished"
     with agreement.phase("prepare"):
         group = _group_of(training.mesh)
-        tensors = _model_tensors(training.model) | _optimizer_tensors(training)
-        tensors |= _random_tensors(training, agreement)
-        if is_first:
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise CheckpointError(
-                    f"{directory}: expected a directory that is empty or not there, got one with files. Save to a new one for "
-                    "each step."
-                )
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            _write_state(unfinished / STATE_NAME, training, step=step, ranks=len(agreement.ranks))
+        tensors, unfinished = _prepare(training, directory, step=step, agreement=agreement)
     with agreement.phase("write"):
         write_tensors(tensors, unfinished, group=group)
     with agreement.phase("finish"):
-        if is_first:
+        if agreement.rank == agreement.ranks[0]:
             os.replace(unfinished, directory)
+
+
+class PendingSave:
+    """A training's state that is written while the training goes on; the directory is there after `finish`."""
+
+    def __init__(
+        self, training: Training, directory: Path, *, step: int, agree: Callable[[str], Agreement]
+    ) -> None:
+        agreement = agree("save_async")
+        self._directory, self._agree = directory, agree
+        with agreement.phase("prepare"):
+            tensors, self._unfinished = _prepare(training, directory, step=step, agreement=agreement)
+        with agreement.phase("connect"):  # all ranks stand here: making a group waits for each
+            # A group of its own: in the default one its thread's collectives would meet those of training.
+            self._group = make_group(
+                agreement.ranks,
+                rank=agreement.rank,
+                backend=str(dist.Backend.GLOO),
+                name=agreement.numbered("save_async"),
+                timeout=timedelta(seconds=agreement.timeout_seconds),
+            )
+        with agreement.phase("copy"):
+            self._writing = begin_writing(tensors, self._unfinished, group=self._group)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this rank has written its part, so that it need not wait in `finish` but for the others."""
+        return self._writing.done()
+
+    def finish(self) -> None:
+        """Wait until every rank has written its part, and give the directory its name. All ranks call this together, once.
+
+        Raises:
+            CheckpointError: A file could not be written.
+            PeerError: Another rank failed.
+        """
+        agreement = self._agree("PendingSave.finish")
+        with agreement.phase("write"):
+            end_writing(self._writing, self._unfinished, timeout_seconds=agreement.timeout_seconds)
+            dist.destroy_process_group(self._group)
+        with agreement.phase("finish"):
+            if agreement.rank == agreement.ranks[0]:
+                os.replace(self._unfinished, self._directory)
+
+
+def _prepare(
+    training: Training, directory: Path, *, step: int, agreement: Agreement
+) -> tuple[dict[str, torch.Tensor], Path]:
+    """Make the directory that is written into, with what is not a tensor; return the tensors, and the directory."""
+    unfinished = directory.parent / f".{directory.name}.unfinished"
+    tensors = _model_tensors(training.model) | _optimizer_tensors(training)
+    tensors |= _random_tensors(training, agreement)
+    if agreement.rank == agreement.ranks[0]:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise CheckpointError(
+                f"{directory}: expected a directory that is empty or not there, got one with files. Save to a new one for "
+                "each step."
+            )
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write_state(unfinished / STATE_NAME, training, step=step, ranks=len(agreement.ranks))
+    return tensors, unfinished
 
 
 def load_training(training: Training, directory: Path, *, agreement: Agreement) -> int:

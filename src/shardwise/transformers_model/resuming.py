@@ -9,7 +9,7 @@ from shardwise.errors import CallOrderError
 from shardwise.materialization import Agreement, reshard
 from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
 from shardwise.strategies.mesh import ranks_of
-from shardwise.transformers_model.resume import Training, load_training, save_training
+from shardwise.transformers_model.resume import PendingSave, Training, load_training, save_training
 from shardwise.transformers_model.stepping import Stepping
 
 
@@ -32,18 +32,37 @@ class Resuming(Stepping):
             CallOrderError: Before the wrap, or between the backward passes of a step.
             CheckpointError: The directory has files in it.
         """
-        if not self._is_wrapped:
-            raise CallOrderError(
-                "save: expected a wrapped model, got one before its first forward: there is nothing to save that the "
-                "checkpoint does not hold."
-            )
-        self._refuse_waiting_gradients("save")
+        self._require_saveable("save")
         save_training(
             self._training(), Path(directory).absolute(), step=self.global_step, agreement=self._agree("save")
         )
 
+    def save_async(self, directory: str | os.PathLike[str]) -> PendingSave:
+        """Copy what `save` writes into host memory, and write it from a thread while the training goes on.
+
+        All ranks call this together, and later `finish` of what it returns, which gives the directory its name; one at a time.
+        Until then each rank holds a second copy of its shards, and of the optimizer's, in host memory.
+
+        Args:
+            directory: As for `save`.
+
+        Returns:
+            The save; its `is_done` says whether this rank has written its part.
+
+        Raises:
+            CallOrderError: As `save`.
+            CheckpointError: As `save`.
+        """
+        self._require_saveable("save_async")
+        return PendingSave(
+            self._training(), Path(directory).absolute(), step=self.global_step, agree=self._agree
+        )
+
     def load(self, directory: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote, on the same number of ranks or another; wraps the model if no forward has.
+
+        A model that is wrapped here gets all of its values from the state: nothing of the model's own checkpoint is read but its
+        headers. If the load fails then, the model has no values, and only another `load` gives it some.
 
         All ranks call this together, after the same `add_adapter_to_model`, `set_optimizer` and `set_lr_scheduler` as
         before the save. A rank that the saving job did not have keeps its own random numbers.
@@ -56,12 +75,22 @@ class Resuming(Stepping):
             CheckpointError: It is damaged, or not the state of this training.
         """
         self._refuse_waiting_gradients("load")
-        self._wrap()
+        self._wrap(blank=True)
         self.global_step = load_training(
             self._training(), Path(directory).absolute(), agreement=self._agree("load")
         )
+        self._is_blank = False
         self._drop_gradients()
         self._loss, self._has_stepped = None, False
+
+    def _require_saveable(self, call: str) -> None:
+        if not self._is_wrapped:
+            raise CallOrderError(
+                f"{call}: expected a wrapped model, got one before its first forward: there is nothing to save that the "
+                "checkpoint does not hold."
+            )
+        self._refuse_blank(call)
+        self._refuse_waiting_gradients(call)
 
     def _refuse_waiting_gradients(self, call: str) -> None:
         if self._accumulation.passes:

@@ -10,6 +10,7 @@ Source: `FileSystemWriter` and `FileSystemReader` in torch/distributed/checkpoin
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import Future
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
 from shardwise.errors import DamagedFileError
 
@@ -60,6 +61,42 @@ def write_tensors(
         save(dict(tensors), storage_writer=filesystem.FileSystemWriter(directory), process_group=group)
     except CheckpointException as error:
         raise DamagedFileError(f"{directory}: could not be written: {_causes(error)}") from error
+
+
+def begin_writing(
+    tensors: dict[str, torch.Tensor], directory: Path, *, group: dist.ProcessGroup
+) -> Future[Any]:
+    """Copy shards into host memory, and write the copies from a thread. All ranks of the group call this together.
+
+    Args:
+        tensors: As for `write_tensors`; they may change once this has returned.
+        directory: Empty or not there.
+        group: Of gloo, used by that thread alone until it is done.
+
+    Returns:
+        What ends when this rank has written its part.
+    """
+    writer = filesystem.FileSystemWriter(
+        directory
+    )  # which makes the copies, also of tensors that are in host memory
+    begun = async_save(dict(tensors), storage_writer=writer, process_group=group)
+    return begun.upload_completion if isinstance(begun, AsyncSaveResponse) else begun
+
+
+def end_writing(begun: Future[Any], directory: Path, *, timeout_seconds: float) -> None:
+    """Wait for what `begin_writing` began.
+
+    Raises:
+        DamagedFileError: A file could not be written, or was not in time.
+    """
+    try:
+        begun.result(timeout_seconds)
+    except CheckpointException as error:
+        raise DamagedFileError(f"{directory}: could not be written: {_causes(error)}") from error
+    except TimeoutError as error:
+        raise DamagedFileError(
+            f"{directory}: could not be written within {timeout_seconds:g} s. Look at its file system, or pass a longer timeout."
+        ) from error
 
 
 def read_tensors(

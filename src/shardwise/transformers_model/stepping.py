@@ -29,10 +29,11 @@ class Stepping(ABC):
     _torch_optimizer: Optimizer | None
     _loss: torch.Tensor | None
     _has_stepped: bool
+    _is_blank: bool
 
     @abstractmethod
-    def _wrap(self) -> None:
-        """Wrap the model, if it is not yet."""
+    def _wrap(self, *, blank: bool = False) -> None:
+        """Wrap the model, if it is not yet; blank, it gets storage and its values are read from nowhere."""
 
     def forward(self, inputs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Run the model, which the first call wraps.
@@ -49,6 +50,7 @@ class Stepping(ABC):
             ConfigurationError: `inputs` is not a mapping.
         """
         self._wrap()
+        self._refuse_blank("forward")
         outputs = self.model(**self._on_device(inputs, kwargs))
         self._loss = _loss_of(outputs)
         return outputs
@@ -56,6 +58,7 @@ class Stepping(ABC):
     def forward_only(self, inputs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         """Run the model in eval mode and without gradients; its mode is afterwards as before. Otherwise as `forward`."""
         self._wrap()
+        self._refuse_blank("forward_only")
         training = self.model.training
         self.model.eval()
         try:
@@ -209,6 +212,13 @@ class Stepping(ABC):
             )
         reshard(self.model)  # after a forward without a backward: gradients are those of the shards
         return self.optimizer
+
+    def _refuse_blank(self, call: str) -> None:
+        if self._is_blank:
+            raise CallOrderError(
+                f"{call}: expected a model with values, got one that was wrapped for a load that failed: its values were to come "
+                "from there. Load another state, or make the model anew."
+            )
 
     def _drop_gradients(self) -> None:
         if (

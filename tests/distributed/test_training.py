@@ -1,0 +1,270 @@
+"""Training on shards: the same at any number of ranks, and gone on with from its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shardwise as sw
+from shardwise.testing import RankPool
+from shardwise.training import LoraSettings
+from shardwise.training.loss import summed_loss
+from shardwise.training.order import DataOrder
+from shardwise.training.tokens import TokenRows
+from tests.distributed.facade import quiet_peft
+from tests.distributed.models import from_checkpoint
+from tests.distributed.training import metrics_of, settings, train_here, write_model, write_text
+
+pytestmark = pytest.mark.distributed
+
+SAME = {"rel": 1e-4}  # of losses in float32, which are sums in another order
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("training") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def run(pool: RankPool, ranks: int, given: Any, **signals: str) -> dict[str, Any]:
+    named = {key.replace("rank", "").replace("_step", " "): value for key, value in signals.items()}
+    outcomes = pool.run(train_here, given.to_json(), named, ranks=ranks)
+    assert all(outcome["losses"] == outcomes[0]["losses"] for outcome in outcomes)
+    return outcomes[0]
+
+
+def plain_losses(model: Path, rows: Path, *, steps: int) -> list[float]:
+    """Train in this process alone, with torch and transformers."""
+    from transformers import get_scheduler
+
+    alone = from_checkpoint(str(model), dtype=torch.float32)
+    data = TokenRows(rows)
+    order = DataOrder(rows=data.summary.rows, batch_size=8, seed=5).from_step(0)
+    parameters = list(alone.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1]},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=steps)
+    losses = []
+    alone.train()
+    for _ in range(steps):
+        tokens, labels = data.batch(next(order))
+        loss = alone(input_ids=tokens, labels=labels).loss  # transformers' own, a mean
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return losses
+
+
+def test_losses_are_those_of_one_process(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
+    first = run(pool, 1, settings(model, text, tmp_path / "1"))
+    (rows,) = (tmp_path / "1" / "data").glob("[!.]*")
+    expected = plain_losses(model, rows, steps=6)
+    assert expected[-1] < 0.9 * expected[0]
+    assert first["losses"] == pytest.approx(expected, **SAME)
+    for ranks, strategy, passes in ((2, "accelerate", 2), (4, "native_fsdp", 1), (4, "accelerate", 1)):
+        output = tmp_path / f"{ranks}-{strategy}"
+        found = run(
+            pool,
+            ranks,
+            settings(
+                model,
+                text,
+                output,
+                strategy=strategy,
+                gradient_accumulation=passes,
+                reshard_after_forward=ranks == 2,
+            ),
+        )
+        assert found["losses"] == pytest.approx(expected, **SAME)
+        assert [line["loss"] for line in metrics_of(output)] == found["losses"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    pool: RankPool, model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """A training of 20 steps on 4 ranks that nothing disturbed."""
+    output = tmp_path_factory.mktemp("unbroken") / "out"
+    return run(pool, 4, settings(model, text, output, steps=20))
+
+
+def test_a_killed_training_goes_on_at_another_number_of_ranks(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path, unbroken: dict[str, Any]
+) -> None:
+    given = settings(model, text, tmp_path, steps=20, checkpoint_every=5, keep=2)
+    # As launchers do, the others are told to end when one has died.
+    signals = {"3 12": "SIGKILL", "0 12": "SIGTERM", "1 12": "SIGTERM", "2 12": "SIGTERM"}
+    ended = pool.run_to_errors(train_here, given.to_json(), signals, ranks=4, timeout_seconds=60)
+    assert all(error is not None and "did not finish" not in str(error) for error in ended)
+    checkpoints = tmp_path / "checkpoints"
+    # Of the twelfth step nothing was saved.
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
+
+    again = settings(
+        model, text, tmp_path, steps=20, checkpoint_every=10, keep=2, resume="auto", strategy="accelerate"
+    )
+    found = run(pool, 2, again)
+    assert found["resumed_from"] == str(checkpoints / "step-00000010")
+    assert found["losses"] == pytest.approx(unbroken["losses"][10:], **SAME)
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 21))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000010", "step-00000020"]
+    assert found["storage_bytes"] == 0  # of the base
+
+
+def test_what_is_not_whole_is_refused_and_the_one_before_it_used(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=4, checkpoint_every=1)
+    expected = run(pool, 2, given)["losses"]
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000004" / "run.json").unlink()
+    damaged = next((folder / "step-00000003").glob("__1_*"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    cut_short = next((folder / "step-00000002").glob("__0_*"))
+    cut_short.write_bytes(cut_short.read_bytes()[:-1])
+
+    found = run(pool, 2, settings(model, text, tmp_path, steps=4, checkpoint_every=1, resume="auto"))
+    assert found["losses"] == pytest.approx(expected[1:], **SAME)
+    refused = [note for note in found["notes"] if "is refused" in note]
+    assert "step-00000004 is refused" in refused[0]
+    assert "half-written: it has no run.json" in refused[0]
+    assert "its contents are not those that were written. Going on from the one before it." in refused[1]
+    assert "bytes, got" in refused[2]
+    assert "going on from step 1 of 4" in str(found["notes"])
+    # Those that were refused have been written anew.
+    assert run(pool, 1, settings(model, text, tmp_path, steps=4, resume="auto"))["step"] == 4
+
+    (folder / "step-00000004" / "training.pt").unlink()
+    for problem, changed in (
+        (
+            "expected a whole checkpoint: .*training.pt: No such file",
+            {"resume": str(folder / "step-00000004")},
+        ),
+        ("expected no checkpoints, got step-00000004. Give --resume auto", {}),
+        ("seed 5, got 6.*Give the same", {"resume": "auto", "seed": 6}),
+    ):
+        errors = pool.run_to_errors(
+            train_here, settings(model, text, tmp_path, steps=4, **changed).to_json(), ranks=1
+        )
+        assert isinstance(errors[0], sw.ShardwiseError)
+        with pytest.raises(sw.ShardwiseError, match=problem):
+            raise errors[0]
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.name == "step-00000001" else (path / "run.json").write_text("{")
+    anew = run(pool, 1, settings(model, text, tmp_path, steps=4, resume="auto"))
+    assert "No checkpoint is whole: beginning anew." in anew["notes"]
+    assert anew["losses"] == pytest.approx(expected, **SAME)
+
+
+def test_on_sigterm_all_ranks_save_and_return(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path, unbroken: dict[str, Any]
+) -> None:
+    given = settings(model, text, tmp_path, steps=20)
+    stopped = run(pool, 2, given, rank1_step3="SIGTERM")
+    assert stopped["stopped"]
+    assert stopped["step"] == 4  # the signal came after the third step's end
+    assert stopped["checkpoint"] == str(tmp_path / "checkpoints" / "step-00000004")
+    found = run(pool, 4, settings(model, text, tmp_path, steps=20, resume="auto", async_checkpoints=True))
+    assert not found["stopped"]
+    assert found["losses"] == pytest.approx(unbroken["losses"][4:], **SAME)
+
+
+def test_a_training_that_is_stopped_at_its_last_step_is_saved(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 3, "eval_fraction": 0.2}
+    stopped = run(pool, 1, settings(model, text, tmp_path, **options), rank0_step2="SIGTERM")
+    assert (stopped["step"], stopped["stopped"], stopped["evaluations"]) == (3, True, [])
+    ended = run(pool, 1, settings(model, text, tmp_path, **options, resume="auto"))
+    assert (ended["step"], ended["stopped"], ended["losses"]) == (3, False, [])
+    assert len(ended["evaluations"]) == 1
+
+
+def test_checkpoints_are_written_while_training_goes_on(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path, unbroken: dict[str, Any]
+) -> None:
+    given = settings(model, text, tmp_path, steps=20, checkpoint_every=3, async_checkpoints=True)
+    stopped = run(pool, 2, given, rank0_step7="SIGTERM")
+    folder = tmp_path / "checkpoints"
+    names = [f"step-{step:08d}" for step in (3, 6, 8)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    shutil.rmtree(folder / names[2])  # go on from one that was written meanwhile
+    again = settings(model, text, tmp_path, steps=20, activation_checkpointing=True, resume="auto")
+    found = run(pool, 4, again)
+    assert found["losses"] == pytest.approx(unbroken["losses"][6:], **SAME)
+    assert stopped["losses"] == pytest.approx(unbroken["losses"][:8], **SAME)
+
+
+def test_a_lora_adapter_is_trained_exported_and_gone_on_with(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    lora = LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=("q_proj", "v_proj"))
+    options = {"lora": lora, "dtype": "auto", "checkpoint_every": 3, "eval_fraction": 0.1, "export": True}
+    one = run(pool, 1, settings(model, text, tmp_path / "1", **options))
+    two = run(pool, 2, settings(model, text, tmp_path / "2", strategy="accelerate", **options))
+    assert two["losses"] == pytest.approx(one["losses"], **SAME)
+    assert two["losses"][-1] < two["losses"][0]
+    assert two["evaluations"] == pytest.approx(one["evaluations"], **SAME)
+
+    shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-00000006")
+    again = run(pool, 1, settings(model, text, tmp_path / "2", **options, resume="auto"))
+    assert again["losses"] == pytest.approx(one["losses"][3:], **SAME)
+    assert again["storage_bytes"] == 0
+
+    with quiet_peft():
+        with_adapter = peft.PeftModel.from_pretrained(from_checkpoint(str(model)), again["export"]).eval()
+    data = TokenRows(Path(again["rows"]))
+    held_out = list(range(data.summary.rows - -(-data.summary.rows // 10), data.summary.rows))
+    tokens, labels = data.batch(held_out)
+    with torch.no_grad():
+        loss = summed_loss(with_adapter(input_ids=tokens).logits, labels) / data.predicted(held_out)
+    assert loss.item() == pytest.approx(again["eval_loss"], **SAME)
+
+
+def test_the_export_is_the_trained_model(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
+    given = settings(
+        model, text, tmp_path, steps=3, eval_fraction=0.2, eval_every=1, dtype="bfloat16", export=True
+    )
+    found = run(pool, 4, given)
+    assert len(found["evaluations"]) == 3
+    exported = from_checkpoint(found["export"], dtype=torch.float32)
+    data = TokenRows(Path(found["rows"]))
+    held_out = list(range(data.summary.rows - -(-data.summary.rows // 5), data.summary.rows))
+    tokens, labels = data.batch(held_out)
+    with torch.no_grad():
+        loss = summed_loss(exported(input_ids=tokens).logits, labels) / data.predicted(held_out)
+    assert loss.item() == pytest.approx(found["eval_loss"], rel=1e-2)  # which was computed in bf16
+    assert (Path(found["export"]) / "tokenizer.json").is_file()
+
+
+def test_data_that_does_not_fit_is_refused(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("token*"))
+    for changed, problem in (
+        ({"model": str(bare)}, "bare: expected a tokenizer beside the model, got none"),
+        ({"data": str(tmp_path / "none.jsonl")}, r"none\.jsonl: expected a file of training data"),
+        ({"batch_size": 4096}, r"at least one step's rows \(4096\)"),
+    ):
+        given = dataclasses.replace(settings(model, text, tmp_path / "out"), **changed)
+        errors = pool.run_to_errors(train_here, given.to_json(), ranks=2)
+        assert isinstance(errors[0], sw.ShardwiseError)
+        with pytest.raises(sw.ShardwiseError, match=problem):
+            raise errors[0]
