@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -165,8 +167,9 @@ def test_reads_and_mapped_extents_fill_every_shard(case: Case, max_read_bytes: i
         for mapped in plan.mapped:
             tensor = by_fqn[mapped.fqn]
             assert tensor.may_map
-            assert mapped.start % tensor.dtype.itemsize == 0
-            data = bytearray(content[mapped.start : mapped.start + mapped.nbytes])
+            assert all(run.start % tensor.dtype.itemsize == 0 for run in mapped.runs)
+            data = bytearray(b"".join(content[run.start : run.stop] for run in mapped.runs))
+            assert len(data) == mapped.nbytes
             shards[mapped.fqn] = torch.frombuffer(data, dtype=tensor.dtype).view(shards[mapped.fqn].shape)
         for read in plan.reads:
             assert read.nbytes <= max_read_bytes
@@ -176,6 +179,63 @@ def test_reads_and_mapped_extents_fill_every_shard(case: Case, max_read_bytes: i
                 place_in(shards[fragment.fqn], fragment.piece).copy_(found)
         for tensor in wanted:
             assert same_bytes(shards[tensor.fqn], expected_shard(case, tensor, rank))
+
+
+@given(case=checkpoints(), page_bytes=st.sampled_from([1, 4]))
+@settings(max_examples=200)
+def test_stitched_runs_fill_a_shard_in_its_order(case: Case, page_bytes: int) -> None:
+    """As above, with pages so small that shards of several runs are mapped too."""
+    with patch.multiple("shardwise.plan.wanted", _PAGE_BYTES=page_bytes, _LEAST_STITCHED_BYTES=1):
+        for tensor, rank in itertools.product(case.wanted, case.ranks):
+            mapped = tensor.mapped_on(rank)
+            event(f"runs: {len(mapped.runs) if mapped is not None else None}")
+            if mapped is None:
+                continue
+            expected = expected_shard(case, tensor, rank)
+            data = bytearray(b"".join(case.content[run.start : run.stop] for run in mapped.runs))
+            assert same_bytes(torch.frombuffer(data, dtype=tensor.dtype).view(expected.shape), expected)
+            places = itertools.accumulate((run.stop - run.start for run in mapped.runs), initial=0)
+            shifts = {(run.start - at) % page_bytes for run, at in zip(mapped.runs, places, strict=False)}
+            assert len(shifts) == 1
+
+
+def test_experts_are_stitched_where_their_runs_are_long_and_fit() -> None:
+    def stacked(*, rows: int, first: int, gap: int = 0, dtype: torch.dtype = torch.bfloat16) -> WantedTensor:
+        nbytes = rows * 1024 * 2
+        stored = [
+            StoredTensor(
+                name=f"e{number}",
+                shape=(rows, 1024),
+                dtype=torch.bfloat16,
+                file="f",
+                start=first + number * (nbytes + gap),
+                stop=first + number * (nbytes + gap) + nbytes,
+            )
+            for number in range(8)
+        ]
+        traced = torch.stack([TracedTensor.of_source(s.name, s.shape, s.dtype) for s in stored])
+        assert isinstance(traced, TracedTensor)
+        by_name = {each.name: each for each in stored}
+        return WantedTensor(
+            fqn="experts",
+            shape=(8, rows, 1024),
+            dtype=dtype,
+            layout=Layout(mesh_shape=(2,), mesh_ranks=(0, 1), placements=(Shard(0),)),
+            pieces=tuple(StoredPiece(stored=by_name[p.source], piece=p.piece) for p in traced.parts),
+            may_map=True,
+        )
+
+    apart = stacked(rows=64, first=200, gap=8192).mapped_on(1)  # other tensors lie between
+    assert apart is not None
+    assert [(run.start, run.stop - run.start) for run in apart.runs] == [
+        (200 + number * (2**17 + 8192), 2**17) for number in range(4, 8)
+    ]
+    together = stacked(rows=64, first=200).mapped_on(0)
+    assert together is not None
+    assert [(run.start, run.stop) for run in together.runs] == [(200, 200 + 4 * 2**17)]
+    assert stacked(rows=32, first=200, gap=8192).mapped_on(0) is None  # short runs
+    assert stacked(rows=64, first=200, gap=64).mapped_on(0) is None  # pages that do not fit to each other
+    assert stacked(rows=64, first=200, gap=8192, dtype=torch.float32).mapped_on(0) is None
 
 
 def case_of_columns_over_three_ranks() -> Case:

@@ -11,7 +11,7 @@ from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
 from shardwise.checkpoint.regular_file import read_text
 from shardwise.checkpoint.safetensors_source import SafetensorsSource
-from shardwise.checkpoint.source import Readable, Run, Source, read_scattered
+from shardwise.checkpoint.source import Readable, Run, Source, read_scattered, stitched
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
 
@@ -32,4 +32,5 @@ __all__ = [
     "read_scattered",
     "read_text",
     "snapshot_revision",
+    "stitched",
 ]

@@ -131,6 +131,10 @@ class RangedFile:
                     self.retries += 1
                 time.sleep(pause)
 
+    def fileno(self) -> int:
+        """Return the descriptor; closed with this object."""
+        return self._fd
+
     def map(self) -> mmap.mmap | None:
         """Return the file's pages, private to this mapping: what is written is seen neither in the file nor in another one.
 

@@ -17,6 +17,7 @@ from shardwise.checkpoint.quantisation import refuse_quantised
 from shardwise.checkpoint.ranged_file import BounceBuffers, RangedFile
 from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header
 from shardwise.checkpoint.source import Run
+from shardwise.checkpoint.stitched_pages import stitched_pages
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError, UnsupportedFormatError
 from shardwise.profiling import own_node
@@ -241,6 +242,15 @@ class SafetensorsSource:
                 if pages is None
                 else torch.frombuffer(pages, dtype=run.dtype, count=run.numel, offset=run.start)
             )
+        return found
+
+    def stitched(self, shards: Sequence[Sequence[Run]]) -> list[torch.Tensor | None]:
+        """Return several runs of files as one flat tensor of private pages, for each shard; see `shardwise.checkpoint.stitched`."""
+        found: list[torch.Tensor | None] = []
+        for runs in shards:
+            parts = [(self._file(run.file), run.start, run.stop - run.start) for run in runs]
+            is_there = all(start + nbytes <= file.identity.size for file, start, nbytes in parts)
+            found.append(stitched_pages(parts, runs[0].dtype) if is_there else None)
         return found
 
     def require_unchanged(self) -> None:

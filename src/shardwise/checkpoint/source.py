@@ -109,3 +109,23 @@ def read_scattered(source: Source, file: str, offset: int, parts: Sequence[memor
     for part in parts:
         source.read_into(file, offset, part)
         offset += len(part)
+
+
+def stitched(source: Source, shards: Sequence[Sequence[Run]]) -> list[torch.Tensor | None]:
+    """Return flat tensors, each over several runs of bytes of files, which can be written without changing the files.
+
+    A source may have a method of this name that puts pages of its files side by side; of others nothing can be had so.
+
+    Args:
+        source: Of the files.
+        shards: The runs of each tensor, in its order, of one dtype; their places in the file and in the tensor differ by the same
+            number of bytes modulo the page size.
+
+    Returns:
+        A tensor for each, in order; None where the source, or the system, cannot.
+
+    Raises:
+        CheckpointError: The bytes that share a page with another run cannot be read.
+    """
+    at_once = getattr(source, "stitched", None)
+    return at_once(shards) if at_once is not None else [None] * len(shards)

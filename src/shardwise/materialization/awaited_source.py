@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from shardwise.checkpoint import Readable, Run, Source
+from shardwise.checkpoint import stitched as stitched_by_source
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
@@ -84,6 +85,27 @@ def mapped(source: Source, runs: Sequence[Run], agreement: Agreement) -> list[to
     """
     what = f"{source.name}, {runs[0].file}: opening it to map it"
     return on_thread(lambda _: source.mapped(runs), agreement, what=what)
+
+
+def stitched(
+    source: Source, shards: Sequence[Sequence[Run]], agreement: Agreement
+) -> list[torch.Tensor | None]:
+    """Put pages of files side by side as `shardwise.checkpoint.stitched` does.
+
+    Raises:
+        CheckpointError: A file cannot be opened or read, or has changed.
+        PeerError: Another rank failed.
+        StalledReadError: The file system does not answer.
+    """
+
+    def one_by_one(doing: Doing) -> list[torch.Tensor | None]:
+        found: list[torch.Tensor | None] = []
+        for runs in shards:
+            doing.begin(f"{source.name}, {runs[0].file}: mapping {len(runs)} runs of it")
+            found += stitched_by_source(source, [runs])
+        return found
+
+    return on_thread(one_by_one, agreement, what=f"{source.name}: mapping")
 
 
 def require_unchanged(source: Source, agreement: Agreement) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from shardwise.checkpoint import Run
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.awaited_source import awaited, mapped, require_unchanged
+from shardwise.materialization.awaited_source import awaited, mapped, require_unchanged, stitched
 from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
@@ -91,16 +91,25 @@ def allocate(
 def _map(
     plan: SourcePlan, dtypes: Mapping[str, torch.dtype], agreement: Agreement
 ) -> list[torch.Tensor | None]:
-    runs = [
-        Run(file=i.file, start=i.start, dtype=dtypes[i.fqn], numel=i.nbytes // dtypes[i.fqn].itemsize)
-        for i in plan.direct.mapped
-    ]
-    of_file: dict[str, list[Run]] = {}
-    for run in runs:
-        of_file.setdefault(run.file, []).append(run)
-    # Each file at once: pages of two calls are never the same.
-    found = {file: iter(mapped(plan.source, of, agreement)) for file, of in of_file.items()}
-    return [next(found[run.file]) for run in runs]
+    whole: dict[str, list[tuple[str, Run]]] = {}
+    several: dict[str, list[Run]] = {}
+    for item in plan.direct.mapped:
+        dtype = dtypes[item.fqn]
+        runs = [
+            Run(file=of.file, start=of.start, dtype=dtype, numel=(of.stop - of.start) // dtype.itemsize)
+            for of in item.runs
+        ]
+        if len(runs) == 1:
+            whole.setdefault(runs[0].file, []).append((item.fqn, runs[0]))
+        else:
+            several[item.fqn] = runs
+    found: dict[str, torch.Tensor | None] = {}
+    for of_file in whole.values():  # each file at once: pages of two calls are never the same
+        pages = mapped(plan.source, [run for _, run in of_file], agreement)
+        found |= zip((fqn for fqn, _ in of_file), pages, strict=True)
+    if several:
+        found |= zip(several, stitched(plan.source, list(several.values()), agreement), strict=True)
+    return [found[item.fqn] for item in plan.direct.mapped]
 
 
 def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:

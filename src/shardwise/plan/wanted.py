@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import Piece, whole
 from shardwise.plan.layout import Layout
+
+_PAGE_BYTES = mmap.PAGESIZE
+_LEAST_STITCHED_BYTES = 2**17
+"""Of a run, on average: shorter ones would be mostly the pages that are read, and a process may have 65,530 mappings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,20 +27,37 @@ class StoredPiece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MappedRun:
+    """A run of bytes of a file.
+
+    Args:
+        file: Within the source.
+        start: First byte, inclusive.
+        stop: Last byte, exclusive.
+    """
+
+    file: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mapped:
-    """A shard that is the file's own pages.
+    """A shard that is pages of files.
 
     Args:
         fqn: Of the tensor.
-        file: Within the source.
-        start: First byte, inclusive.
-        nbytes: Of the shard.
+        runs: That follow each other in the shard; where they are several, their places in the file and in the shard differ by the
+            same number of bytes modulo the page size, so that whole pages can lie side by side.
     """
 
     fqn: str
-    file: str
-    start: int
-    nbytes: int
+    runs: tuple[MappedRun, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the shard."""
+        return sum(run.stop - run.start for run in self.runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +94,10 @@ class WantedTensor:
 
         A shard that is smaller than the largest is padded by FSDP2, and the bytes after it in the file are not its own.
         """
-        if not self.may_map or len(self.pieces) != 1 or self.pieces[0].stored.dtype != self.dtype:
+        if not self.may_map or any(each.stored.dtype != self.dtype for each in self.pieces):
             return None
+        if len(self.pieces) != 1:
+            return self._stitched_on(rank)
         stored, itemsize = self.pieces[0].stored, self.dtype.itemsize
         run = self.layout.run_of(self.pieces[0].piece, self.shape, rank)
         if run is None:
@@ -80,7 +105,37 @@ class WantedTensor:
         first = stored.start + itemsize * run.start
         if first % itemsize:
             return None
-        return Mapped(fqn=self.fqn, file=stored.file, start=first, nbytes=len(run) * itemsize)
+        of_file = MappedRun(file=stored.file, start=first, stop=first + len(run) * itemsize)
+        return Mapped(fqn=self.fqn, runs=(of_file,))
+
+    def _stitched_on(self, rank: int) -> Mapped | None:
+        """Return a shard of several runs, as stacked experts are, each of many pages."""
+        shape = self.layout.local_shape(self.shape, rank)
+        if shape is None or shape != self.layout.local_shape(self.shape, self.layout.mesh_ranks[0]):
+            return None
+        itemsize = self.dtype.itemsize
+        runs: list[
+            tuple[int, int, str, int]
+        ] = []  # in the shard: first and last byte; file, and first byte there
+        for each in self.pieces_on(rank):
+            place = each.piece.run_in(shape) if each.piece.is_one_run else None
+            if place is None:
+                return None
+            start = each.stored.start + itemsize * each.piece.source_start
+            runs.append((place.start * itemsize, place.stop * itemsize, each.stored.file, start))
+        joined: list[MappedRun] = []
+        at = 0
+        for low, high, file, start in sorted(runs):
+            if low != at or (start - low - runs[0][3] + runs[0][0]) % _PAGE_BYTES or start % itemsize:
+                return None
+            at = high
+            if joined and (joined[-1].file, joined[-1].stop) == (file, start):
+                joined[-1] = replace(joined[-1], stop=start + high - low)
+            else:
+                joined.append(MappedRun(file=file, start=start, stop=start + high - low))
+        if not joined or at != math.prod(shape) * itemsize or at < _LEAST_STITCHED_BYTES * len(joined):
+            return None
+        return Mapped(fqn=self.fqn, runs=tuple(joined))
 
     @property
     def always_mapped(self) -> bool:
