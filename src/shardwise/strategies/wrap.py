@@ -443,7 +443,7 @@ def _reduce_what_a_rank_has_not_used(modules: Sequence[nn.Module]) -> None:
     was not used.
     """
     has_list = any(isinstance(inner, nn.ModuleList) for module in modules for inner in module.modules())
-    allow = getattr(modules[0], "set_reduce_scatter_unused_params", None)  # not in torch 2.11
+    allow = getattr(modules[0], "set_reduce_scatter_unused_params", None)  # torch 2.13 has it
     if has_list and allow is not None:
         allow(True, recurse=False)
 
