@@ -12,7 +12,15 @@ from shardwise.materialization import clean_fqn
 from shardwise.testing import RankPool
 from tests.distributed.facade import batch, facade, own
 from tests.distributed.models import from_checkpoint
-from tests.distributed.steps import Checkpoint, by_strategy, every_rank, full_gradients
+from tests.distributed.steps import (
+    Checkpoint,
+    backward,
+    by_strategy,
+    every_rank,
+    full_gradients,
+    load,
+    make_strategy,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -205,3 +213,33 @@ def step_short(directory: str, name: str, precision: str) -> None:
             model.forward_backward(own(batch(step)))
         norms[-1].append(model.clip_grad_and_step(1e9))
     torch.testing.assert_close(norms[1], norms[0], rtol=1e-4 if precision == "no" else 2e-2, atol=1e-6)
+
+
+# --- parts that a rank has not run ---
+
+
+@by_strategy
+def test_ranks_may_reach_different_experts(pool: RankPool, checkpoint: Checkpoint, strategy: str) -> None:
+    pool.run(reach_experts, checkpoint("qwen3_moe"), strategy, ranks=2)
+
+
+def reach_experts(directory: str, name: str) -> None:
+    strategy = make_strategy(name)
+    model = strategy.wrap_model(load(strategy, directory, defer=True, dtype=torch.float32))
+    expected = from_checkpoint(directory, dtype=torch.float32)
+    tokens = [token for token in range(3, 97) if experts_of(expected, token) != experts_of(expected, 2)]
+    pair = [2, tokens[0]]
+    for token in pair:
+        (expected(input_ids=torch.tensor([[token]])).logits.square().mean() / 2).backward()
+    loss = model(input_ids=torch.tensor([[pair[torch.distributed.get_rank()]]])).logits.square().mean()
+    backward(strategy, loss)
+    got = full_gradients(model)
+    for fqn, gradient in full_gradients(expected).items():
+        torch.testing.assert_close(got[fqn], gradient, rtol=1e-4, atol=1e-6)
+
+
+def experts_of(model: Any, token: int) -> Any:
+    """Return which experts a token reaches, in all layers."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[token]]), output_router_logits=True).router_logits
+    return [each.topk(2).indices.sort().values.tolist() for each in logits]

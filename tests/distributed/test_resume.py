@@ -214,6 +214,20 @@ def load_damaged(directory: str, saved: str) -> None:
         model.load(saved)
 
 
+def test_a_save_that_ranks_write_to_several_places_is_refused(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    for error in pool.run_to_errors(save_apart, checkpoint("qwen3_tied"), str(tmp_path / "saved"), ranks=2):
+        assert "expected the files of all ranks, got none of the name __1_0.distcp" in str(error)
+    assert not (tmp_path / "saved0").exists()  # nothing that looks like a whole state
+
+
+def save_apart(directory: str, saved: str) -> None:
+    model = facade(directory, "native_fsdp")
+    model.forward_only(own(batch(0)))
+    model.save(f"{saved}{dist.get_rank()}")
+
+
 def test_an_adapter_s_training_goes_on(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     directory, saved = checkpoint("qwen3_tied"), str(tmp_path / "saved")

@@ -427,9 +427,25 @@ def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions
         if unit.own_dtype:
             policy = dataclasses.replace(policy, param_dtype=None, cast_forward_inputs=False)
         shard(modules if len(modules) > 1 else modules[0], reshard_after_forward=reshard, mp_policy=policy)
+        _reduce_what_a_rank_has_not_used(modules)
     # What is left to the root is needed first in backward: FSDP2 then keeps it gathered unless told otherwise.
     reshard = None if isinstance(config.reshard, bool) else config.reshard
     shard(model, reshard_after_forward=reshard, mp_policy=options.policy)
+    if not units:
+        _reduce_what_a_rank_has_not_used([model])
+
+
+def _reduce_what_a_rank_has_not_used(modules: Sequence[nn.Module]) -> None:
+    """Let ranks reduce the same gradients of a unit though each has run other parts of it.
+
+    Experts that are modules of their own, as on transformers 4.57, run only where a rank's tokens reach them. Without this ranks
+    exchange buffers of different sizes, and gloo ends the process. Units without a list of modules keep "no gradient" for what
+    was not used.
+    """
+    has_list = any(isinstance(inner, nn.ModuleList) for module in modules for inner in module.modules())
+    allow = getattr(modules[0], "set_reduce_scatter_unused_params", None)  # torch 2.13 has it
+    if has_list and allow is not None:
+        allow(True, recurse=False)
 
 
 def _comparable_values(entries: tuple[Entry, ...]) -> Comparable:

@@ -30,6 +30,7 @@ from shardwise.transformers_model.sharded_files import (
     end_writing,
     read_index,
     read_tensors,
+    require_files,
     write_tensors,
 )
 
@@ -81,8 +82,7 @@ def save_training(training: Training, directory: Path, *, step: int, agreement: 
     with agreement.phase("write"):
         write_tensors(tensors, unfinished, group=group)
     with agreement.phase("finish"):
-        if agreement.rank == agreement.ranks[0]:
-            os.replace(unfinished, directory)
+        _give_name(unfinished, directory, agreement=agreement)
 
 
 class PendingSave:
@@ -124,8 +124,7 @@ class PendingSave:
             end_writing(self._writing, self._unfinished, timeout_seconds=agreement.timeout_seconds)
             dist.destroy_process_group(self._group)
         with agreement.phase("finish"):
-            if agreement.rank == agreement.ranks[0]:
-                os.replace(self._unfinished, self._directory)
+            _give_name(self._unfinished, self._directory, agreement=agreement)
 
 
 def _prepare(
@@ -145,6 +144,12 @@ def _prepare(
         unfinished.mkdir(parents=True)
         _write_state(unfinished / STATE_NAME, training, step=step, ranks=len(agreement.ranks))
     return tensors, unfinished
+
+
+def _give_name(unfinished: Path, directory: Path, *, agreement: Agreement) -> None:
+    if agreement.rank == agreement.ranks[0]:
+        require_files(unfinished)
+        os.replace(unfinished, directory)
 
 
 def load_training(training: Training, directory: Path, *, agreement: Agreement) -> int:

@@ -99,6 +99,21 @@ def end_writing(begun: Future[Any], directory: Path, *, timeout_seconds: float) 
         ) from error
 
 
+def require_files(directory: Path) -> None:
+    """Look for what all ranks have written, where the first one has.
+
+    Raises:
+        DamagedFileError: A file that the index names is not there.
+    """
+    named = {stored.relative_path for stored in _Reader(directory).read_metadata().storage_data.values()}
+    gone = sorted(name for name in named if not (directory / name).is_file())
+    if gone:
+        raise DamagedFileError(
+            f"{directory}: expected the files of all ranks, got none of the name {', '.join(gone)}: their ranks have written "
+            "elsewhere. Name the same directory on every rank, on a file system that all share."
+        )
+
+
 def read_tensors(
     tensors: dict[str, torch.Tensor], directory: Path, *, group: dist.ProcessGroup | None
 ) -> None:
