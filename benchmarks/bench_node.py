@@ -139,9 +139,7 @@ def _planned(run: dict[str, Any], model: Path) -> dict[str, Any]:
 
 
 def _print_node(runs: list[dict[str, Any]], console: Console) -> None:
-    table = Table(
-        "model", "shards", "ranks", "node's peak, MiB", "bound, MiB", "worst rank, MiB", "wrap, s", "flat"
-    )
+    table = Table("model", "shards", "ranks", "node's peak, MiB", "bound, MiB", "worst rank, MiB", "flat")
     of_few: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(runs, key=lambda each: (each["kind"], each["cpu_storage"], each["shape"])):
         few = of_few.setdefault((run["kind"], run["cpu_storage"]), run)
@@ -155,7 +153,6 @@ def _print_node(runs: list[dict[str, Any]], console: Console) -> None:
             _mebibytes(run["node_peak_bytes"]),
             _mebibytes(bound),
             _mebibytes(run["rank_peak_bytes"]),
-            f"{run['seconds']:.2f}",
             str(run["flat"]),
         )
     console.print(table)

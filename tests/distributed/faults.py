@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource, StateDictSource
-from shardwise.materialization import exchange, load, storage
+from shardwise.materialization import exchange, load, open_source, storage
 from tests.distributed.steps import connected_ranks
 
 ROUTES = ("direct", "replicate", "node", "rank0", "striped", "state dict")
@@ -163,6 +163,27 @@ FAULTS = (
         change=_other_dtype,
     ),
     Fault(
+        name="the file system refuses to look for the files",
+        phase="locate",
+        error="PermissionError",
+        message="Permission denied",
+        inject=lambda _: mock.patch.object(
+            open_source, "locate", _raising(PermissionError(errno.EACCES, "Permission denied"))
+        ),
+        routes=ROUTES[:-1],
+    ),
+    Fault(
+        name="describing a state dict raises",
+        phase="describe state dict",
+        error="CheckpointError",
+        message="no tensors in it",
+        inject=lambda _: mock.patch.object(
+            open_source, "StateDictSource", _raising(sw.CheckpointError("no tensors in it"))
+        ),
+        on=lambda _: 0,
+        routes=("state dict",),
+    ),
+    Fault(
         name="a header is damaged",
         phase="read headers",
         error="DamagedFileError",
@@ -174,6 +195,24 @@ FAULTS = (
         ),
         on=lambda _: 0,
         routes=ROUTES[:-1],
+    ),
+    Fault(
+        name="a node has other files",
+        phase="read headers",
+        error="ChangedFileError",
+        message="got another size",
+        inject=lambda _: mock.patch.object(
+            SafetensorsSource, "require_as_described", _raising(sw.ChangedFileError("got another size"))
+        ),
+        on=lambda _: 2,
+        routes=ROUTES[:-1],
+    ),
+    Fault(
+        name="a user's function for names raises",
+        phase="match names",
+        error="KeyError",
+        message="no such layer",
+        change=lambda arguments: arguments.update(rename=_raising(KeyError("no such layer"))),
     ),
     Fault(
         name="one rank renames otherwise",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -37,6 +38,18 @@ ROWS_PER_RANK = 2
 def connected_ranks() -> AbstractContextManager[Any]:
     """Let ranks of the pool, which meet through a file, connect to each other as those that meet over a network do."""
     return mock.patch.object(CallStore, "host_address", ("127.0.0.1", 1))
+
+
+def meet_over_the_network() -> None:
+    """Give ranks of the pool, whose store is a file, a store as launchers make it. Each rank has one connection to it."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    store = dist.TCPStore("127.0.0.1", 0, ranks, True, wait_for_workers=False) if rank == 0 else None
+    port = [store.port if store is not None else None]
+    dist.broadcast_object_list(port)
+    dist.destroy_process_group()
+    if store is None:
+        store = dist.TCPStore("127.0.0.1", port[0], ranks, False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
 
 
 def make_strategy(name: str, **arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,21 @@ def load_with_config(directory: str, config: str) -> None:
         assert (new.config.max_position_embeddings, new.config.attention_dropout) == (48, 0.25)
     made = sw.TransformersModel(directory, config=Path(config), strategy="native_fsdp", mixed_precision="no")
     assert made.model.get_submodule("model").config.max_position_embeddings == 48  # type: ignore[union-attr]
+
+
+def test_weights_without_a_config_are_refused_by_name_unless_one_is_given(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    directory = checkpoint("qwen3_untied")
+    for file in Path(directory).glob("*.safetensors"):
+        shutil.copy(file, tmp_path)
+    for error in pool.run_to_errors(load_with, str(tmp_path), {}, ranks=2):
+        assert "expected config.json beside the weights, got none" in str(error)
+    pool.run(load_with, str(tmp_path), {"config": directory}, ranks=2)
+
+
+def load_with(directory: str, options: dict[str, Any]) -> None:
+    load(make_strategy("native_fsdp"), directory, defer=True, **options)
 
 
 def test_generation_goes_on_as_after_a_plain_load(pool: RankPool, checkpoint: Checkpoint) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tests.unit.hub_fakes import Cache, FakeHub
 pytestmark = pytest.mark.distributed
 
 DOWNLOAD_SECONDS = 0.5
+SLOW_TIMEOUT_SECONDS, GROWTHS = 4.0, 5
 WEIGHT = torch.arange(24.0).view(8, 3)
 
 
@@ -79,6 +80,44 @@ def test_one_rank_downloads_while_the_other_waits(pool: RankPool, tmp_path: Path
     # The second time nobody does.
     again = pool.run(load_from_hub, str(tmp_path), ("a", "a"), ranks=2)
     assert again == [("a", 0, False), ("a", 0, False)]
+
+
+def load_slowly_from_hub(folder: str) -> float:
+    """Return the seconds of a load whose download grows bit by bit, for longer than the timeout."""
+    model, root = sharded_linear(), Path(folder) / "a"
+    blobs = root / "models--org--name" / "blobs"
+
+    def grow() -> None:
+        blobs.mkdir(parents=True, exist_ok=True)
+        with (blobs / "weights.incomplete").open("ab") as file:
+            for _ in range(GROWTHS):
+                time.sleep(SLOW_TIMEOUT_SECONDS / 3)
+                file.write(b"more")
+                file.flush()
+        (blobs / "weights.incomplete").unlink()
+
+    started = time.monotonic()
+    with (
+        hub_of_rank(folder, host="a", error=None),
+        mock.patch.object(hub, "_fetch", growing(hub._fetch, grow)),
+    ):
+        sw.materialize(model, "org/name", timeout=SLOW_TIMEOUT_SECONDS)
+    assert torch.equal(model.weight.full_tensor(), WEIGHT)
+    return time.monotonic() - started
+
+
+def growing(fetch: Any, grow: Callable[[], None]) -> Any:
+    def fetched(location: Any, patterns: Any) -> Any:
+        if "*.safetensors" in patterns:
+            grow()
+        return fetch(location, patterns)
+
+    return fetched
+
+
+def test_a_download_that_grows_is_waited_for(pool: RankPool, tmp_path: Path) -> None:
+    seconds = pool.run(load_slowly_from_hub, str(tmp_path), ranks=2)
+    assert min(seconds) > GROWTHS * SLOW_TIMEOUT_SECONDS / 3 > 1.5 * SLOW_TIMEOUT_SECONDS
 
 
 def test_each_file_system_has_one_rank_that_downloads(pool: RankPool, tmp_path: Path) -> None:

@@ -115,7 +115,15 @@ def model_of_200_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("shape", "route"),
-    [((2,), "direct"), ((2,), "rank0"), ((2,), "striped"), ((2, 2), "replicate"), ((2, 2), "node")],
+    [
+        ((1,), "direct"),
+        ((2,), "direct"),
+        ((4,), "direct"),
+        ((2,), "rank0"),
+        ((2,), "striped"),
+        ((2, 2), "replicate"),
+        ((2, 2), "node"),
+    ],
     ids=str,
 )
 def test_the_host_peak_is_within_a_tenth_of_the_measured_one(

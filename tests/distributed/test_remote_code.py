@@ -90,6 +90,8 @@ def load_carrier(directory: str, defer: bool, original: str | None) -> None:
         trust = {"trust_remote_code": True} if original is not None else {}
         model: Any = load(strategy, directory, defer=defer, **trust)
         strategy.wrap_model(model)
+        if original is not None:
+            exported_with_its_code(model, Path(directory).parent / f"exported-{defer}")
     finally:
         dynamic_module_utils.HF_MODULES_CACHE, builtins.input = before
     assert model.own_code
@@ -97,6 +99,17 @@ def load_carrier(directory: str, defer: bool, original: str | None) -> None:
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, from_checkpoint(str(original))(input_ids=ids).logits)
+
+
+def exported_with_its_code(model: Any, out: Path) -> None:
+    """Write a model whose class is the checkpoint's own, and load it again by that class; all ranks call it together."""
+    import transformers
+
+    sw.export_checkpoint(model, out)
+    assert (out / "modeling_own.py").is_file()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=True)
+    assert loaded.own_code
+    check_equal(model, loaded)
 
 
 def load_known(directory: str, original: str) -> None:

@@ -26,7 +26,7 @@ from shardwise.checkpoint.ranged_file import RangedFile
 from shardwise.errors import StalledReadError
 from shardwise.materialization import read
 from shardwise.testing import RankPool
-from tests.distributed.steps import every_rank
+from tests.distributed.steps import connected_ranks, every_rank
 
 pytestmark = pytest.mark.distributed
 
@@ -70,6 +70,20 @@ def reads_of_one_rank(before: Callable[[], Any]) -> Iterator[None]:
         mock.patch.object(RangedFile, "read_scattered", hindered if has_it else original),
         mock.patch.object(read, "read_threads", return_value=1),
     ):
+        yield
+
+
+@contextmanager
+def slow_reads(*, on: int) -> Iterator[None]:
+    """Let a rank's reads take half a second each, in addition to what is done to others."""
+    original = RangedFile.read_scattered
+
+    def slow(self: RangedFile, offset: int, parts: Sequence[memoryview]) -> None:
+        if threading.current_thread().name.startswith("shardwise-read"):
+            time.sleep(SECONDS_PER_READ)
+        original(self, offset, parts)
+
+    with mock.patch.object(RangedFile, "read_scattered", slow if dist.get_rank() == on else original):
         yield
 
 
@@ -182,21 +196,52 @@ def test_a_file_system_that_hangs_before_any_read_is_named_too(pool: RankPool, f
             assert seconds < OPEN_TIMEOUT_SECONDS + 3
 
 
+STOPPED_SECONDS = 5.0
+SHORT_TIMEOUT_SECONDS = 3.0
+
+
 def stop_once(directory: str) -> float:
-    """Return how long the load took; the rank is stopped for three seconds of it."""
+    """Return how long the load took. One rank is stopped for longer than the timeout, while another one reads slowly."""
     stopped: list[bool] = []
 
     def stop() -> None:
         if not stopped:
             stopped.append(True)
-            subprocess.Popen(["/bin/sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+            command = f"sleep {STOPPED_SECONDS}; kill -CONT {os.getpid()}"
+            subprocess.Popen(["/bin/sh", "-c", command])
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(SECONDS_PER_READ)  # this rank looks at its read before that has returned
 
     started = time.monotonic()
-    with reads_of_one_rank(stop):
-        fill(directory, "direct", timeout=10)
+    with connected_ranks(), reads_of_one_rank(stop), slow_reads(on=0):
+        fill(directory, "direct", timeout=SHORT_TIMEOUT_SECONDS)
     return time.monotonic() - started
 
 
-def test_a_rank_that_is_stopped_for_a_while_is_waited_for(pool: RankPool, files: str) -> None:
-    assert min(pool.run(stop_once, files, ranks=2)) > 2.5
+def test_a_rank_that_is_stopped_is_waited_for_while_another_one_moves(pool: RankPool, files: str) -> None:
+    """Neither do the others give it up, nor does it take its own pause for a read that hangs."""
+    assert min(pool.run(stop_once, files, ranks=3)) > STOPPED_SECONDS - 0.5
+
+
+def stop_all(directory: str) -> float:
+    """Return how long the load took, of which all ranks were stopped for longer than the timeout; one of them was reading."""
+    started = time.monotonic()
+    with connected_ranks(), reads_of_one_rank(lambda: time.sleep(0.3)):
+        if dist.get_rank() == SLOW:
+            pids = " ".join(every_pid())
+            command = f"sleep 1; kill -STOP {pids}; sleep {STOPPED_SECONDS}; kill -CONT {pids}"
+            subprocess.Popen(["/bin/sh", "-c", command])
+        else:
+            every_pid()
+        fill(directory, "direct", timeout=SHORT_TIMEOUT_SECONDS)
+    return time.monotonic() - started
+
+
+def every_pid() -> list[str]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, str(os.getpid()))
+    return found
+
+
+def test_a_job_that_is_stopped_as_a_whole_goes_on(pool: RankPool, files: str) -> None:
+    assert min(pool.run(stop_all, files, ranks=3)) > STOPPED_SECONDS

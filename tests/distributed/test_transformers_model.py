@@ -354,6 +354,8 @@ def call_out_of_order(directory: str, saved: str, name: str) -> None:
         with pytest.raises(sw.CallOrderError, match="no backward was run since the last step"):
             call()
     assert not model.is_wrapped
+    with pytest.raises(sw.ConfigurationError, match=r"got Tensor\. Name them: forward\(input_ids="):
+        model.forward_only(own(batch(0))["input_ids"])
     model.forward_backward(own(batch(0)))
     for call, first in (
         (lambda: model.add_adapter_to_model("late", adapter), "Add it before the first forward"),

@@ -17,11 +17,12 @@ from torch.distributed.fsdp import fully_shard
 import shardwise as sw
 from shardwise.errors import RankError
 from shardwise.testing import RankPool
-from tests.distributed.steps import every_rank
+from tests.distributed.steps import every_rank, meet_over_the_network
 
 pytestmark = pytest.mark.distributed
 
 TIMEOUT_SECONDS = 4.0
+LONG_TIMEOUT_SECONDS = 50.0
 BAD_INTERFACE = {"GLOO_SOCKET_IFNAME": "none0"}
 
 
@@ -69,6 +70,25 @@ def test_a_load_that_needs_data_from_other_ranks_names_the_setting(
         assert "GLOO_SOCKET_IFNAME" in text, f"rank {rank}: {text}"
         assert "none0" in text, f"rank {rank}: {text}"
         assert seconds < 2 * TIMEOUT_SECONDS + 5
+
+
+def fail_long_before_the_timeout(directory: str) -> tuple[str, float]:
+    """One rank cannot use its interface; the others would wait for it to connect."""
+    meet_over_the_network()
+    here = BAD_INTERFACE if dist.get_rank() == 1 else {}
+    started = time.monotonic()
+    with mock.patch.dict(os.environ, here), pytest.raises(RankError) as caught:
+        fill(directory, "striped", timeout=LONG_TIMEOUT_SECONDS)
+    seconds = time.monotonic() - started
+    every_rank(None)
+    fill(directory, "striped", timeout=60)
+    return str(caught.value), seconds
+
+
+def test_ranks_that_wait_for_a_connection_hear_that_it_cannot_be(pool: RankPool, files: str) -> None:
+    for text, seconds in pool.run(fail_long_before_the_timeout, files, ranks=3):
+        assert "GLOO_SOCKET_IFNAME" in text
+        assert seconds < 30 < LONG_TIMEOUT_SECONDS
 
 
 def test_agreement_needs_no_group_at_all(pool: RankPool, files: str) -> None:

@@ -64,6 +64,16 @@ def flip(file: Path, name: str, *, row: int) -> None:
     file.write_bytes(content)
 
 
+def test_a_tensor_that_the_other_checkpoint_lacks_is_status_1(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = checkpoint("qwen3_untied")
+    tensors = load_file(Path(model) / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    done = runner.invoke(app, ["verify", model, "--against", str(tmp_path), "--ranks", "1"])
+    assert done.exit_code == 1, done.output
+    assert "not in the checkpoint: lm_head.weight (1 in all)" in done.stdout
+
+
 def test_a_checkpoint_that_cannot_be_compared_is_status_1_with_the_reason(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
@@ -78,4 +88,5 @@ def test_a_checkpoint_that_cannot_be_compared_is_status_1_with_the_reason(
 
 def test_the_statuses_are_documented() -> None:
     text = " ".join(runner.invoke(app, ["verify", "--help"]).stdout.split())
-    assert "Leaves with status 0 if all are equal, 1 if a shard differs or the comparison failed, 2" in text
+    statuses = "0 if all are equal, 1 if a shard differs, OTHER lacks a tensor, or the comparison failed, 2 for wrong"
+    assert f"Leaves with status {statuses}" in text

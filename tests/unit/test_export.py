@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_no_reader_takes_an_unfinished_file_for_a_whole_one(
 ) -> None:
     seen = []
 
-    def look(self: OutputDirectory, plan: Any) -> None:
+    def look(self: OutputDirectory, plan: Any, doing: Any) -> None:
         path = self.unfinished / "model.safetensors"
         assert path.stat().st_size == plan.files[0].nbytes
         with pytest.raises(SafetensorError):
@@ -223,6 +224,24 @@ def test_no_room_is_named_for_what_it_is(tmp_path: Path, model: Any, monkeypatch
     with pytest.raises(
         sw.CheckpointError,
         match=r"making room for [\d,]+ bytes in model.safetensors .*rank 0 .*No space left.*Free space",
+    ):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_bytes_that_nobody_has_written_are_noticed_before_the_directory_has_its_name(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardwise.export import execution
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        plan = plan_writes(*args, **kwargs)
+        return replace(plan, writes=plan.writes[1:])
+
+    plan_writes = execution.plan_writes
+    monkeypatch.setattr(execution, "plan_writes", forgetful)
+    with pytest.raises(
+        sw.CheckpointError, match=r"expected [\d,]+ bytes of tensors from all ranks, got [\d,]+"
     ):
         sw.export_checkpoint(model, tmp_path / "out")
     assert os.listdir(tmp_path) == []

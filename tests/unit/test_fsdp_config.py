@@ -68,6 +68,10 @@ def test_no_options_are_the_defaults(options: dict[str, Any] | None) -> None:
     assert FSDPConfig.from_dict(options) == FSDPConfig()
 
 
+def test_anything_but_a_mapping_is_refused() -> None:
+    assert message_of(3) == "fsdp_config: expected a dict of options or None, got 3"  # type: ignore[arg-type]
+
+
 def test_unknown_keys_are_listed_with_the_known_ones() -> None:
     assert message_of({"reshard": True, "cpu_offload": True, "Wrap": 1, 3: None}) == (  # type: ignore[dict-item]
         "fsdp_config: unknown keys 3, Wrap, reshard. Known keys: reshard_after_forward, cpu_offload, "

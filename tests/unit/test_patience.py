@@ -59,6 +59,20 @@ def test_steps_further_apart_than_the_timeout_do_not(clock: Clock) -> None:
     assert seconds_until_over(clock, step_every=11.0, until=100.0) == 10.5
 
 
+@pytest.mark.parametrize("stops_at", [0.5, 5.0])
+def test_a_process_that_was_stopped_has_not_waited_meanwhile(clock: Clock, stops_at: float) -> None:
+    patience = Patience(clock)
+    clock.now += stops_at
+    assert not patience.is_over()
+    clock.now += 1000.0  # nobody has made a step: the others were stopped too
+    assert not patience.is_over()
+    began = clock.now
+    while not patience.is_over():
+        clock.now += 0.5
+        assert clock.now - began < 50, "it never ends"
+    assert clock.now - began >= 10 - stops_at - 2.5  # what one look counts at most
+
+
 def test_the_store_is_asked_ten_times_in_a_timeout(clock: Clock) -> None:
     patience = Patience(clock)
     for _ in range(1000):

@@ -215,6 +215,18 @@ def test_arguments_that_are_refused(directories: dict[str, Path], tmp_path: Path
         sw.plan_load(str(tmp_path), mesh_shape=2)
 
 
+def test_a_config_of_another_task_is_refused_in_one_line() -> None:
+    from transformers import CLIPConfig
+
+    with pytest.raises(sw.ConfigurationError) as caught:
+        sw.plan_load(CLIPConfig(), mesh_shape=2)
+    assert "AutoModelForCausalLM: expected a config of a model that this class knows, got CLIPConfig" in str(
+        caught.value
+    )
+    assert "model_cls=" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
 def test_tensors_that_the_checkpoint_lacks_are_counted(directories: dict[str, Path], tmp_path: Path) -> None:
     values = load_file(directories["qwen3_tied"] / "model.safetensors")
     values.pop("model.norm.weight")

@@ -88,9 +88,15 @@ def sight(nodes: str = "aaaa", blind: tuple[int, ...] = (), *, in_memory: bool =
     [
         (FSDP, sight(), False, "direct", "no two keep the same"),
         (HSDP, sight(), False, "replicate", "request 2.00 times"),
-        (HSDP, sight(), True, "direct", "no two keep"),  # the pages of one node are in its memory once
+        (
+            HSDP,
+            sight(),
+            True,
+            "direct",
+            "what several keep is mapped",
+        ),  # the pages of one node are in its memory once
         (HSDP, sight("aabb"), True, "replicate", "2.00 times"),
-        (HSDP, sight("abab"), True, "direct", "no two keep"),  # replicas are on one node
+        (HSDP, sight("abab"), True, "direct", "what several keep is mapped"),  # replicas are on one node
         (FSDP, sight("aabb", (1, 3)), False, "node", "no access from ranks 1, 3, but"),
         (FSDP, sight("aabb", (0, 2, 3)), False, "rank0", "rank 1 reads for all"),
         (FSDP, sight(blind=(1, 2, 3), in_memory=True), False, "rank0", "rank 0 alone holds the values"),

@@ -215,6 +215,12 @@ def test_lengths_that_cannot_be(start: bytes, file_bytes: int, text: str) -> Non
         header_length(start, file="f", file_bytes=file_bytes)
 
 
+def test_a_pointer_of_git_lfs_is_called_one() -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
+    with pytest.raises(DamagedFileError, match=r"pointer that Git LFS keeps.*Run git lfs pull"):
+        header_length(pointer[:LENGTH_BYTES], file="f", file_bytes=len(pointer))
+
+
 @given(
     position=st.integers(0, 400),
     replacement=st.binary(max_size=6),

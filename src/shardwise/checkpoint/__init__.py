@@ -1,6 +1,11 @@
 """Where tensor bytes come from."""
 
-from shardwise.checkpoint.hub import cached_snapshot, download_snapshot, snapshot_revision
+from shardwise.checkpoint.hub import (
+    cached_snapshot,
+    download_snapshot,
+    downloaded_bytes,
+    snapshot_revision,
+)
 from shardwise.checkpoint.hub_access import HubAccess
 from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
@@ -21,6 +26,7 @@ __all__ = [
     "StoredTensor",
     "cached_snapshot",
     "download_snapshot",
+    "downloaded_bytes",
     "load_pickle",
     "locate",
     "read_scattered",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import importlib
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,22 @@ def download_snapshot(location: Location, *, subfolder: str = "") -> Path:
             "load_pretrained(defer=False), or download pytorch_model.bin and pass its path."
         )
     return path
+
+
+def downloaded_bytes(location: Location) -> int:
+    """Return how many bytes lie in the hub's cache of a model, those of unfinished downloads among them.
+
+    Where the cache of another hub is, its library alone knows: of ModelScope nothing is counted.
+    """
+    if location.kind != "hub":
+        return 0
+    folder = Path(location.access.cache_dir or constants.HF_HUB_CACHE)
+    blobs = folder / f"models--{location.repo_id.replace('/', '--')}" / "blobs"
+    nbytes = 0
+    with suppress(OSError), os.scandir(blobs) as entries:  # it is not there yet, or files come and go
+        for entry in entries:
+            nbytes += entry.stat().st_size
+    return nbytes
 
 
 def snapshot_revision(path: Path) -> str:

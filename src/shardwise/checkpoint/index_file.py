@@ -73,7 +73,8 @@ def resolve_inside(directory: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: expected a file of the checkpoint, got none ({error}). Is the download complete?"
+            f"{path}: expected a file of the checkpoint, got none ({error}). Is the download complete, and do all ranks "
+            "name the same directory?"
         ) from error
     blobs = next(
         (above.parent / "blobs" for above in (home, *home.parents) if above.name == "snapshots"), None

@@ -48,6 +48,7 @@ DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+_GIT_LFS_POINTER = b"version "  # as a length it would be beyond every file
 _PACKED = ("F4", "F6_E2M3", "F6_E3M2")
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -76,6 +77,11 @@ def header_length(start: bytes, *, file: str, file_bytes: int) -> int:
     """
     if len(start) < LENGTH_BYTES:
         _damaged(file, f"at least {LENGTH_BYTES} bytes", f"{file_bytes}")
+    if start[:LENGTH_BYTES] == _GIT_LFS_POINTER:
+        raise DamagedFileError(
+            f"{file}: expected a safetensors file, got the pointer that Git LFS keeps in its place ({file_bytes} bytes). Run git lfs "
+            "pull in the checkpoint's repository, or download it again."
+        )
     length: int = struct.unpack("<Q", start[:LENGTH_BYTES])[0]
     if length < 2:
         _damaged(file, "a header of at least 2 bytes", f"a length of {length}")

@@ -47,7 +47,7 @@ class StateDictSource:
         if tensor.is_meta:
             raise CheckpointError(
                 f"{spec.fqn}: expected values on the source rank, got a tensor on meta. Load the model with "
-                "load_pretrained, or build it off meta on global rank 0."
+                "load_pretrained of the strategy that wraps it, or build it off meta on global rank 0."
             )
         if tuple(tensor.shape) != spec.shape:
             raise ShapeMismatchError(

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ from shardwise.cli.terminal import STATUS_FAILED, Progress, errors_reported, ter
 from shardwise.compare.modes import modes_named
 
 if TYPE_CHECKING:
-    from shardwise.compare.experiment import Comparison
+    from shardwise.compare.fine_tune import FineTuning
 
 
 def demo_command(
@@ -56,29 +57,30 @@ def demo_command(
             )
         is_good = comparison.is_good
         if model is None and is_good:
-            is_good = _fine_tuned(checkpoint, comparison, output_dir, ranks=ranks)
+            tuned = _fine_tuned(checkpoint, output_dir, ranks=ranks)
+            if tuned is not None:
+                document = {**comparison.document, "fine_tuning": tuned.to_json()}
+                comparison, is_good = replace(comparison, document=document), tuned.is_good
         show(comparison, output_directory=output_dir, json_file=json_file)
         _print_what_next(checkpoint, ranks=ranks)
     if not is_good:
         raise typer.Exit(STATUS_FAILED)
 
 
-def _fine_tuned(checkpoint: str, comparison: Comparison, output_directory: Path, *, ranks: int) -> bool:
-    """Fine-tune the demo's own model, note it in the document, and return whether it went as in one process."""
+def _fine_tuned(checkpoint: str, output_directory: Path, *, ranks: int) -> FineTuning | None:
+    """Fine-tune the demo's own model, on shards and in one process; None where that cannot be done here."""
     from shardwise.compare.fine_tune import fine_tune, why_not
 
     reason = why_not(Path(checkpoint), ranks=ranks)
     if reason is not None:
         Console(stderr=True, highlight=False).print(Text(f"No fine-tuning: {reason}"), soft_wrap=True)
-        return True
+        return None
     output_directory.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix=".fine-tuning-", dir=output_directory) as folder,
         terminal_progress() as progress,
     ):
-        tuned = fine_tune(Path(checkpoint), Path(folder), ranks=ranks, progress=progress)
-    comparison.document["fine_tuning"] = tuned.to_json()
-    return tuned.is_good
+        return fine_tune(Path(checkpoint), Path(folder), ranks=ranks, progress=progress)
 
 
 def _print_what_next(checkpoint: str, *, ranks: int) -> None:

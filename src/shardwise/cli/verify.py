@@ -29,7 +29,8 @@ def verify_command(
 ) -> None:
     """Load MODEL on several ranks, each its own bytes, and compare every tensor by value with a checkpoint.
 
-    Leaves with status 0 if all are equal, 1 if a shard differs or the comparison failed, 2 for wrong options.
+    Leaves with status 0 if all are equal, 1 if a shard differs, OTHER lacks a tensor, or the comparison failed, 2 for
+    wrong options.
     """
     with errors_reported(debug=debug):
         from shardwise.compare.launch import run_ranks
@@ -46,6 +47,8 @@ def verify_command(
             print(report.pop("summary"))
             if json_file is not None:
                 json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        equal = all(each["is_equal"] for each in reports.values())
+        # What a model's class permits its own checkpoint to lack is no difference.
+        lacks = against is not None and any(each["absent"] for each in reports.values())
+        equal = all(each["is_equal"] for each in reports.values()) and not lacks
     if not equal:
         raise typer.Exit(STATUS_FAILED)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shardwise.errors import CheckpointError
 from shardwise.export.file_plan import FilePlan
+from shardwise.materialization.awaited_call import Doing
 
 _MARKER = ".shardwise"
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -76,14 +77,19 @@ class OutputDirectory:
         except (OSError, UnicodeDecodeError):
             return False
 
-    def create(self, plan: FilePlan) -> None:
+    def create(self, plan: FilePlan, doing: Doing) -> None:
         """Make all files in their sizes, without headers; one rank does it.
+
+        Args:
+            plan: Of the files.
+            doing: Told which file it is at.
 
         Raises:
             CheckpointError: There is no room for them.
         """
         for planned in plan.files:
             path = self.unfinished / planned.name
+            doing.begin(f"{self.path}: making {planned.name}")
             try:
                 path.parent.mkdir(exist_ok=True)
                 file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -95,14 +101,19 @@ class OutputDirectory:
                 what = f"making room for {planned.nbytes:,} bytes in {planned.name} ({plan.nbytes:,} in all files)"
                 raise self.failure(what, error) from error
 
-    def finish(self, plan: FilePlan) -> None:
+    def finish(self, plan: FilePlan, doing: Doing) -> None:
         """Write the headers and the index, and give the directory its name; one rank does it, when the others have synced.
+
+        Args:
+            plan: Of the files.
+            doing: Told which file it is at.
 
         Raises:
             CheckpointError: That is not possible.
         """
         try:
             for planned in plan.files:
+                doing.begin(f"{self.path}: storing {planned.name}")
                 with (self.unfinished / planned.name).open("r+b") as file:
                     file.write(planned.header)
                     file.flush()

@@ -20,6 +20,7 @@ from shardwise.export.output_files import OutputFiles
 from shardwise.export.whole import plan_whole, write_whole
 from shardwise.export.writing import Writing
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.awaited_call import Doing, on_thread
 from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.freed import give_back_freed
@@ -75,13 +76,24 @@ def write_content(
         with agreement.phase("begin"):
             marker = agreement.publish("marker", secrets.token_hex(16) if is_first else None)
             if is_first:
-                output.refuse(overwrite=overwrite)
+                on_thread(
+                    lambda _: output.refuse(overwrite=overwrite),
+                    agreement,
+                    what=f"{output.path}: looking at it",
+                )
                 stack.callback(output.discard)  # finds nothing once the directory has its name
-                output.begin(marker)
-                output.create(content.files)
+
+                def begin(doing: Doing) -> None:
+                    output.begin(marker)
+                    output.create(content.files, doing)
+
+                on_thread(begin, agreement, what=f"{output.path}: making it")
                 beside(output.unfinished)
         with agreement.phase("plan"):
-            sees = agreement.gather("sees", json.dumps(output.is_seen(marker)))
+            is_seen = on_thread(
+                lambda _: output.is_seen(marker), agreement, what=f"{output.path}: looking for it"
+            )
+            sees = agreement.gather("sees", json.dumps(is_seen))
             pairs = zip(agreement.ranks, sees, strict=True)
             writers = tuple(rank for rank, text in pairs if json.loads(text))
             buffer_bytes = staging_bytes // EXCHANGE_BUFFERS
@@ -132,7 +144,7 @@ def write_content(
             network_bytes += write_whole(steps, content, files=files, plane=plane, agreement=agreement)
             give_back_freed()
         with agreement.phase("sync"):
-            files.sync()
+            on_thread(files.sync, agreement, what=f"{output.path}: storing it")
             counts = agreement.gather("written", str(files.written_bytes))
             if sum(map(int, counts)) != content.nbytes:
                 raise CheckpointError(
@@ -141,7 +153,11 @@ def write_content(
                 )
         with agreement.phase("finish"):
             if is_first:
-                output.finish(content.files)
+                on_thread(
+                    lambda doing: output.finish(content.files, doing),
+                    agreement,
+                    what=f"{output.path}: finishing it",
+                )
     return Written(written_bytes=files.written_bytes, network_bytes=network_bytes, writers=writers)
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from shardwise.export.directory import OutputDirectory
+from shardwise.materialization.awaited_call import Doing
 
 _MOST_PARTS = 512  # of one call; systems take at least 1024
 
@@ -54,9 +55,14 @@ class OutputFiles:
         except OSError as error:
             raise self._directory.failure(f"opening {file}", error) from error
 
-    def sync(self) -> None:
-        """Wait until what this rank has written is on storage."""
+    def sync(self, doing: Doing) -> None:
+        """Wait until what this rank has written is on storage.
+
+        Args:
+            doing: Told which file it is at.
+        """
         for file, descriptor in self._open.items():
+            doing.begin(f"{self._directory.path}: storing {file}")
             try:
                 os.fsync(descriptor)
             except OSError as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.patience import AwakeClock
 from shardwise.materialization.reader_threads import ReaderThreads
 
 _log = logging.getLogger("shardwise")
@@ -32,16 +32,11 @@ class Doing:
     """
 
     def __init__(self, what: str) -> None:
-        self._now = what, time.monotonic()
+        self.now = what, 0
 
     def begin(self, what: str) -> None:
         """Say that the thread has come to another step."""
-        self._now = what, time.monotonic()
-
-    @property
-    def now(self) -> tuple[str, float]:
-        """The step, and the time by the monotonic clock at which it began."""
-        return self._now
+        self.now = what, self.now[1] + 1
 
 
 def await_call(future: Future[_Result], agreement: Agreement, doing: Doing) -> _Result:
@@ -62,14 +57,14 @@ def await_call(future: Future[_Result], agreement: Agreement, doing: Doing) -> _
     """
     longest = _PART_OF_TIMEOUT * agreement.timeout_seconds
     warn_after = min(agreement.warn_after_seconds, longest / 2)
+    clock, began = AwakeClock(timeout_seconds=longest), 0.0
     known, has_warned = doing.now, False
     while not wait([future], timeout=min(_LONGEST_PAUSE_SECONDS, longest / _LOOKS)).done:
         agreement.check()
         if doing.now != known:
-            known, has_warned = doing.now, False
+            known, has_warned, began = doing.now, False, clock.seconds()
             agreement.step()
-        what, began = known
-        waited = time.monotonic() - began
+        what, waited = known[0], clock.seconds() - began
         if waited > longest:
             raise StalledReadError(
                 f"{what} has not returned for {longest:g} s on rank {agreement.rank} ({socket.gethostname()}). "

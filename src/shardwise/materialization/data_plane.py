@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,10 @@ from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.own_group import make_group
 from shardwise.materialization.patience import Patience
+from shardwise.materialization.reader_threads import ReaderThreads
 
 _SECONDS_FOR_THE_CAUSE = 3.0
+_SECONDS_BETWEEN_CHECKS = 0.25
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
 
@@ -125,8 +129,7 @@ def open_data_plane(
 ) -> Iterator[DataPlane]:
     """Make a group for one call; drop it in the end, aborting what is in flight if the call failed.
 
-    All of its ranks call this at one place, right after they have left a phase together: a rank that never comes here is waited
-    for by torch itself, which does not look for its error.
+    All of its ranks call this at one place, right after they have left a phase together.
 
     Args:
         ranks: Global ranks of the group, this one among them.
@@ -142,7 +145,9 @@ def open_data_plane(
     name = agreement.numbered("data " + "-".join(map(str, ranks)))
     timeout = timedelta(seconds=agreement.timeout_seconds)
     try:
-        group = make_group(ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)
+        make = partial(make_group, ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)
+        # gloo connects when it is made, and would wait for a rank that never comes until the timeout.
+        group = _made_on_thread(make, agreement) if backend == dist.Backend.GLOO else make()
     except (RuntimeError, ValueError) as error:
         agreement.check(now=True)
         raise RankError(
@@ -165,6 +170,29 @@ def open_data_plane(
         dist.destroy_process_group(group)
         plane.close()
         del group
+
+
+def _made_on_thread(make: Callable[[], dist.ProcessGroup], agreement: Agreement) -> dist.ProcessGroup:
+    """Make a group while this rank listens to the others."""
+    threads = ReaderThreads(1, name="shardwise-connect")
+    future = threads.submit(make)
+    try:
+        while not wait([future], timeout=_SECONDS_BETWEEN_CHECKS).done:
+            agreement.check()
+        return future.result()
+    except BaseException:
+        future.add_done_callback(_drop)  # it may be made yet, when nobody wants it any more
+        raise
+    finally:
+        threads.close(within_seconds=0.0)
+
+
+def _drop(future: Future[dist.ProcessGroup]) -> None:
+    if future.cancelled() or future.exception() is not None:
+        return
+    with suppress(RuntimeError, ValueError):  # the job may have ended its groups meanwhile
+        future.result().abort()
+        dist.destroy_process_group(future.result())
 
 
 def _backend_of(device: torch.device) -> str:

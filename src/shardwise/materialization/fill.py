@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -188,5 +187,5 @@ def _place_plain_tensors(
             found = placed.get(slot.fqn, replaced.get(id(entry.tensor)))
             if found is not None:
                 replaced.setdefault(id(entry.tensor), found)
-                dataclasses.replace(entry, slots=(slot,)).replace(found)
+                entry._replace(slots=(slot,)).replace(found)
     return {} if is_source else {plain.spec.fqn: placed[plain.spec.fqn] for plain in shared}

@@ -50,9 +50,10 @@ class Lifeline:
         self._strangers: list[_Line] = []
         self._listener: socket.socket | None = None
         towards = store.host_address if len(ranks) > 1 else None
-        if towards is not None:
+        own = _own_address(*towards) if towards is not None else None
+        if own is not None:
             with suppress(OSError):
-                self._listener = _listening(_own_address(*towards))
+                self._listener = _listening(own)
         place = self._listener.getsockname()[:2] if self._listener is not None else None
         if len(ranks) > 1:
             text = json.dumps([socket.gethostname(), place, self._token.hex()])
@@ -172,13 +173,16 @@ class _Line:
 
 
 @functools.cache
-def _own_address(host: str, port: int) -> str:
-    """Return the address by which this machine reaches another one."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)  # of a datagram socket: nothing is sent
-        own: str = probe.getsockname()[0]
-    return own
+def _own_address(host: str, port: int) -> str | None:
+    """Return the address by which this machine reaches another one; None where it does not."""
+    with suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            # The name of a machine may have addresses of a kind that is switched off here.
+            with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)  # of a datagram socket: nothing is sent
+                own: str = probe.getsockname()[0]
+                return own
+    return None
 
 
 def _listening(address: str) -> socket.socket:

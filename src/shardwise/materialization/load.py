@@ -158,8 +158,7 @@ def execute(
     """
     retried_before = sum(getattr(plan.source, "retries", 0) for plan in plans)
     with ExitStack() as stack:
-        # Before anything is read: all ranks stand here together, and making a group cannot be interrupted. A rank that
-        # fails to read never comes to it later, and the others would wait for it without looking for its error.
+        # Before anything is read: all ranks stand here together, and one that fails to read would never come to it later.
         planes: dict[tuple[int, ...], DataPlane] = {}
         for group in dict.fromkeys(group for plan in plans for group in plan.groups):
             planes[group] = stack.enter_context(open_data_plane(group, device=device, agreement=agreement))

@@ -20,7 +20,6 @@ from shardwise.checkpoint import (
     StateDictSource,
     StoredTensor,
     cached_snapshot,
-    download_snapshot,
     load_pickle,
     locate,
     read_text,
@@ -32,6 +31,7 @@ from shardwise.materialization.awaited_call import Doing, on_thread
 from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_lines
+from shardwise.materialization.downloading import download
 from shardwise.materialization.packed_text import packed, unpacked
 from shardwise.profiling import own_node, phase
 from shardwise.tensors import dtype_name
@@ -302,7 +302,7 @@ def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str)
         if is_first:
             if not location.access.force_download:
                 path = cached_snapshot(location, subfolder=subfolder)
-            path = path or download_snapshot(location, subfolder=subfolder)
+            path = path or download(location, agreement, subfolder=subfolder)
         revision = agreement.publish("revision", snapshot_revision(path) if path is not None else None)
     # What the first rank has downloaded again is new to all that see its files.
     pinned = replace(location.at(revision), access=location.access.without_force())
@@ -319,12 +319,12 @@ def _local_snapshot(location: Location, agreement: Agreement, *, subfolder: str)
             if host in without and own == next(
                 i for i, (name, has) in enumerate(found) if name == host and not has
             ):
-                path = download_snapshot(pinned, subfolder=subfolder)
+                path = download(pinned, agreement, subfolder=subfolder)
     with agreement.phase("find download again") as again:
         path = (
             path
             or cached_snapshot(pinned, subfolder=subfolder)
-            or download_snapshot(pinned, subfolder=subfolder)
+            or download(pinned, agreement, subfolder=subfolder)
         )
         again.same = _comparable(location.name, _format(path / subfolder))
         return path

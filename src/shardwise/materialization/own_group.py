@@ -41,7 +41,8 @@ def make_group(
             list(ranks).index(rank),
             list(ranks),
             dist.Backend(backend),
-            c10d._get_default_store(),
+            # A connection of its own: over one that others use too, they could ask nothing while torch waits for a rank.
+            c10d._get_default_store().clone(),  # type: ignore[attr-defined]
             name,  # type: ignore[arg-type]
             timeout=timeout,
             group_desc="shardwise data plane",

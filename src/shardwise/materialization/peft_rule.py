@@ -20,6 +20,7 @@ from shardwise.errors import ConfigurationError
 # Variants that change the forward alone; the others make A and B, or more parameters, in ways of their own.
 _VARIANTS_THAT_START_AS_LORA = ("ALora", "Dora")
 _TOKENS = "trainable_token_indices, whose rows start as those of the base's embedding"
+_FROM_VALUES = "which PEFT makes from the base model's values or from data when it is built"
 _MAGNITUDE = "a magnitude of DoRA, the norm of the base weight's rows"
 
 
@@ -98,15 +99,16 @@ def _start_of(around: Sequence[nn.Module], of_layer: str, kind: str, adapter: st
         )
     is_lora = getattr(type(layer), "reset_lora_parameters", None) is LoraLayer.reset_lora_parameters
     if not is_lora or config is None:
-        raise _refusal(fqn, f"a {type(layer).__name__} of PEFT's {type(layer).__module__.split('.')[-2]}")
+        kind = type(layer).__module__.split(".")[-2]
+        raise _refusal(fqn, f"a {type(layer).__name__} of PEFT's {kind}, whose start is known to PEFT alone")
     variant = type(layer.lora_variant[adapter]).__name__ if adapter in layer.lora_variant else ""
     if kind == "lora_magnitude_vector":
-        raise _refusal(fqn, _MAGNITUDE)
+        raise _refusal(fqn, f"{_MAGNITUDE}, {_FROM_VALUES}")
     if variant and not variant.startswith(_VARIANTS_THAT_START_AS_LORA):
-        raise _refusal(fqn, f"an adapter of the variant {variant}")
+        raise _refusal(fqn, f"an adapter of the variant {variant}, whose start is known to PEFT alone")
     how = config.init_lora_weights
     if not _is_random(how):
-        raise _refusal(fqn, f"an adapter with init_lora_weights={how!r}")
+        raise _refusal(fqn, f"an adapter with init_lora_weights={how!r}, {_FROM_VALUES}")
     owner = f"{of_layer}.{adapter}"
     if how is False:  # as torch builds the layers that the adapter consists of
         built = getattr(getattr(layer, kind)[adapter], "reset_parameters", None)
@@ -123,7 +125,7 @@ def _is_random(how: bool | str) -> bool:
 def _refusal(fqn: str, what: str) -> ConfigurationError:
     return ConfigurationError(
         f"{fqn}: expected an adapter of LoRA that starts from random numbers (init_lora_weights=True, 'gaussian' or "
-        f"'orthogonal'), got {what}, which PEFT makes from the base model's values or from data when it is built. Load the "
+        f"'orthogonal'), got {what}. Load the "
         "model with load_pretrained(defer=False) and put the adapter into it with strategy.add_adapter, or give materialize a "
         "checkpoint of the adapter."
     )

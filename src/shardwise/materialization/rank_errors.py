@@ -30,8 +30,8 @@ def ended_error(where: str, ended: str, *, rank: int) -> RankError:
         rank: This one, next to it.
     """
     return RankError(
-        f"{where}: {ended} has ended: its connection to rank {rank} closed without a word. Look at the end of its log, and for the "
-        "kernel's out-of-memory killer there."
+        f"{where}: {ended} has ended, or its machine is gone: its connection to rank {rank} closed without a word. Look at the end of "
+        "its log, and for the kernel's out-of-memory killer there."
     )
 
 

@@ -48,6 +48,9 @@ def make_again(
         ModelError: A module's own code failed, as it does where it needs the values of other tensors.
     """
     left: list[Entry] = []
+    entries = list(entries)
+    if not entries:
+        return left  # a shield around very many tensors takes its time
     with Shield(model) as shield:
         for fqn, module, wanted in modules_of(model, entries):
             for rule in rules_of(fqn, [entry.slots[0].name for entry in wanted]):

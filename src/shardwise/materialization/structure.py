@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +21,7 @@ Role = Literal["parameter", "buffer", "attribute"]
 _ROLES: tuple[Role, ...] = ("parameter", "buffer", "attribute")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class Slot(NamedTuple):
     """One place in a module where a tensor is registered."""
 
     module: nn.Module
@@ -30,8 +29,7 @@ class Slot:
     fqn: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a model and every place where it is registered.
 
     Args:

@@ -86,7 +86,7 @@ class Layout:
         """Return the layout in which each of `ranks` keeps the full tensor."""
         return cls(mesh_shape=(len(ranks),), mesh_ranks=tuple(ranks), placements=(Replicate(),))
 
-    @property
+    @cached_property
     def copies(self) -> int:
         """How many ranks of the mesh keep each element."""
         sizes = zip(self.mesh_shape, self.placements, strict=True)
@@ -106,6 +106,10 @@ class Layout:
 
     @cached_property
     def _known_pieces(self) -> dict[tuple[Piece, tuple[int, ...], int], tuple[Piece, ...]]:
+        return {}
+
+    @cached_property
+    def _known_runs(self) -> dict[tuple[Piece, tuple[int, ...], int], range | None]:
         return {}
 
     @cached_property
@@ -235,6 +239,23 @@ class Layout:
                 for inside in piece.within(part.region)
             )
         return known
+
+    def run_of(self, piece: Piece, shape: tuple[int, ...], rank: int) -> range | None:
+        """Return a rank's shard as a run of the source's elements; None where it is not one, or smaller than the largest shard.
+
+        Args:
+            piece: That a full tensor of `shape` is.
+            shape: Of the full tensor, in elements.
+            rank: A global rank.
+        """
+        key = (piece, shape, rank)
+        if key not in self._known_runs:
+            local = self.local_pieces(piece, shape, rank)
+            largest = self.local_shape(shape, self.mesh_ranks[0])
+            is_run = len(local) == 1 and local[0].is_one_run and local[0].region.shape == largest
+            first = local[0].source_start if is_run else 0
+            self._known_runs[key] = range(first, first + local[0].numel) if is_run else None
+        return self._known_runs[key]
 
     def local_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...] | None:
         """Return the shape of a global rank's shard, or None if it is not part of the mesh."""

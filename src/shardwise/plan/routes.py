@@ -75,7 +75,9 @@ def choose_route(asked: str, wanted: Sequence[WantedTensor], sight: Sight, *, ma
             name="striped",
             reason=f"a rank would make {reads:,.0f} reads of {nbytes / reads / 2**10:,.0f} KiB on average",
         )
-    return Route(name="direct", reason="every rank reads the files, and no two keep the same elements")
+    has_copies = any(tensor.layout.copies > 1 for tensor in wanted)
+    kept = "what several keep is mapped by them, or little" if has_copies else "no two keep the same elements"
+    return Route(name="direct", reason=f"every rank reads the files, and {kept}")
 
 
 def _require_sight(asked: str, sight: Sight) -> None:

@@ -74,14 +74,13 @@ class WantedTensor:
         if not self.may_map or len(self.pieces) != 1 or self.pieces[0].stored.dtype != self.dtype:
             return None
         stored, itemsize = self.pieces[0].stored, self.dtype.itemsize
-        local = self.layout.local_pieces(self.pieces[0].piece, self.shape, rank)
-        largest = self.layout.local_shape(self.shape, self.layout.mesh_ranks[0])
-        if len(local) != 1 or not local[0].is_one_run or local[0].region.shape != largest:
+        run = self.layout.run_of(self.pieces[0].piece, self.shape, rank)
+        if run is None:
             return None
-        first = stored.start + itemsize * local[0].source_start
+        first = stored.start + itemsize * run.start
         if first % itemsize:
             return None
-        return Mapped(fqn=self.fqn, file=stored.file, start=first, nbytes=local[0].numel * itemsize)
+        return Mapped(fqn=self.fqn, file=stored.file, start=first, nbytes=len(run) * itemsize)
 
     @property
     def always_mapped(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpoint import Source
-from shardwise.errors import ConfigurationError
+from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.strategies.transformers_compat import require_accelerate, warn_of_untested_version
 
 # Arguments of from_pretrained that say how values are found or changed, which is this package's part here.
@@ -71,6 +71,7 @@ def build_empty(
         The model, in eval mode, and the dtype that was chosen for it.
 
     Raises:
+        CheckpointError: No config lies there, and none was given.
         ConfigurationError: An argument, or a class, that needs values while the model is built.
     """
     warn_of_untested_version()
@@ -82,6 +83,11 @@ def build_empty(
             "where transformers loads on global rank 0."
         )
     _require_transformers_class(model_cls, "load_pretrained(defer=True)", remedy="Use defer=False")
+    if kwargs.get("config") is None and not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{name}: expected config.json beside the weights, got none. Is the download complete? A config may be given: config= "
+            "takes one, or the directory or hub id of one; shardwise.materialize needs none."
+        )
     kwargs = {key: value for key, value in kwargs.items() if key not in _WITHOUT_MEANING}
     of_model = {key: kwargs.pop(key) for key in _OF_MODEL if key in kwargs}
     if "trust_remote_code" in kwargs:
@@ -140,12 +146,28 @@ def _construct(model_cls: Any, config: Any, dtype: torch.dtype, arguments: dict[
     if make is None:
         make = model_cls._from_config
         arguments.pop("trust_remote_code", None)  # which says something to auto classes alone
-    with _parameters_on_meta():
-        model: nn.Module = make(config, dtype=dtype, **arguments)
+    try:
+        with _parameters_on_meta():
+            model: nn.Module = make(config, dtype=dtype, **arguments)
+    except ValueError as error:
+        _refuse_other_configs(model_cls, config, error)
+        raise
     if not _builds_on_meta():
         model.tie_weights()  # type: ignore[operator]  # the context registers each name of a tied weight as a parameter of its own
     model.eval()
     return model
+
+
+def _refuse_other_configs(model_cls: Any, config: Any, error: ValueError) -> None:
+    """Say in one line what an auto class says with the list of all configs that it knows."""
+    known = getattr(model_cls, "_model_mapping", None)
+    if known is None or type(config) in known:
+        return
+    raise ConfigurationError(
+        f"{model_cls.__name__}: expected a config of a model that this class knows, got {type(config).__name__}, whose architectures "
+        f"are {', '.join(getattr(config, 'architectures', None) or ['not given'])}. Pass that class, or the auto class of its task: "
+        "model_cls= of TransformersModel and plan_load, the first argument of load_pretrained and from_config."
+    ) from error
 
 
 def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -127,6 +127,8 @@ class FSDPConfig:
         Raises:
             ConfigurationError: An unknown key, with the list of known ones, or a value that does not fit.
         """
+        if not isinstance(options, Mapping | None):
+            raise ConfigurationError(f"fsdp_config: expected a dict of options or None, got {options!r}")
         options = dict(options or {})
         known = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in options if key not in known)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.errors import CallOrderError
+from shardwise.errors import CallOrderError, ConfigurationError
 from shardwise.materialization import reshard
 from shardwise.transformers_model.accumulation import Accumulation
 from shardwise.transformers_model.engines import Engine
@@ -45,6 +45,9 @@ class Stepping(ABC):
 
         Returns:
             The model's outputs.
+
+        Raises:
+            ConfigurationError: `inputs` is not a mapping.
         """
         self._wrap()
         self._refuse_blank("forward")
@@ -240,6 +243,11 @@ class Stepping(ABC):
         return [parameter for group in groups for parameter in group["params"]]
 
     def _on_device(self, inputs: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any]:
+        if inputs is not None and not isinstance(inputs, Mapping):
+            raise ConfigurationError(
+                f"forward: expected a mapping of the model's inputs, such as a tokenizer gives, got {type(inputs).__name__}. Name "
+                "them: forward(input_ids=..., labels=...)."
+            )
         together = {**(inputs or {}), **more}
         return {
             key: value.to(self._device) if isinstance(value, torch.Tensor) else value
