@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import shardwise as sw
 from shardwise.testing import RankPool
@@ -111,7 +112,7 @@ def unbroken(
 ) -> dict[str, Any]:
     """A training of 20 steps on 4 ranks that nothing disturbed."""
     output = tmp_path_factory.mktemp("unbroken") / "out"
-    return run(pool, 4, settings(model, text, output, steps=20))
+    return run(pool, 4, settings(model, text, output, steps=20, export=True))
 
 
 def test_losses_on_few_tokens_of_some_rows_are_those_of_one_process(
@@ -154,15 +155,19 @@ def test_a_killed_training_goes_on_at_another_number_of_ranks(
     # Of the twelfth step nothing was saved.
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
 
-    again = settings(
-        model, text, tmp_path, steps=20, checkpoint_every=10, keep=2, resume="auto", strategy="accelerate"
-    )
-    found = run(pool, 2, again)
+    options = {"steps": 20, "checkpoint_every": 10, "keep": 2, "resume": "auto", "export": True}
+    found = run(pool, 2, settings(model, text, tmp_path, strategy="accelerate", **options))
     assert found["resumed_from"] == str(checkpoints / "step-00000010")
     assert found["losses"] == pytest.approx(unbroken["losses"][10:], **SAME)
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 21))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000010", "step-00000020"]
     assert found["storage_bytes"] == 0  # of the base
+    exported, expected = (load_file(Path(each["export"]) / "model.safetensors") for each in (found, unbroken))
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():  # 20 steps of up to 0.01
+        torch.testing.assert_close(
+            exported[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_what_is_not_whole_is_refused_and_the_one_before_it_used(
