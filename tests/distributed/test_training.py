@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import shardwise as sw
 from shardwise.testing import RankPool
@@ -18,7 +20,15 @@ from shardwise.training.order import DataOrder
 from shardwise.training.tokens import TokenRows
 from tests.distributed.facade import quiet_peft
 from tests.distributed.models import from_checkpoint
-from tests.distributed.training import metrics_of, settings, train_here, write_model, write_text
+from tests.distributed.training import (
+    MARKING,
+    byte_tokenizer,
+    metrics_of,
+    settings,
+    train_here,
+    write_model,
+    write_text,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -42,8 +52,8 @@ def run(pool: RankPool, ranks: int, given: Any, **signals: str) -> dict[str, Any
     return outcomes[0]
 
 
-def plain_losses(model: Path, rows: Path, *, steps: int) -> list[float]:
-    """Train in this process alone, with torch and transformers."""
+def plain_figures(model: Path, rows: Path, *, steps: int) -> tuple[list[float], list[float]]:
+    """Train in this process alone, with torch and transformers; return losses and norms of gradients."""
     from transformers import get_scheduler
 
     alone = from_checkpoint(str(model), dtype=torch.float32)
@@ -56,24 +66,24 @@ def plain_losses(model: Path, rows: Path, *, steps: int) -> list[float]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=steps)
-    losses = []
+    losses, norms = [], []
     alone.train()
     for _ in range(steps):
         tokens, labels = data.batch(next(order))
         loss = alone(input_ids=tokens, labels=labels).loss  # transformers' own, a mean
         losses.append(loss.item())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-    return losses
+    return losses, norms
 
 
 def test_losses_are_those_of_one_process(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
     first = run(pool, 1, settings(model, text, tmp_path / "1"))
     (rows,) = (tmp_path / "1" / "data").glob("[!.]*")
-    expected = plain_losses(model, rows, steps=6)
+    expected, norms = plain_figures(model, rows, steps=6)
     assert expected[-1] < 0.9 * expected[0]
     assert first["losses"] == pytest.approx(expected, **SAME)
     for ranks, strategy, passes in ((2, "accelerate", 2), (4, "native_fsdp", 1), (4, "accelerate", 1)):
@@ -91,7 +101,9 @@ def test_losses_are_those_of_one_process(pool: RankPool, model: Path, text: Path
             ),
         )
         assert found["losses"] == pytest.approx(expected, **SAME)
-        assert [line["loss"] for line in metrics_of(output)] == found["losses"]
+        lines = metrics_of(output)
+        assert [line["loss"] for line in lines] == found["losses"]
+        assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +112,35 @@ def unbroken(
 ) -> dict[str, Any]:
     """A training of 20 steps on 4 ranks that nothing disturbed."""
     output = tmp_path_factory.mktemp("unbroken") / "out"
-    return run(pool, 4, settings(model, text, output, steps=20))
+    return run(pool, 4, settings(model, text, output, steps=20, export=True))
+
+
+def test_losses_on_few_tokens_of_some_rows_are_those_of_one_process(
+    pool: RankPool, model: Path, tmp_path: Path
+) -> None:
+    # Rows with many tokens of the assistant and rows with none: a mean of the ranks' means would be another loss.
+    shutil.copytree(model, tmp_path / "model")
+    byte_tokenizer(template=MARKING).save_pretrained(tmp_path / "model")
+    chats = [
+        [
+            {"role": "user", "content": "?" * (7 * n % 50)},
+            {"role": "assistant", "content": "!" * (3 * n % 11)},
+        ]
+        for n in range(40)
+    ]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    outputs = {}
+    for ranks, passes in ((1, 1), (4, 2)):
+        output = tmp_path / str(ranks)
+        given = settings(tmp_path / "model", data, output, gradient_accumulation=passes, eval_fraction=0.1)
+        outputs[ranks] = run(pool, ranks, given), metrics_of(output)
+    one, four = outputs[1], outputs[4]
+    assert any("loss on assistant tokens" in note for note in four[0]["notes"])
+    assert four[0]["losses"] == pytest.approx(one[0]["losses"], **SAME)
+    assert four[0]["evaluations"] == pytest.approx(one[0]["evaluations"], **SAME)
+    norms = [[line["grad_norm"] for line in lines[:-1]] for _, lines in (one, four)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 def test_a_killed_training_goes_on_at_another_number_of_ranks(
@@ -115,15 +155,19 @@ def test_a_killed_training_goes_on_at_another_number_of_ranks(
     # Of the twelfth step nothing was saved.
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000010"]
 
-    again = settings(
-        model, text, tmp_path, steps=20, checkpoint_every=10, keep=2, resume="auto", strategy="accelerate"
-    )
-    found = run(pool, 2, again)
+    options = {"steps": 20, "checkpoint_every": 10, "keep": 2, "resume": "auto", "export": True}
+    found = run(pool, 2, settings(model, text, tmp_path, strategy="accelerate", **options))
     assert found["resumed_from"] == str(checkpoints / "step-00000010")
     assert found["losses"] == pytest.approx(unbroken["losses"][10:], **SAME)
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(1, 21))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000010", "step-00000020"]
     assert found["storage_bytes"] == 0  # of the base
+    exported, expected = (load_file(Path(each["export"]) / "model.safetensors") for each in (found, unbroken))
+    assert exported.keys() == expected.keys()
+    for name, tensor in expected.items():  # 20 steps of up to 0.01
+        torch.testing.assert_close(
+            exported[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_what_is_not_whole_is_refused_and_the_one_before_it_used(

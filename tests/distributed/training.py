@@ -16,6 +16,10 @@ from shardwise.compare.generated import generate_checkpoint
 from shardwise.training import TrainSettings, train
 
 BLOCK = 16
+MARKING = (  # a chat template that marks what the assistant says
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}|{% endgeneration %}"
+    "{% else %}{{ m.content }}|{% endif %}{% endfor %}"
+)
 WORDS = (
     "a shard is a part of a tensor",
     "each rank holds its own",

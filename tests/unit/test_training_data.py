@@ -18,12 +18,8 @@ from shardwise.training.loss import IGNORED, summed_loss
 from shardwise.training.order import DataOrder, part_of
 from shardwise.training.records import read_records
 from shardwise.training.tokens import TokenRows, tokenise
-from tests.distributed.training import byte_tokenizer
+from tests.distributed.training import MARKING, byte_tokenizer
 
-MARKING = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}|{% endgeneration %}"
-    "{% else %}{{ m.content }}|{% endif %}{% endfor %}"
-)
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
 TALK = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "xyz"}]}
 

@@ -86,7 +86,7 @@ def fine_tuning_lines(found: Mapping[str, Any] | None) -> list[str]:
     return [
         f"Fine-tuned {len(losses)} steps on {found['ranks']} ranks: loss {losses[0]:.4f}, at the end {losses[-1]:.4f}. One process: "
         f"{found['plain_losses'][0]:.4f}, at the end {found['plain_losses'][-1]:.4f}; no step differs by more than "
-        f"{100 * found['largest_difference']:.4f} %.",
+        f"{100 * found['largest_difference']:.2g} %.",
         f"Exported; a plain from_pretrained in one process goes on from the same words with {same} as the sharded model: "
         f'"{found["answer"].strip()}"',
     ]
