@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import filecmp
 import gc
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from tests.distributed.models import from_checkpoint
 from tests.distributed.steps import Checkpoint, by_strategy
 
 pytestmark = pytest.mark.distributed
+
+MIB = 2**20
 
 
 def content_of(directory: Path | str) -> dict[str, bytes]:
@@ -72,6 +77,33 @@ def export_saved(strategy: str, source: str, folder: str) -> None:
     assert report.network_bytes == 0
     written = [of.written_bytes for of in report.ranks]
     assert max(written) <= 1.5 * sum(written) / len(written)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc for anonymous memory")
+def test_one_rank_exports_a_state_that_is_larger_than_the_bound(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    pool.run(save_large, checkpoint("qwen3_large"), str(tmp_path), ranks=2)
+    (written,) = pool.run(export_large, checkpoint("qwen3_large"), str(tmp_path), ranks=1)
+    assert written > 128 * MIB
+    name = "model.safetensors"
+    assert filecmp.cmp(tmp_path / "out" / name, tmp_path / "expected" / name, shallow=False)
+
+
+def save_large(source: str, folder: str) -> None:
+    model = facade(source, "native_fsdp")
+    model.export(f"{folder}/expected")  # wraps it
+    model.save(f"{folder}/state")
+
+
+def export_large(source: str, folder: str) -> int:
+    model = facade(source, "native_fsdp")
+    ctypes.CDLL(None).malloc_trim(0)
+    report = model.export(f"{folder}/out", state=f"{folder}/state")
+    cast = model.export(f"{folder}/cast", state=f"{folder}/state", dtype="bfloat16")
+    assert report.ranks[0].host_anon_peak_bytes <= 64 * MIB
+    assert cast.ranks[0].host_anon_peak_bytes <= 64 * MIB + 64 * MIB
+    return report.written_bytes
 
 
 def test_adapters_alone_and_merged(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -125,9 +125,13 @@ def test_two_active_adapters_are_both_added_and_an_inactive_one_is_not(tmp_path:
         nn.init.normal_(parameter.data, std=0.1)
     model.base_model.set_adapter(["default", "second"])
     sw.export_checkpoint(model, tmp_path / "ours", adapters="merge")
-    got = load_file(tmp_path / "ours" / "model.safetensors")
+    model.merge_adapter()  # which is not added a second time
+    sw.export_checkpoint(model, tmp_path / "merged before", adapters="merge")
+    ours = [load_file(tmp_path / name / "model.safetensors") for name in ("ours", "merged before")]
+    model.unmerge_adapter()
     for name, value in model.merge_and_unload().state_dict().items():
-        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=name)
+        for got in ours:
+            torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6, msg=name)
 
 
 def test_an_adapter_on_a_tied_weight_is_not_merged(tmp_path: Path) -> None:

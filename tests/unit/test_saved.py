@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from shardwise.conversion import SavedTensor, saved_tensors
+from shardwise.conversion.ties import saved_names
 from shardwise.errors import ConfigurationError, UnsupportedParameterError
 from shardwise.export.held import held_of
 from tests.unit.models import Tied
@@ -60,6 +61,11 @@ def test_a_tie_that_the_class_does_not_declare_is_refused_by_name() -> None:
         UnsupportedParameterError, match=r"gate_proj.weight = .*up_proj.weight.*_tied_weights_keys"
     ):
         saved_of(model)
+
+
+def test_of_names_that_are_all_declared_as_ties_the_last_one_is_kept() -> None:
+    kept = saved_names(["b", "a", "other"], [["b", "a"]], is_tied=lambda name: name != "other")
+    assert kept == ["b", "other"]
 
 
 @needs_converters

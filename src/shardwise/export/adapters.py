@@ -107,7 +107,7 @@ def write_configs(model: Any, directory: Path) -> None:
     """Write the config of every adapter and the model card; the model's own configs stay as they are."""
     model.create_or_update_model_card(str(directory))
     for adapter, own in model.peft_config.items():
-        config = copy.deepcopy(own)
+        config = copy.copy(own)  # a deep copy of a set may have another order, which the file shows
         base = model.base_model if config.is_prompt_learning else model.base_model.model
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base.__dict__.get("name_or_path", None) or None

@@ -65,12 +65,13 @@ class Exporting(Resuming):
             CheckpointError: The directory is there already, or cannot be written to; nothing has changed there.
             RankError: Ranks differ, one failed, or one did not arrive.
         """
-        agreement = self._agree("export")
-        chunks = None
         if state is None:
             self._wrap()
             self._refuse_blank("export")
-        else:
+        # After the wrap: what a call keeps in the store is forgotten when a later one begins.
+        agreement = self._agree("export")
+        chunks = None
+        if state is not None:
             with agreement.phase("look at the state"):
                 chunks = saved_chunks(Path(state).absolute(), prefix=MODEL_PREFIX)
         is_auto = isinstance(tokenizer, str) and tokenizer == _AUTO
