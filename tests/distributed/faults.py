@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource, StateDictSource
-from shardwise.materialization import exchange, load, open_source, storage
+from shardwise.materialization import exchange, load, storage
 from tests.distributed.steps import connected_ranks
 
 ROUTES = ("direct", "replicate", "node", "rank0", "striped", "state dict")
@@ -168,7 +168,9 @@ FAULTS = (
         error="PermissionError",
         message="Permission denied",
         inject=lambda _: mock.patch.object(
-            open_source, "locate", _raising(PermissionError(errno.EACCES, "Permission denied"))
+            sys.modules["shardwise.materialization.open_source"],
+            "locate",
+            _raising(PermissionError(errno.EACCES, "Permission denied")),
         ),
         routes=ROUTES[:-1],
     ),
@@ -178,7 +180,9 @@ FAULTS = (
         error="CheckpointError",
         message="no tensors in it",
         inject=lambda _: mock.patch.object(
-            open_source, "StateDictSource", _raising(sw.CheckpointError("no tensors in it"))
+            sys.modules["shardwise.materialization.open_source"],
+            "StateDictSource",
+            _raising(sw.CheckpointError("no tensors in it")),
         ),
         on=lambda _: 0,
         routes=("state dict",),

@@ -17,6 +17,7 @@ import shardwise as sw
 from shardwise.compare.generated import generate_checkpoint
 from shardwise.tensors import dtype_name
 from shardwise.testing import RankPool
+from tests.distributed.models import transformers_fuses_experts
 from tests.distributed.steps import Checkpoint, load, local_of, make_strategy
 
 pytestmark = [
@@ -141,7 +142,9 @@ def test_a_nodes_memory_stays_as_ranks_are_added(
         peaks[ranks] = sum(peak for peak, _, _ in found)
         assert sum(read for _, _, read in found) <= 1.02 * whole_bytes
     assert peaks[2] >= whole_bytes > 3 * STAGING_BYTES
-    assert peaks[4] <= 1.05 * peaks[2] + 2 * STAGING_BYTES
+    # transformers 4.57 keeps a module for each expert, on every rank.
+    added_bytes = STAGING_BYTES + (0 if transformers_fuses_experts() else META_MODEL_BYTES)
+    assert peaks[4] <= 1.05 * peaks[2] + 2 * added_bytes < peaks[2] + 2 * whole_bytes
 
 
 def load_and_wrap(directory: str, dtype: torch.dtype, cpu_storage: Any) -> tuple[int, int, int]:

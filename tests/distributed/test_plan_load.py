@@ -101,13 +101,13 @@ def load_refusing_traces(directory: str, route: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model_of_200_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_of_450_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint large enough for its shards to stand out."""
     from shardwise.compare.generated import generate_checkpoint
 
     directory = tmp_path_factory.mktemp("large") / "model"
     generate_checkpoint(
-        directory, config_kind="dense", parameters=105_000_000, dtype=torch.bfloat16, seed=0, files=2
+        directory, config_kind="dense", parameters=230_000_000, dtype=torch.bfloat16, seed=0, files=2
     )
     return directory
 
@@ -129,12 +129,12 @@ def model_of_200_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_host_peak_is_within_a_tenth_of_the_measured_one(
     pool: RankPool,
     checkpoints: dict[str, Path],
-    model_of_200_mib: Path,
+    model_of_450_mib: Path,
     shape: tuple[int, ...],
     route: str,
     dtype: torch.dtype | None,
 ) -> None:
-    directory = str(model_of_200_mib)
+    directory = str(model_of_450_mib)
     ranks = math.prod(shape)
     # A first load imports modules, which would count here.
     pool.run(load, str(checkpoints["qwen3_tied"]), shape, route, dtype, "copy", ranks=ranks)

@@ -209,8 +209,12 @@ def stop_once(directory: str) -> float:
             stopped.append(True)
             command = f"sleep {STOPPED_SECONDS}; kill -CONT {os.getpid()}"
             subprocess.Popen(["/bin/sh", "-c", command])
+            time.sleep(SECONDS_PER_READ)  # this rank waits for its read before it is stopped
             os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(SECONDS_PER_READ)  # this rank looks at its read before that has returned
+            for _ in range(
+                10
+            ):  # and looks at it again before it has returned; the time of one sleep passes while it is stopped
+                time.sleep(SECONDS_PER_READ / 10)
 
     started = time.monotonic()
     with connected_ranks(), reads_of_one_rank(stop), slow_reads(on=0):
