@@ -90,7 +90,7 @@ def build_differently() -> None:
     with pytest.raises(sw.RankMismatchError, match="Pass the same class, config and dtype on every rank"):
         facade(None, "native_fsdp", config=config, num_hidden_layers=1 + dist.get_rank())
     for arguments, message in (
-        ({"config": {"hidden_size": 8}}, "from_config: expected a config of transformers, got dict"),
+        ({"config": {"hidden_size": 8}}, "or the directory or hub id of one, got dict"),
         ({"config": config, "model_cls": nn.Linear}, "from_config: expected a transformers model or auto"),
         ({"config": config, "model_cls": "Qwen33"}, "model_cls: expected a class, or the name of one in"),
         ({"config": config, "device_map": "cpu"}, "Leave device_map out"),

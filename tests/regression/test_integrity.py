@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
 from shardwise.checkpoint import Location
+from shardwise.materialization import downloading
 from shardwise.materialization import open_source as open_source_function
 from shardwise.testing import RankPool
 from tests.distributed.models import check_equal, from_checkpoint
@@ -160,11 +161,11 @@ def load_from_hub(original: str, folder: str) -> None:
         return snapshot
 
     module: Any = sys.modules[open_source_function.__module__]
-    originals = module.cached_snapshot, module.download_snapshot
-    module.cached_snapshot, module.download_snapshot = cached, download
+    originals = module.cached_snapshot, downloading.download_snapshot
+    module.cached_snapshot, downloading.download_snapshot = cached, download
     try:
         strategy = make_strategy("native_fsdp")
         model = load(strategy, "org/name", defer=True)
     finally:
-        module.cached_snapshot, module.download_snapshot = originals
+        module.cached_snapshot, downloading.download_snapshot = originals
     check_equal(strategy.wrap_model(model), from_checkpoint(original))

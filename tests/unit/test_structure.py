@@ -216,3 +216,18 @@ def test_a_difference_is_cut_at_the_limit() -> None:
 
 def test_a_difference_in_order_alone_is_said() -> None:
     assert difference(small(), small(swapped=True)) == "the same tensors in another order"
+
+
+def test_a_shared_module_is_walked_under_each_of_its_names() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(
+        shared, nn.Sequential(nn.ReLU(), shared), nn.ModuleDict({"x": nn.Sequential(shared)})
+    )
+    model.register_module("nothing", None)
+    expected = [
+        f"{name}.{parameter}"
+        for parameter in ("weight", "bias")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if module is shared
+    ]
+    assert [slot.fqn for entry in entries_of(model) for slot in entry.slots] == expected

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -78,11 +78,13 @@ def entries_of(model: nn.Module, *, roles: Sequence[Role] = _ROLES) -> tuple[Ent
     found: dict[int, tuple[torch.Tensor, Role, list[Slot], bool]] = {}
     aliases: dict[int, list[Slot]] = {}
     # A shared module is every name that it has: a checkpoint may hold any one of them.
-    modules = list(model.named_modules(remove_duplicate=False))
+    modules = list(_named_modules(model))
     for role in roles:
         for module_name, module in modules:
             tensors = _tensors_of(module, role)
-            prefix = clean_fqn(f"{module_name}.") if module_name and tensors else ""
+            if not tensors:
+                continue
+            prefix = clean_fqn(f"{module_name}.") if module_name else ""
             for name, tensor in tensors:
                 slot = Slot(module=module, name=name, fqn=prefix + name)
                 key = id(tensor)
@@ -104,12 +106,23 @@ def entries_of(model: nn.Module, *, roles: Sequence[Role] = _ROLES) -> tuple[Ent
     return tuple(entries)
 
 
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `model.named_modules(remove_duplicate=False)` does, without a generator for each level: models are walked often."""
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        name, module = left.pop()
+        yield name, module
+        prefix = f"{name}." if name else ""
+        children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
+        left += reversed(children)
+
+
 def _tensors_of(module: nn.Module, role: Role) -> list[tuple[str, torch.Tensor]]:
     if role == "attribute":
         return [(name, value) for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)]
     # Only tensors are registered, and asking each of a great many for its class takes longer than the walk.
     registered: Mapping[str, Any] = module._parameters if role == "parameter" else module._buffers
-    return [(name, value) for name, value in registered.items() if value is not None]
+    return [(name, value) for name, value in registered.items() if value is not None] if registered else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

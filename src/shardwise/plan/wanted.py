@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -82,6 +82,7 @@ class WantedTensor:
     pieces: tuple[StoredPiece, ...]
     partial: bool = False
     may_map: bool
+    _mapped: dict[int, Mapped | None] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def pieces_on(self, rank: int) -> Iterator[StoredPiece]:
         """Yield what a rank owns of it; targets are places in its shard."""
@@ -94,6 +95,11 @@ class WantedTensor:
 
         A shard that is smaller than the largest is padded by FSDP2, and the bytes after it in the file are not its own.
         """
+        if rank not in self._mapped:
+            self._mapped[rank] = self._found_mapped_on(rank)
+        return self._mapped[rank]
+
+    def _found_mapped_on(self, rank: int) -> Mapped | None:
         if not self.may_map or any(each.stored.dtype != self.dtype for each in self.pieces):
             return None
         if len(self.pieces) != 1:
