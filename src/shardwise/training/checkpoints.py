@@ -20,6 +20,7 @@ from shardwise.materialization import Agreement
 RUN_NAME: Final = "run.json"
 _SCHEMA: Final = "shardwise.run/1"
 _PREFIX: Final = "step-"
+_ASIDE: Final = ".abandoned"
 _CHUNK_BYTES: Final = 1 << 22
 
 
@@ -31,7 +32,7 @@ def directory_of(folder: Path, step: int) -> Path:
 def newest_first(folder: Path) -> list[Path]:
     """Return the directories of a training's checkpoints, whole or not, the newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def seal(directory: Path, run: Mapping[str, Any], *, agreement: Agreement) -> None:
@@ -114,17 +115,47 @@ def require_same_training(run: Mapping[str, Any], identity: Mapping[str, Any], d
         )
 
 
-def remove_old(folder: Path, *, keep: int | None) -> None:
-    """Remove all but the newest whole checkpoints, and what was left unfinished. One rank calls this."""
+def set_aside(folder: Path, *, start: Path, step: int) -> list[Path]:
+    """Rename the other checkpoints from a step on, so that none is gone on from; return where they are. One rank calls this.
+
+    Args:
+        folder: Of the training's checkpoints.
+        start: The checkpoint that the training goes on from.
+        step: Of it.
+    """
+    aside = []
+    for path in newest_first(folder):
+        if _step_of(path) >= step and not path.samefile(start):
+            target = path.with_name(f"{path.name}{_ASIDE}")
+            remove(target)
+            os.replace(path, target)
+            aside.append(target)
+    return aside
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what was left unfinished. One rank calls this, while no checkpoint is being written."""
     for leftover in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = [path for path in newest_first(folder) if (path / RUN_NAME).is_file()]
+
+
+def remove_old(folder: Path, *, keep: int | None, step: int) -> None:
+    """Remove whole checkpoints but the newest, of those up to a step. One rank calls this.
+
+    Args:
+        folder: Of the training's checkpoints.
+        keep: How many are kept, at least one; None keeps all.
+        step: Of the one that has just become whole, which is the newest of this training whatever else is there.
+    """
+    whole = [path for path in newest_first(folder) if _step_of(path) <= step and (path / RUN_NAME).is_file()]
     for path in whole[keep:] if keep is not None else []:
         remove(path)
 
 
 def remove(directory: Path) -> None:
-    """Remove a checkpoint, which at no moment looks like one then."""
+    """Remove a checkpoint if it is there; at no moment does it look like one then."""
+    if not directory.is_dir():
+        return
     gone = directory.parent / f".{directory.name}.removed"
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(directory, gone)
@@ -139,6 +170,10 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix(_PREFIX))
 
 
 def _names_in(directory: Path) -> list[str]:

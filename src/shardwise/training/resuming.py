@@ -13,8 +13,9 @@ from shardwise.training.checkpoints import (
     find_fault,
     newest_first,
     read_run,
-    remove_old,
+    remove_unfinished,
     require_same_training,
+    set_aside,
 )
 from shardwise.training.settings import RESUME_AUTO
 
@@ -45,7 +46,7 @@ def find_start(
         found = None
         if agreement.rank == agreement.ranks[0]:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_old(folder, keep=None)
+            remove_unfinished(folder)
             found = json.dumps([str(path) for path in newest_first(folder)])
         present = [Path(name) for name in json.loads(agreement.publish("present", found))]
         if resume is None and present:
@@ -68,3 +69,27 @@ def find_start(
     if present:
         note("No checkpoint is whole: beginning anew.")
     return None
+
+
+def leave_others(
+    folder: Path, *, start: Path, step: int, agreement: Agreement, note: Callable[[str], None]
+) -> None:
+    """Set checkpoints of steps that are taken anew aside: they are not of this run. All ranks call this together.
+
+    Args:
+        folder: Of the training's checkpoints.
+        start: The one that the training goes on from.
+        step: Of it.
+        agreement: Of the call.
+        note: Told what was set aside.
+    """
+    with agreement.phase("set aside"):
+        names = None
+        if agreement.rank == agreement.ranks[0]:
+            names = json.dumps([path.name for path in set_aside(folder, start=start, step=step)])
+        aside = json.loads(agreement.publish("aside", names))
+    if aside:
+        note(
+            f"Going on from step {step}, other checkpoints from there on are set aside as {', '.join(aside)}: remove what you do "
+            "not need."
+        )

@@ -19,7 +19,7 @@ from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
 from shardwise.training.preemption import Preemption
-from shardwise.training.resuming import find_start
+from shardwise.training.resuming import find_start, leave_others
 from shardwise.training.saving import Saver
 from shardwise.training.settings import TrainSettings
 from shardwise.training.steps import StepFigures, Stepper
@@ -221,8 +221,15 @@ class _Run:
             note=self._note,
         )
         if directory is not None:
-            self.model.load(directory)
             run = read_run(directory)
+            leave_others(
+                self._directory / CHECKPOINTS,
+                start=directory,
+                step=int(run["step"]),
+                agreement=self._agree("resume"),
+                note=self._note,
+            )
+            self.model.load(directory)
             self._note(
                 f"going on from step {run['step']} of {self._steps}, which {run['ranks']} ranks wrote: {directory}"
             )

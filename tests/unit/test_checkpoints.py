@@ -1,0 +1,85 @@
+"""A training's checkpoints on disk: which is gone on from, which are kept, and what is stored before what is removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shardwise.materialization import Agreement
+from shardwise.training.checkpoints import directory_of
+from shardwise.training.resuming import find_start, leave_others
+from shardwise.training.saving import Saver
+
+IDENTITY = {"seed": 5}
+
+
+class FakeModel:
+    """Saves a file, as the facade does."""
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / "weights").write_bytes(directory.name.encode())
+
+
+def agree(call: str) -> Agreement:
+    return Agreement((0,), timeout_seconds=20, call=call)
+
+
+def saver(folder: Path, *, keep: int | None = None) -> Saver:
+    model: Any = FakeModel()
+    return Saver(model, folder, run={"identity": IDENTITY, "ranks": 1}, keep=keep, agree=agree)
+
+
+def saved(folder: Path, steps: Sequence[int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        saver(folder).save(step)
+
+
+def resumed(folder: Path, resume: str | None, notes: list[str]) -> Path | None:
+    return find_start(folder, resume, identity=IDENTITY, agree=agree, note=notes.append)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("is_damaged", [True, False])
+def test_what_is_saved_after_going_back_is_kept_and_gone_on_from(tmp_path: Path, is_damaged: bool) -> None:
+    saved(tmp_path, (10, 20, 30))
+    first, damaged, last = (directory_of(tmp_path, step) for step in (10, 20, 30))
+    resume = str(first)
+    if is_damaged:
+        (last / "weights").write_bytes(b"longer than it was")
+        (damaged / "weights").write_bytes(b"step-00000021")
+        resume = "auto"
+    notes: list[str] = []
+    assert resumed(tmp_path, resume, notes) == first
+    leave_others(tmp_path, start=first, step=10, agreement=agree("resume"), note=notes.append)
+    assert notes[-1].startswith("Going on from step 10, other checkpoints from there on are set aside as")
+    assert "step-00000030.abandoned, step-00000020.abandoned: remove" in notes[-1]
+    new = saver(tmp_path, keep=1).save(15)
+    assert names_in(tmp_path) == [new.name, "step-00000020.abandoned", "step-00000030.abandoned"]
+    assert resumed(tmp_path, "auto", notes) == new
+    if not is_damaged:  # what was left is there to go back to
+        aside = tmp_path / "step-00000020.abandoned"
+        assert resumed(tmp_path, str(aside), notes) == aside
+        assert json.loads((aside / "run.json").read_text())["step"] == 20
+
+
+def test_old_checkpoints_are_those_before_the_one_just_written(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20, 30))
+    saver(tmp_path, keep=2).save(25)  # of a run beside it, or before `leave_others` was there
+    assert names_in(tmp_path) == [f"step-000000{step}" for step in (20, 25, 30)]
+
+
+def test_one_of_the_same_step_is_set_aside_too(tmp_path: Path) -> None:
+    saved(tmp_path / "other", (10,))
+    saved(tmp_path / "mine", (5, 10))
+    start = directory_of(tmp_path / "other", 10)
+    leave_others(tmp_path / "mine", start=start, step=10, agreement=agree("resume"), note=[].append)
+    assert names_in(tmp_path / "mine") == ["step-00000005", "step-00000010.abandoned"]
