@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shardwise.materialization import Agreement
 from shardwise.training.checkpoints import directory_of
 from shardwise.training.resuming import find_start, leave_others
 from shardwise.training.saving import Saver
+from shardwise.transformers_model import resume
 
 IDENTITY = {"seed": 5}
 
@@ -83,3 +86,58 @@ def test_one_of_the_same_step_is_set_aside_too(tmp_path: Path) -> None:
     start = directory_of(tmp_path / "other", 10)
     leave_others(tmp_path / "mine", start=start, step=10, agreement=agree("resume"), note=[].append)
     assert names_in(tmp_path / "mine") == ["step-00000005", "step-00000010.abandoned"]
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced, renamed and removed, in order."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(file: int) -> None:
+        done.append(f"sync {os.fstat(file).st_ino}")
+        fsync(file)
+
+    def note_replace(source: Path, target: Path) -> None:
+        done.append(f"name {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return done
+
+
+def sync_of(path: Path) -> str:
+    return f"sync {path.stat().st_ino}"
+
+
+def test_a_record_is_on_the_disk_before_older_checkpoints_go(tmp_path: Path, stored: list[str]) -> None:
+    saved(tmp_path, (1,))
+    stored.clear()
+    new = saver(tmp_path, keep=1).save(2)
+    assert stored == [
+        sync_of(new / "run.json"),
+        "name run.json",
+        sync_of(new),
+        "name .step-00000001.removed",
+    ]
+
+
+def test_a_state_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
+    tmp_path: Path, stored: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "require_files", lambda directory: None)
+    unfinished, directory = tmp_path / ".saved.unfinished", tmp_path / "saved"
+    unfinished.mkdir()
+    mesh: Any = None
+    training = resume.Training(
+        model=torch.nn.Linear(1, 1), optimizer=None, scheduler=None, scaler=None, mesh=mesh
+    )
+    resume._write_state(unfinished / resume.STATE_NAME, training, step=1, ranks=1)
+    resume._give_name(unfinished, directory, agreement=agree("save"))
+    assert stored == [
+        sync_of(directory / resume.STATE_NAME),
+        sync_of(directory),
+        "name saved",
+        sync_of(tmp_path),
+    ]

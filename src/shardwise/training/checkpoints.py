@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shardwise.checkpoint import sync
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import Agreement
 
@@ -163,13 +164,14 @@ def remove(directory: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all, also after the machine has failed."""
     unfinished = path.parent / f".{path.name}.unfinished"
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+    sync(path.parent)
 
 
 def _step_of(directory: Path) -> int:
