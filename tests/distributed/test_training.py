@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import shardwise as sw
 from shardwise.testing import RankPool
-from shardwise.training import LoraSettings
+from shardwise.training import LoraSettings, TrainSettings, train
 from shardwise.training.loss import summed_loss
 from shardwise.training.order import DataOrder
 from shardwise.training.tokens import TokenRows
@@ -297,6 +298,58 @@ def test_the_export_is_the_trained_model(pool: RankPool, model: Path, text: Path
         loss = summed_loss(exported(input_ids=tokens).logits, labels) / data.predicted(held_out)
     assert loss.item() == pytest.approx(found["eval_loss"], rel=1e-2)  # which was computed in bf16
     assert (Path(found["export"]) / "tokenizer.json").is_file()
+
+
+def test_results_of_another_training_are_replaced_only_when_asked(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 2, "export": True}
+    run(pool, 2, settings(model, text, tmp_path, **options))
+    metrics, weights = tmp_path / "metrics.jsonl", tmp_path / "export" / "model.safetensors"
+    before = metrics.read_bytes(), weights.read_bytes()
+    for changed, problem in (
+        ({}, "export: expected a directory that is empty or not there, got one with files"),
+        ({"resume": "auto"}, "export: expected a directory that is empty or not there, got one with files"),
+        ({"export": False}, r"metrics\.jsonl: expected no figures, got those of another training"),
+    ):
+        given = settings(model, text, tmp_path, **{**options, "seed": 6, **changed})
+        errors = pool.run_to_errors(train_here, given.to_json(), ranks=2)
+        with pytest.raises(sw.ShardwiseError, match=problem):
+            raise errors[0] or AssertionError
+        assert isinstance(errors[1], sw.PeerError)
+        assert (metrics.read_bytes(), weights.read_bytes()) == before
+    run(pool, 2, settings(model, text, tmp_path, **options, seed=6, overwrite=True))
+    assert metrics.read_bytes() != before[0]
+    assert weights.read_bytes() != before[1]
+
+
+def test_a_training_whose_export_fails_is_saved(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=2, export=True)
+    (tmp_path / "export").mkdir()
+    notes = tmp_path / "notes"
+    for error in pool.run_to_errors(train_with_the_export_blocked, given.to_json(), str(notes), ranks=2):
+        with pytest.raises(sw.ShardwiseError, match="expected a directory that is empty or not there"):
+            raise error or AssertionError
+    saved = tmp_path / "checkpoints" / "step-00000002"
+    assert f"The export failed. The training is saved as {saved}: --resume auto" in notes.read_text()
+    found = run(pool, 1, settings(model, text, tmp_path, steps=2, export=True, resume="auto"))
+    assert (found["losses"], found["resumed_from"]) == ([], str(saved))
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+def train_with_the_export_blocked(given: Any, notes: str) -> None:
+    """Train, and put a file where the export goes once it has begun."""
+
+    def report(event: Any) -> None:
+        if dist.get_rank() == 0 and event["kind"] == "note":
+            with Path(notes).open("a") as file:
+                file.write(event["text"])
+            if event["text"].startswith("writing /"):
+                (Path(given["output_directory"]) / "export" / "config.json").touch()
+
+    train(TrainSettings.from_json(given), report=report)
 
 
 def test_data_that_does_not_fit_is_refused(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def settings(model: Path, data: Path, output: Path, **changed: Any) -> TrainSett
         "keep": None,
         "async_checkpoints": False,
         "resume": None,
+        "overwrite": False,
         "export": False,
         "export_dtype": None,
     }

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
+from shardwise.errors import PeerError, RankError
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
@@ -19,6 +20,7 @@ from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
 from shardwise.training.preemption import Preemption
+from shardwise.training.results import refuse_results
 from shardwise.training.resuming import find_start, leave_others
 from shardwise.training.saving import Saver
 from shardwise.training.settings import TrainSettings
@@ -56,7 +58,8 @@ def train(
     Raises:
         ConfigurationError: Settings that do not go together, or not with the checkpoint.
         DataError: The data cannot be used.
-        CheckpointError: The model or a checkpoint cannot be read.
+        CheckpointError: The model or a checkpoint cannot be read; or there is something where the export will go. If the export
+            fails at the end, a checkpoint of the last step is there, and a note says where.
         RankError: Another rank failed, or did not arrive.
     """
     preemption = Preemption()
@@ -110,11 +113,15 @@ class _Run:
         finally:
             if metrics is not None:
                 metrics.close()
+
+        def saved() -> Path:
+            return self._saver.save(step) if step != start or resumed_from is None else resumed_from
+
         checkpoint = exported = None
         if stopped or self._settings.checkpoint_every is not None:
-            checkpoint = self._saver.save(step) if step != start or resumed_from is None else resumed_from
+            checkpoint = saved()
         if self._settings.export and not stopped:
-            exported = self._exported()
+            exported = self._exported(saved)
         load = self.model.last_report
         return {
             "schema": SCHEMA,
@@ -220,6 +227,15 @@ class _Run:
             agree=self._agree,
             note=self._note,
         )
+        self._replaces = self._settings.overwrite or directory is not None
+        refuse_results(
+            self._directory,
+            export=self._directory / EXPORT if self._settings.export else None,
+            replaces_export=self._replaces,
+            # Also of a run that was cut short before its first checkpoint.
+            replaces_metrics=self._replaces or self._settings.resume is not None,
+            agreement=self._agree("resume"),
+        )
         if directory is not None:
             run = read_run(directory)
             leave_others(
@@ -235,10 +251,26 @@ class _Run:
             )
         return directory
 
-    def _exported(self) -> Path:
+    def _exported(self, saved: Callable[[], Path]) -> Path:
+        """Write the trained model; where that fails, the training is not lost with it.
+
+        Args:
+            saved: Returns the checkpoint of the last step, written unless it is there.
+        """
         directory = self._directory / EXPORT
         self._note(f"writing {directory}")
-        self.model.export(directory, dtype=self._settings.export_dtype, overwrite=True)
+        try:
+            self.model.export(directory, dtype=self._settings.export_dtype, overwrite=self._replaces)
+        except Exception as error:
+            if isinstance(error, RankError) and not isinstance(error, PeerError):
+                raise  # a rank is gone or late: the others cannot save without it
+            try:
+                self._note(
+                    f"The export failed. The training is saved as {saved()}: --resume auto exports it."
+                )
+            except Exception as second:
+                self._note(f"The export failed, and the training could not be saved either: {second}")
+            raise
         return directory
 
     def _agree(self, call: str) -> Agreement:
