@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,49 @@ def test_a_training_that_is_stopped_at_its_last_step_is_saved(
     ended = run(pool, 1, settings(model, text, tmp_path, **options, resume="auto"))
     assert (ended["step"], ended["stopped"], ended["losses"]) == (3, False, [])
     assert len(ended["evaluations"]) == 1
+
+
+def test_sigterm_is_heard_between_steps_too(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
+    options = {"steps": 4, "eval_fraction": 0.2, "eval_every": 2, "checkpoint_every": 2, "export": True}
+
+    def stopped(ranks: int, **signals: str) -> tuple[Any, ...]:
+        found = run(pool, ranks, settings(model, text, tmp_path, **options, resume="auto"), **signals)
+        checkpoint = found["checkpoint"] and Path(found["checkpoint"]).name
+        return found["stopped"], found["step"], len(found["evaluations"]), checkpoint, found["export"]
+
+    # The checkpoint that is due is written before the evaluation, which does not begin then.
+    assert stopped(2, rank1_step2_save="SIGTERM") == (True, 2, 0, "step-00000002", None)
+    assert stopped(2, rank0_step4_save="SIGTERM") == (True, 4, 0, "step-00000004", None)
+    assert stopped(1, rank0_step4_eval="SIGTERM") == (True, 4, 1, "step-00000004", None)
+    assert stopped(1) == (False, 4, 1, "step-00000004", str(tmp_path / "export"))
+
+
+def test_a_stopped_evaluation_has_no_loss_and_its_step_is_saved(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=2, eval_fraction=0.5)
+    for passes, outcome in pool.run(train_until_the_second_pass, given.to_json(), ranks=2):
+        assert (passes, outcome["eval_loss"]) == (1, None)
+        assert (outcome["step"], outcome["stopped"]) == (2, True)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoints" / "step-00000002" / "run.json").is_file()
+
+
+def train_until_the_second_pass(given: Any) -> tuple[int, dict[str, Any]]:
+    """Train, and be told to end in the evaluation's first pass; return how many passes it had."""
+    plain, passes = sw.TransformersModel.forward_only, 0
+
+    def forward_only(self: sw.TransformersModel, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sw.TransformersModel, "forward_only", forward_only)
+        outcome = train(TrainSettings.from_json(given), report=lambda event: None)
+    return passes, outcome
 
 
 def test_checkpoints_are_written_while_training_goes_on(

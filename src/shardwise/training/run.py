@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 
 from shardwise.errors import PeerError, RankError
@@ -24,7 +25,7 @@ from shardwise.training.results import refuse_results
 from shardwise.training.resuming import find_start, leave_others
 from shardwise.training.saving import Saver
 from shardwise.training.settings import TrainSettings
-from shardwise.training.steps import StepFigures, Stepper
+from shardwise.training.steps import StepFigures, Stepper, wanted_by_any
 from shardwise.training.tokens import TokenRows, tokenise
 from shardwise.transformers_model import TransformersModel
 
@@ -41,7 +42,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, on every rank of the default group, which is made where there is none. All ranks call this together.
 
-    SIGTERM makes all ranks save at the end of the step and return; see `Preemption`.
+    SIGTERM makes all ranks save at the end of the step and return, also from an evaluation; see `Preemption`.
 
     Args:
         settings: The same on all ranks.
@@ -141,7 +142,7 @@ class _Run:
         }
 
     def _train_from(self, start: int, metrics: Metrics | None) -> tuple[int, bool]:
-        """Take the steps that are left; return how many are taken, and whether it was told to stop before the last one."""
+        """Take the steps that are left; return how many are taken, and whether it was told to stop before all was done."""
         settings = self._settings
         stepper = Stepper(
             self.model,
@@ -160,18 +161,25 @@ class _Run:
             self._keep(figures, metrics)
             if figures.is_save_done:
                 self._saver.finish()
-            if figures.is_stop_wanted:
+            if figures.is_stop_wanted or self._is_stopped_after(step, metrics, is_saved=False):
                 return step, True
-            if step == self._steps:
-                break
-            if self._eval_rows and _is_due(step, settings.eval_every):
-                self._evaluate(step, metrics)
-            if _is_due(step, settings.checkpoint_every):
-                self._note(f"writing the checkpoint of step {step}")
-                (self._saver.begin if settings.async_checkpoints else self._saver.save)(step)
-        if self._eval_rows:
-            self._evaluate(self._steps, metrics)
-        return self._steps, False
+        return self._steps, start == self._steps and self._is_stopped_after(start, metrics, is_saved=True)
+
+    def _is_stopped_after(self, step: int, metrics: Metrics | None, *, is_saved: bool) -> bool:
+        """Do what is due after a step; return whether a rank was told to end meanwhile.
+
+        The checkpoint comes first: whoever ends the ranks may not wait for an evaluation.
+        """
+        settings, is_last = self._settings, step == self._steps
+        every = settings.checkpoint_every
+        saves = not is_saved and every is not None and (is_last or _is_due(step, every))
+        evaluates = bool(self._eval_rows) and (is_last or _is_due(step, settings.eval_every))
+        if saves:
+            self._note(f"writing the checkpoint of step {step}")
+            (self._saver.begin if settings.async_checkpoints and not is_last else self._saver.save)(step)
+        if evaluates and not self._is_evaluated(step, metrics):
+            return True
+        return (saves or evaluates or is_last) and self._is_stop_wanted()
 
     def _keep(self, figures: StepFigures, metrics: Metrics | None) -> None:
         self._losses.append(figures.loss)
@@ -179,12 +187,26 @@ class _Run:
             metrics.add(figures.to_json())
         self._report({"kind": "step", "of": self._steps, **figures.to_json()})
 
-    def _evaluate(self, step: int, metrics: Metrics | None) -> None:
-        loss = evaluate(self.model, self._data, self._eval_rows, rows_of_pass=self._rows_of_pass)
+    def _is_evaluated(self, step: int, metrics: Metrics | None) -> bool:
+        """Evaluate; return whether that came to its end before a rank was told to."""
+        loss = evaluate(
+            self.model,
+            self._data,
+            self._eval_rows,
+            rows_of_pass=self._rows_of_pass,
+            is_stop_wanted=self._is_stop_wanted,
+        )
+        if loss is None:
+            return False
         self._eval_loss = loss
         if metrics is not None:
             metrics.add({"step": step, "eval_loss": loss})
         self._report({"kind": "eval", "step": step, "loss": loss})
+        return True
+
+    def _is_stop_wanted(self) -> bool:
+        device = torch.device(self.model.strategy.device_mesh.device_type)
+        return wanted_by_any(self._preemption.is_wanted, device)
 
     def _tokenised(self) -> TokenRows:
         settings = self._settings
