@@ -215,9 +215,13 @@ def test_what_is_not_whole_is_refused_and_the_one_before_it_used(
             raise errors[0]
     for path in folder.iterdir():
         shutil.rmtree(path) if path.name == "step-00000001" else (path / "run.json").write_text("{")
-    anew = run(pool, 1, settings(model, text, tmp_path, steps=4, resume="auto"))
-    assert "No checkpoint is whole: beginning anew." in anew["notes"]
-    assert anew["losses"] == pytest.approx(expected, **SAME)
+    errors = pool.run_to_errors(
+        train_here, settings(model, text, tmp_path, steps=4, resume="auto").to_json(), ranks=2
+    )
+    for error in errors:
+        with pytest.raises(sw.CheckpointError, match=r"got none: .*step-00000004.*remove these to begin anew"):
+            raise error or AssertionError
+    assert len(list(folder.glob("step-0000000?"))) == 3
 
 
 def test_on_sigterm_all_ranks_save_and_return(

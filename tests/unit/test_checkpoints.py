@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from shardwise.errors import CheckpointError
 from shardwise.materialization import Agreement
 from shardwise.training.checkpoints import directory_of
-from shardwise.training.resuming import find_start, leave_others
+from shardwise.training.resuming import Start, find_start, leave_others
 from shardwise.training.saving import Saver
 from shardwise.transformers_model import resume
 
@@ -44,7 +46,12 @@ def saved(folder: Path, steps: Sequence[int]) -> None:
 
 
 def resumed(folder: Path, resume: str | None, notes: list[str]) -> Path | None:
-    return find_start(folder, resume, identity=IDENTITY, agree=agree, note=notes.append)
+    start = find_start(folder, resume, identity=IDENTITY, agree=agree, note=notes.append)
+    return None if start is None else start.directory
+
+
+def start_at(directory: Path) -> Start:
+    return Start(directory=directory, step=10, ranks=1)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -62,7 +69,7 @@ def test_what_is_saved_after_going_back_is_kept_and_gone_on_from(tmp_path: Path,
         resume = "auto"
     notes: list[str] = []
     assert resumed(tmp_path, resume, notes) == first
-    leave_others(tmp_path, start=first, step=10, agreement=agree("resume"), note=notes.append)
+    leave_others(tmp_path, start=start_at(first), agreement=agree("resume"), note=notes.append)
     assert notes[-1].startswith("Going on from step 10, other checkpoints from there on are set aside as")
     assert "step-00000030.abandoned, step-00000020.abandoned: remove" in notes[-1]
     new = saver(tmp_path, keep=1).save(15)
@@ -83,8 +90,8 @@ def test_old_checkpoints_are_those_before_the_one_just_written(tmp_path: Path) -
 def test_one_of_the_same_step_is_set_aside_too(tmp_path: Path) -> None:
     saved(tmp_path / "other", (10,))
     saved(tmp_path / "mine", (5, 10))
-    start = directory_of(tmp_path / "other", 10)
-    leave_others(tmp_path / "mine", start=start, step=10, agreement=agree("resume"), note=[].append)
+    start = start_at(directory_of(tmp_path / "other", 10))
+    leave_others(tmp_path / "mine", start=start, agreement=agree("resume"), note=[].append)
     assert names_in(tmp_path / "mine") == ["step-00000005", "step-00000010.abandoned"]
 
 
@@ -141,3 +148,48 @@ def test_a_state_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
         "name saved",
         sync_of(tmp_path),
     ]
+
+
+@pytest.mark.parametrize("name", ["run.json", "weights"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_cannot_be_read_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    saved(tmp_path, (10, 20))
+    plain = Path.open
+
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == directory_of(tmp_path, 20) / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return plain(path, *args, **kwargs)
+
+    def read_text(path: Path, encoding: str) -> str:
+        with opened(path, encoding=encoding) as file:
+            return str(file.read())
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    problem = (
+        f"step-00000020/{name}: could not be read on rank 0 .*{os.strerror(number)}. The checkpoint may be"
+    )
+    with pytest.raises(CheckpointError, match=problem):
+        resumed(tmp_path, "auto", [])
+    assert names_in(tmp_path) == ["step-00000010", "step-00000020"]
+
+
+def test_where_no_checkpoint_is_whole_the_training_does_not_begin_anew(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20, 30))
+    (directory_of(tmp_path, 10) / "weights").write_bytes(b"")
+    (directory_of(tmp_path, 20) / "weights").unlink()
+    (directory_of(tmp_path, 30) / "run.json").unlink()
+    notes: list[str] = []
+    with pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path, "auto", notes)
+    said = str(caught.value)
+    assert f"expected a whole checkpoint in {tmp_path}, got none: {tmp_path}/step-00000030 is half" in said
+    assert "step-00000020/weights: No such file or directory; " in said
+    assert (
+        "step-00000010/weights: expected 13 bytes, got 0. Name another one with --resume, or remove" in said
+    )
+    assert len(notes) == 2
+    assert len(names_in(tmp_path)) == 3

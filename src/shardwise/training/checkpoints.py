@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ _SCHEMA: Final = "shardwise.run/1"
 _PREFIX: Final = "step-"
 _ASIDE: Final = ".abandoned"
 _CHUNK_BYTES: Final = 1 << 22
+_MISSING: Final = (FileNotFoundError, NotADirectoryError)
 
 
 def directory_of(folder: Path, step: int) -> Path:
@@ -61,15 +63,19 @@ def find_fault(directory: Path, *, agreement: Agreement) -> str | None:
     Args:
         directory: To look at; the ranks share the reading.
         agreement: Of the call.
+
+    Raises:
+        CheckpointError: It could not be looked at, which says nothing about it.
+        PeerError: As above, on another rank.
     """
     with agreement.phase("look"):
-        fault = None
         try:
-            recorded: dict[str, list[int]] = read_run(directory)["files"]
-            for name in _part(sorted(recorded), agreement):
-                fault = fault or _fault_of(directory / name, recorded[name], agreement)
-        except CheckpointError as error:
-            fault = str(error)
+            fault = _own_fault(directory, agreement)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or directory}: could not be read on rank {agreement.rank} ({socket.gethostname()}): "
+                f"{error.strerror or error}. The checkpoint may be whole: check the disk or the mount, and go on then."
+            ) from error
         faults = agreement.gather("faults", fault or "")
     return next((each for each in faults if each), None)
 
@@ -79,6 +85,7 @@ def read_run(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: There is no such thing.
+        OSError: It could not be read.
     """
     path = directory / RUN_NAME
     try:
@@ -90,9 +97,9 @@ def read_run(directory: Path) -> dict[str, Any]:
         files = run["files"]
         if not all(Path(name).name == name and len(files[name]) == 2 for name in files):
             raise ValueError("names or sums of files are not what they should be")
-    except FileNotFoundError:
+    except _MISSING:
         raise CheckpointError(f"{directory} is half-written: it has no {RUN_NAME}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected the record of a training: {error}") from error
     return dict(run)
 
@@ -197,11 +204,23 @@ def _sum_of(path: Path, agreement: Agreement) -> list[int]:
     return [size, checksum]
 
 
+def _own_fault(directory: Path, agreement: Agreement) -> str | None:
+    """Return what is wrong with this rank's part of a checkpoint's files."""
+    try:
+        recorded: dict[str, list[int]] = read_run(directory)["files"]
+    except CheckpointError as error:
+        return str(error)
+    for name in _part(sorted(recorded), agreement):
+        if fault := _fault_of(directory / name, recorded[name], agreement):
+            return fault
+    return None
+
+
 def _fault_of(path: Path, recorded: list[int], agreement: Agreement) -> str | None:
     try:
         found = _sum_of(path, agreement)
-    except OSError as error:
-        return f"{path}: {error.strerror or error}"
+    except _MISSING as error:
+        return f"{path}: {error.strerror}"
     if found[0] != recorded[0]:
         return f"{path}: expected {recorded[0]} bytes, got {found[0]}"
     return None if found == recorded else f"{path}: its contents are not those that were written"

@@ -16,13 +16,12 @@ from shardwise.errors import PeerError, RankError
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
-from shardwise.training.checkpoints import read_run
 from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
 from shardwise.training.preemption import Preemption
 from shardwise.training.results import refuse_results
-from shardwise.training.resuming import find_start, leave_others
+from shardwise.training.resuming import Start, find_start, leave_others
 from shardwise.training.saving import Saver
 from shardwise.training.settings import TrainSettings
 from shardwise.training.steps import StepFigures, Stepper, wanted_by_any
@@ -106,17 +105,17 @@ class _Run:
 
     def outcome(self) -> dict[str, Any]:
         """Train, and say what came of it."""
-        resumed_from = self._resumed()
-        start = 0 if resumed_from is None else int(read_run(resumed_from)["step"])
-        metrics = Metrics(self._directory, steps=start) if dist.get_rank() == 0 else None
+        start = self._resumed()
+        taken = 0 if start is None else start.step
+        metrics = Metrics(self._directory, steps=taken) if dist.get_rank() == 0 else None
         try:
-            step, stopped = self._train_from(start, metrics)
+            step, stopped = self._train_from(taken, metrics)
         finally:
             if metrics is not None:
                 metrics.close()
 
         def saved() -> Path:
-            return self._saver.save(step) if step != start or resumed_from is None else resumed_from
+            return self._saver.save(step) if start is None or step != taken else start.directory
 
         checkpoint = exported = None
         if stopped or self._settings.checkpoint_every is not None:
@@ -134,7 +133,7 @@ class _Run:
             "loss": self._losses[-1] if self._losses else None,
             "eval_loss": self._eval_loss,
             "rows": str(self._rows_directory),
-            "resumed_from": None if resumed_from is None else str(resumed_from),
+            "resumed_from": None if start is None else str(start.directory),
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "export": None if exported is None else str(exported),
             "storage_bytes": None if load is None else load.storage_bytes,
@@ -240,16 +239,17 @@ class _Run:
         )
         return data
 
-    def _resumed(self) -> Path | None:
+    def _resumed(self) -> Start | None:
         """Go on from a checkpoint, if there is one to go on from, and return it."""
-        directory = find_start(
-            self._directory / CHECKPOINTS,
+        checkpoints = self._directory / CHECKPOINTS
+        start = find_start(
+            checkpoints,
             self._settings.resume,
             identity=self._identity,
             agree=self._agree,
             note=self._note,
         )
-        self._replaces = self._settings.overwrite or directory is not None
+        self._replaces = self._settings.overwrite or start is not None
         refuse_results(
             self._directory,
             export=self._directory / EXPORT if self._settings.export else None,
@@ -258,20 +258,13 @@ class _Run:
             replaces_metrics=self._replaces or self._settings.resume is not None,
             agreement=self._agree("resume"),
         )
-        if directory is not None:
-            run = read_run(directory)
-            leave_others(
-                self._directory / CHECKPOINTS,
-                start=directory,
-                step=int(run["step"]),
-                agreement=self._agree("resume"),
-                note=self._note,
-            )
-            self.model.load(directory)
+        if start is not None:
+            leave_others(checkpoints, start=start, agreement=self._agree("resume"), note=self._note)
+            self.model.load(start.directory)
             self._note(
-                f"going on from step {run['step']} of {self._steps}, which {run['ranks']} ranks wrote: {directory}"
+                f"going on from step {start.step} of {self._steps}, which {start.ranks} ranks wrote: {start.directory}"
             )
-        return directory
+        return start
 
     def _exported(self, saved: Callable[[], Path]) -> Path:
         """Write the trained model; where that fails, the training is not lost with it.
