@@ -219,7 +219,9 @@ def test_what_is_not_whole_is_refused_and_the_one_before_it_used(
         train_here, settings(model, text, tmp_path, steps=4, resume="auto").to_json(), ranks=2
     )
     for error in errors:
-        with pytest.raises(sw.CheckpointError, match=r"got none: .*step-00000004.*remove these to begin anew"):
+        with pytest.raises(
+            sw.CheckpointError, match=r"got none: .*step-00000004.*remove these to begin anew"
+        ):
             raise error or AssertionError
     assert len(list(folder.glob("step-0000000?"))) == 3
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import Agreement
 from shardwise.training.checkpoints import directory_of
-from shardwise.training.resuming import Start, find_start, leave_others
+from shardwise.training.resuming import Start, find_start, make_way
 from shardwise.training.saving import Saver
 from shardwise.transformers_model import resume
 
@@ -69,7 +69,7 @@ def test_what_is_saved_after_going_back_is_kept_and_gone_on_from(tmp_path: Path,
         resume = "auto"
     notes: list[str] = []
     assert resumed(tmp_path, resume, notes) == first
-    leave_others(tmp_path, start=start_at(first), agreement=agree("resume"), note=notes.append)
+    make_way(tmp_path, start=start_at(first), agreement=agree("resume"), note=notes.append)
     assert notes[-1].startswith("Going on from step 10, other checkpoints from there on are set aside as")
     assert "step-00000030.abandoned, step-00000020.abandoned: remove" in notes[-1]
     new = saver(tmp_path, keep=1).save(15)
@@ -83,7 +83,7 @@ def test_what_is_saved_after_going_back_is_kept_and_gone_on_from(tmp_path: Path,
 
 def test_old_checkpoints_are_those_before_the_one_just_written(tmp_path: Path) -> None:
     saved(tmp_path, (10, 20, 30))
-    saver(tmp_path, keep=2).save(25)  # of a run beside it, or before `leave_others` was there
+    saver(tmp_path, keep=2).save(25)  # of a run beside it, or before `make_way` was there
     assert names_in(tmp_path) == [f"step-000000{step}" for step in (20, 25, 30)]
 
 
@@ -91,7 +91,7 @@ def test_one_of_the_same_step_is_set_aside_too(tmp_path: Path) -> None:
     saved(tmp_path / "other", (10,))
     saved(tmp_path / "mine", (5, 10))
     start = start_at(directory_of(tmp_path / "other", 10))
-    leave_others(tmp_path / "mine", start=start, agreement=agree("resume"), note=[].append)
+    make_way(tmp_path / "mine", start=start, agreement=agree("resume"), note=[].append)
     assert names_in(tmp_path / "mine") == ["step-00000005", "step-00000010.abandoned"]
 
 
@@ -193,3 +193,18 @@ def test_where_no_checkpoint_is_whole_the_training_does_not_begin_anew(tmp_path:
     )
     assert len(notes) == 2
     assert len(names_in(tmp_path)) == 3
+
+
+def test_a_refused_training_leaves_what_another_one_is_writing(tmp_path: Path) -> None:
+    saved(tmp_path, (10,))
+    (tmp_path / ".step-00000020.unfinished").mkdir()
+    for given, identity, problem in (
+        (None, IDENTITY, "expected no checkpoints"),
+        ("auto", {"seed": 6}, "seed 5, got 6"),
+    ):
+        with pytest.raises(ConfigurationError, match=problem):
+            find_start(tmp_path, given, identity=identity, agree=agree, note=[].append)
+    assert names_in(tmp_path) == [".step-00000020.unfinished", "step-00000010"]
+    start = start_at(directory_of(tmp_path, 10))
+    make_way(tmp_path, start=start, agreement=agree("resume"), note=[].append)
+    assert names_in(tmp_path) == ["step-00000010"]

@@ -47,7 +47,7 @@ def find_start(
     """Return the checkpoint to go on from, looked through by all ranks; None to begin anew. All ranks call this together.
 
     Args:
-        folder: Of the training's checkpoints; what was left unfinished in it is removed.
+        folder: Of the training's checkpoints; nothing in it is changed.
         resume: As in the settings.
         identity: What the training is.
         agree: Makes the agreement of a call.
@@ -63,7 +63,6 @@ def find_start(
         found = None
         if agreement.rank == agreement.ranks[0]:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(folder)
             found = json.dumps([str(path) for path in newest_first(folder)])
         present = [Path(name) for name in json.loads(agreement.publish("present", found))]
         if resume is None and present:
@@ -97,24 +96,24 @@ def find_start(
     return None
 
 
-def leave_others(folder: Path, *, start: Start, agreement: Agreement, note: Callable[[str], None]) -> None:
-    """Set checkpoints of steps that are taken anew aside: they are not of this run. All ranks call this together.
+def make_way(folder: Path, *, start: Start | None, agreement: Agreement, note: Callable[[str], None]) -> None:
+    """Remove what was left unfinished, and set aside checkpoints of steps that are taken anew. All ranks call this together.
 
     Args:
         folder: Of the training's checkpoints.
-        start: What the training goes on from.
+        start: What the training goes on from; None where it begins, and there are no checkpoints.
         agreement: Of the call.
         note: Told what was set aside.
     """
-    with agreement.phase("set aside"):
+    with agreement.phase("make way"):
         names = None
         if agreement.rank == agreement.ranks[0]:
-            names = json.dumps(
-                [path.name for path in set_aside(folder, start=start.directory, step=start.step)]
-            )
-        aside = json.loads(agreement.publish("aside", names))
-    if aside:
+            remove_unfinished(folder)
+            aside = [] if start is None else set_aside(folder, start=start.directory, step=start.step)
+            names = json.dumps([path.name for path in aside])
+        found = json.loads(agreement.publish("aside", names))
+    if start is not None and found:
         note(
-            f"Going on from step {start.step}, other checkpoints from there on are set aside as {', '.join(aside)}: remove what you do "
-            "not need."
+            f"Going on from step {start.step}, other checkpoints from there on are set aside as {', '.join(found)}: remove what you "
+            "do not need."
         )

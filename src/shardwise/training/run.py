@@ -21,7 +21,7 @@ from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
 from shardwise.training.preemption import Preemption
 from shardwise.training.results import refuse_results
-from shardwise.training.resuming import Start, find_start, leave_others
+from shardwise.training.resuming import Start, find_start, make_way
 from shardwise.training.saving import Saver
 from shardwise.training.settings import TrainSettings
 from shardwise.training.steps import StepFigures, Stepper, wanted_by_any
@@ -258,8 +258,8 @@ class _Run:
             replaces_metrics=self._replaces or self._settings.resume is not None,
             agreement=self._agree("resume"),
         )
+        make_way(checkpoints, start=start, agreement=self._agree("resume"), note=self._note)
         if start is not None:
-            leave_others(checkpoints, start=start, agreement=self._agree("resume"), note=self._note)
             self.model.load(start.directory)
             self._note(
                 f"going on from step {start.step} of {self._steps}, which {start.ranks} ranks wrote: {start.directory}"
