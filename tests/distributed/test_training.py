@@ -21,6 +21,7 @@ from shardwise.training import LoraSettings, TrainSettings, train
 from shardwise.training.loss import summed_loss
 from shardwise.training.order import DataOrder
 from shardwise.training.tokens import TokenRows
+from shardwise.transformers_model import facade
 from tests.distributed.facade import quiet_peft
 from tests.distributed.models import from_checkpoint
 from tests.distributed.training import (
@@ -403,6 +404,29 @@ def train_with_the_export_blocked(given: Any, notes: str) -> None:
     train(TrainSettings.from_json(given), report=report)
 
 
+def test_the_first_rank_alone_reads_the_tokenizer(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=1, export=True).to_json()
+    assert pool.run(tokenizers_read, given, ranks=2) == [1, 0]
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+
+
+def tokenizers_read(given: Any) -> int:
+    """Train, and return how often this rank has read the tokenizer."""
+    plain, count = facade.load_tokenizer, 0
+
+    def load_tokenizer(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facade, "load_tokenizer", load_tokenizer)
+        train(TrainSettings.from_json(given), report=lambda event: None)
+    return count
+
+
 def test_data_that_does_not_fit_is_refused(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("token*"))
@@ -414,5 +438,6 @@ def test_data_that_does_not_fit_is_refused(pool: RankPool, model: Path, text: Pa
         given = dataclasses.replace(settings(model, text, tmp_path / "out"), **changed)
         errors = pool.run_to_errors(train_here, given.to_json(), ranks=2)
         assert isinstance(errors[0], sw.ShardwiseError)
+        assert "tokenizer" not in problem or isinstance(errors[1], sw.PeerError)
         with pytest.raises(sw.ShardwiseError, match=problem):
             raise errors[0]

@@ -209,7 +209,6 @@ class _Run:
 
     def _tokenised(self) -> TokenRows:
         settings = self._settings
-        tokenizer = tokenizer_of(self.model, settings.model)
         agreement = self._agree("data")
         self._note(f"tokenising {settings.data}")
         with agreement.phase("tokenise"):
@@ -219,7 +218,7 @@ class _Run:
                     tokenise(
                         Path(settings.data),
                         self._directory / _DATA,
-                        tokenizer,
+                        tokenizer_of(self.model, settings.model),
                         block_size=settings.block_size,
                         loss_on=settings.loss_on,
                         step=agreement.step,
