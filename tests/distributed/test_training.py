@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import shardwise as sw
 from shardwise.testing import RankPool
-from shardwise.training import LoraSettings
+from shardwise.training import LoraSettings, TrainSettings, train
 from shardwise.training.loss import summed_loss
 from shardwise.training.order import DataOrder
 from shardwise.training.tokens import TokenRows
+from shardwise.transformers_model import facade
 from tests.distributed.facade import quiet_peft
 from tests.distributed.models import from_checkpoint
 from tests.distributed.training import (
@@ -212,9 +216,15 @@ def test_what_is_not_whole_is_refused_and_the_one_before_it_used(
             raise errors[0]
     for path in folder.iterdir():
         shutil.rmtree(path) if path.name == "step-00000001" else (path / "run.json").write_text("{")
-    anew = run(pool, 1, settings(model, text, tmp_path, steps=4, resume="auto"))
-    assert "No checkpoint is whole: beginning anew." in anew["notes"]
-    assert anew["losses"] == pytest.approx(expected, **SAME)
+    errors = pool.run_to_errors(
+        train_here, settings(model, text, tmp_path, steps=4, resume="auto").to_json(), ranks=2
+    )
+    for error in errors:
+        with pytest.raises(
+            sw.CheckpointError, match=r"got none: .*step-00000004.*remove these to begin anew"
+        ):
+            raise error or AssertionError
+    assert len(list(folder.glob("step-0000000?"))) == 3
 
 
 def test_on_sigterm_all_ranks_save_and_return(
@@ -239,6 +249,49 @@ def test_a_training_that_is_stopped_at_its_last_step_is_saved(
     ended = run(pool, 1, settings(model, text, tmp_path, **options, resume="auto"))
     assert (ended["step"], ended["stopped"], ended["losses"]) == (3, False, [])
     assert len(ended["evaluations"]) == 1
+
+
+def test_sigterm_is_heard_between_steps_too(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
+    options = {"steps": 4, "eval_fraction": 0.2, "eval_every": 2, "checkpoint_every": 2, "export": True}
+
+    def stopped(ranks: int, **signals: str) -> tuple[Any, ...]:
+        found = run(pool, ranks, settings(model, text, tmp_path, **options, resume="auto"), **signals)
+        checkpoint = found["checkpoint"] and Path(found["checkpoint"]).name
+        return found["stopped"], found["step"], len(found["evaluations"]), checkpoint, found["export"]
+
+    # The checkpoint that is due is written before the evaluation, which does not begin then.
+    assert stopped(2, rank1_step2_save="SIGTERM") == (True, 2, 0, "step-00000002", None)
+    assert stopped(2, rank0_step4_save="SIGTERM") == (True, 4, 0, "step-00000004", None)
+    assert stopped(1, rank0_step4_eval="SIGTERM") == (True, 4, 1, "step-00000004", None)
+    assert stopped(1) == (False, 4, 1, "step-00000004", str(tmp_path / "export"))
+
+
+def test_a_stopped_evaluation_has_no_loss_and_its_step_is_saved(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=2, eval_fraction=0.5)
+    for passes, outcome in pool.run(train_until_the_second_pass, given.to_json(), ranks=2):
+        assert (passes, outcome["eval_loss"]) == (1, None)
+        assert (outcome["step"], outcome["stopped"]) == (2, True)
+    assert [line["step"] for line in metrics_of(tmp_path)] == [1, 2]
+    assert (tmp_path / "checkpoints" / "step-00000002" / "run.json").is_file()
+
+
+def train_until_the_second_pass(given: Any) -> tuple[int, dict[str, Any]]:
+    """Train, and be told to end in the evaluation's first pass; return how many passes it had."""
+    plain, passes = sw.TransformersModel.forward_only, 0
+
+    def forward_only(self: sw.TransformersModel, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sw.TransformersModel, "forward_only", forward_only)
+        outcome = train(TrainSettings.from_json(given), report=lambda event: None)
+    return passes, outcome
 
 
 def test_checkpoints_are_written_while_training_goes_on(
@@ -299,6 +352,81 @@ def test_the_export_is_the_trained_model(pool: RankPool, model: Path, text: Path
     assert (Path(found["export"]) / "tokenizer.json").is_file()
 
 
+def test_results_of_another_training_are_replaced_only_when_asked(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {"steps": 2, "export": True}
+    run(pool, 2, settings(model, text, tmp_path, **options))
+    metrics, weights = tmp_path / "metrics.jsonl", tmp_path / "export" / "model.safetensors"
+    before = metrics.read_bytes(), weights.read_bytes()
+    for changed, problem in (
+        ({}, "export: expected a directory that is empty or not there, got one with files"),
+        ({"resume": "auto"}, "export: expected a directory that is empty or not there, got one with files"),
+        ({"export": False}, r"metrics\.jsonl: expected no figures, got those of another training"),
+    ):
+        given = settings(model, text, tmp_path, **{**options, "seed": 6, **changed})
+        errors = pool.run_to_errors(train_here, given.to_json(), ranks=2)
+        with pytest.raises(sw.ShardwiseError, match=problem):
+            raise errors[0] or AssertionError
+        assert isinstance(errors[1], sw.PeerError)
+        assert (metrics.read_bytes(), weights.read_bytes()) == before
+    run(pool, 2, settings(model, text, tmp_path, **options, seed=6, overwrite=True))
+    assert metrics.read_bytes() != before[0]
+    assert weights.read_bytes() != before[1]
+
+
+def test_a_training_whose_export_fails_is_saved(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=2, export=True)
+    (tmp_path / "export").mkdir()
+    notes = tmp_path / "notes"
+    for error in pool.run_to_errors(train_with_the_export_blocked, given.to_json(), str(notes), ranks=2):
+        with pytest.raises(sw.ShardwiseError, match="expected a directory that is empty or not there"):
+            raise error or AssertionError
+    saved = tmp_path / "checkpoints" / "step-00000002"
+    assert f"The export failed. The training is saved as {saved}: --resume auto" in notes.read_text()
+    found = run(pool, 1, settings(model, text, tmp_path, steps=2, export=True, resume="auto"))
+    assert (found["losses"], found["resumed_from"]) == ([], str(saved))
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+def train_with_the_export_blocked(given: Any, notes: str) -> None:
+    """Train, and put a file where the export goes once it has begun."""
+
+    def report(event: Any) -> None:
+        if dist.get_rank() == 0 and event["kind"] == "note":
+            with Path(notes).open("a") as file:
+                file.write(event["text"])
+            if event["text"].startswith("writing /"):
+                (Path(given["output_directory"]) / "export" / "config.json").touch()
+
+    train(TrainSettings.from_json(given), report=report)
+
+
+def test_the_first_rank_alone_reads_the_tokenizer(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    given = settings(model, text, tmp_path, steps=1, export=True).to_json()
+    assert pool.run(tokenizers_read, given, ranks=2) == [1, 0]
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+
+
+def tokenizers_read(given: Any) -> int:
+    """Train, and return how often this rank has read the tokenizer."""
+    plain, count = facade.load_tokenizer, 0
+
+    def load_tokenizer(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return plain(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facade, "load_tokenizer", load_tokenizer)
+        train(TrainSettings.from_json(given), report=lambda event: None)
+    return count
+
+
 def test_data_that_does_not_fit_is_refused(pool: RankPool, model: Path, text: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(model, bare, ignore=shutil.ignore_patterns("token*"))
@@ -310,5 +438,6 @@ def test_data_that_does_not_fit_is_refused(pool: RankPool, model: Path, text: Pa
         given = dataclasses.replace(settings(model, text, tmp_path / "out"), **changed)
         errors = pool.run_to_errors(train_here, given.to_json(), ranks=2)
         assert isinstance(errors[0], sw.ShardwiseError)
+        assert "tokenizer" not in problem or isinstance(errors[1], sw.PeerError)
         with pytest.raises(sw.ShardwiseError, match=problem):
             raise errors[0]

@@ -16,6 +16,7 @@ from shardwise.compare.generated import generate_checkpoint
 from shardwise.training import TrainSettings, train
 
 BLOCK = 16
+SAVING = "writing the checkpoint of step "
 MARKING = (  # a chat template that marks what the assistant says
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}|{% endgeneration %}"
     "{% else %}{{ m.content }}|{% endif %}{% endfor %}"
@@ -86,6 +87,7 @@ def settings(model: Path, data: Path, output: Path, **changed: Any) -> TrainSett
         "keep": None,
         "async_checkpoints": False,
         "resume": None,
+        "overwrite": False,
         "export": False,
         "export_dtype": None,
     }
@@ -97,16 +99,19 @@ def train_here(given: Mapping[str, Any], signals: Mapping[str, str] | None = Non
 
     Args:
         given: Settings as JSON has them.
-        signals: By "rank step", the name of a signal that the rank sends itself once it has taken the step.
+        signals: By "rank step", the name of a signal that the rank sends itself once it has taken the step; by "rank step_save"
+            as its checkpoint begins, by "rank step_eval" once it is evaluated.
     """
     events: list[dict[str, Any]] = []
 
     def report(event: Mapping[str, Any]) -> None:
         events.append(dict(event))
-        if event["kind"] == "step":
-            name = (signals or {}).get(f"{dist.get_rank()} {event['step']}")
-            if name is not None:
-                os.kill(os.getpid(), getattr(signal, name))
+        moment = {"step": str(event.get("step")), "eval": f"{event.get('step')}_eval"}.get(event["kind"])
+        if moment is None and event["text"].startswith(SAVING):
+            moment = f"{event['text'].removeprefix(SAVING)}_save"
+        name = (signals or {}).get(f"{dist.get_rank()} {moment}")
+        if name is not None:
+            os.kill(os.getpid(), getattr(signal, name))
 
     outcome = train(TrainSettings.from_json(given), report=report)
     return {

@@ -72,6 +72,7 @@ OPTIONS = {
         "--keep",
         "--async-checkpoints",
         "--resume",
+        "--overwrite",
         "--export",
         "--no-export",
         "--export-dtype",

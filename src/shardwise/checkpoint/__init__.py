@@ -14,6 +14,7 @@ from shardwise.checkpoint.safetensors_source import SafetensorsSource
 from shardwise.checkpoint.source import Readable, Run, Source, read_scattered, stitched
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
+from shardwise.checkpoint.syncing import sync
 
 __all__ = [
     "HubAccess",
@@ -33,4 +34,5 @@ __all__ = [
     "read_text",
     "snapshot_revision",
     "stitched",
+    "sync",
 ]

@@ -122,6 +122,10 @@ def train_command(
             "--resume", help="auto: the newest good checkpoint in --output-dir, if any; or a checkpoint."
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace figures and export of another training in --output-dir."),
+    ] = False,
     export: Annotated[
         bool, typer.Option("--export/--no-export", help="Write the result for from_pretrained at the end.")
     ] = True,
@@ -176,6 +180,7 @@ def train_command(
             keep=keep,
             async_checkpoints=async_checkpoints,
             resume=resume,
+            overwrite=overwrite,
             export=export,
             export_dtype=export_dtype,
         )

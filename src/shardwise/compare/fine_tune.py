@@ -49,6 +49,7 @@ _SETTINGS: Final = TrainSettings(
     keep=None,
     async_checkpoints=False,
     resume=None,
+    overwrite=False,
     export=True,
     export_dtype=None,
 )

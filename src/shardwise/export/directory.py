@@ -14,6 +14,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from shardwise.checkpoint import sync
 from shardwise.errors import CheckpointError
 from shardwise.export.file_plan import FilePlan
 from shardwise.materialization.awaited_call import Doing
@@ -124,15 +125,15 @@ class OutputDirectory:
             stored = {self.unfinished / planned.name for planned in plan.files}
             for path in self.unfinished.rglob("*"):
                 if path not in stored:
-                    _sync(path)
-            _sync(self.unfinished)
+                    sync(path)
+            sync(self.unfinished)
             if self.path.exists():
                 if any(self.path.iterdir()):
                     os.replace(self.path, self._replaced)
                 else:
                     self.path.rmdir()
             os.replace(self.unfinished, self.path)
-            _sync(self.path.parent)
+            sync(self.path.parent)
         except OSError as error:
             raise self.failure("giving the directory its name", error) from error
         shutil.rmtree(self._replaced, ignore_errors=True)
@@ -205,17 +206,3 @@ def _allocate(file: int, nbytes: int) -> None:
         else:
             return
     os.ftruncate(file, nbytes)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.EBADF,
-        ):  # some file systems have no such call for directories
-            raise
-    finally:
-        os.close(file)

@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shardwise.checkpoint import sync
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import Agreement
 
 RUN_NAME: Final = "run.json"
 _SCHEMA: Final = "shardwise.run/1"
 _PREFIX: Final = "step-"
+_ASIDE: Final = ".abandoned"
 _CHUNK_BYTES: Final = 1 << 22
+_MISSING: Final = (FileNotFoundError, NotADirectoryError)
 
 
 def directory_of(folder: Path, step: int) -> Path:
@@ -31,7 +35,7 @@ def directory_of(folder: Path, step: int) -> Path:
 def newest_first(folder: Path) -> list[Path]:
     """Return the directories of a training's checkpoints, whole or not, the newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def seal(directory: Path, run: Mapping[str, Any], *, agreement: Agreement) -> None:
@@ -59,15 +63,19 @@ def find_fault(directory: Path, *, agreement: Agreement) -> str | None:
     Args:
         directory: To look at; the ranks share the reading.
         agreement: Of the call.
+
+    Raises:
+        CheckpointError: It could not be looked at, which says nothing about it.
+        PeerError: As above, on another rank.
     """
     with agreement.phase("look"):
-        fault = None
         try:
-            recorded: dict[str, list[int]] = read_run(directory)["files"]
-            for name in _part(sorted(recorded), agreement):
-                fault = fault or _fault_of(directory / name, recorded[name], agreement)
-        except CheckpointError as error:
-            fault = str(error)
+            fault = _own_fault(directory, agreement)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or directory}: could not be read on rank {agreement.rank} ({socket.gethostname()}): "
+                f"{error.strerror or error}. The checkpoint may be whole: check the disk or the mount, and go on then."
+            ) from error
         faults = agreement.gather("faults", fault or "")
     return next((each for each in faults if each), None)
 
@@ -77,6 +85,7 @@ def read_run(directory: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: There is no such thing.
+        OSError: It could not be read.
     """
     path = directory / RUN_NAME
     try:
@@ -88,9 +97,9 @@ def read_run(directory: Path) -> dict[str, Any]:
         files = run["files"]
         if not all(Path(name).name == name and len(files[name]) == 2 for name in files):
             raise ValueError("names or sums of files are not what they should be")
-    except FileNotFoundError:
+    except _MISSING:
         raise CheckpointError(f"{directory} is half-written: it has no {RUN_NAME}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected the record of a training: {error}") from error
     return dict(run)
 
@@ -114,17 +123,47 @@ def require_same_training(run: Mapping[str, Any], identity: Mapping[str, Any], d
         )
 
 
-def remove_old(folder: Path, *, keep: int | None) -> None:
-    """Remove all but the newest whole checkpoints, and what was left unfinished. One rank calls this."""
+def set_aside(folder: Path, *, start: Path, step: int) -> list[Path]:
+    """Rename the other checkpoints from a step on, so that none is gone on from; return where they are. One rank calls this.
+
+    Args:
+        folder: Of the training's checkpoints.
+        start: The checkpoint that the training goes on from.
+        step: Of it.
+    """
+    aside = []
+    for path in newest_first(folder):
+        if _step_of(path) >= step and not path.samefile(start):
+            target = path.with_name(f"{path.name}{_ASIDE}")
+            remove(target)
+            os.replace(path, target)
+            aside.append(target)
+    return aside
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what was left unfinished. One rank calls this, while no checkpoint is being written."""
     for leftover in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    whole = [path for path in newest_first(folder) if (path / RUN_NAME).is_file()]
+
+
+def remove_old(folder: Path, *, keep: int | None, step: int) -> None:
+    """Remove whole checkpoints but the newest, of those up to a step. One rank calls this.
+
+    Args:
+        folder: Of the training's checkpoints.
+        keep: How many are kept, at least one; None keeps all.
+        step: Of the one that has just become whole, which is the newest of this training whatever else is there.
+    """
+    whole = [path for path in newest_first(folder) if _step_of(path) <= step and (path / RUN_NAME).is_file()]
     for path in whole[keep:] if keep is not None else []:
         remove(path)
 
 
 def remove(directory: Path) -> None:
-    """Remove a checkpoint, which at no moment looks like one then."""
+    """Remove a checkpoint if it is there; at no moment does it look like one then."""
+    if not directory.is_dir():
+        return
     gone = directory.parent / f".{directory.name}.removed"
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(directory, gone)
@@ -132,13 +171,18 @@ def remove(directory: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all, also after the machine has failed."""
     unfinished = path.parent / f".{path.name}.unfinished"
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+    sync(path.parent)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix(_PREFIX))
 
 
 def _names_in(directory: Path) -> list[str]:
@@ -160,11 +204,23 @@ def _sum_of(path: Path, agreement: Agreement) -> list[int]:
     return [size, checksum]
 
 
+def _own_fault(directory: Path, agreement: Agreement) -> str | None:
+    """Return what is wrong with this rank's part of a checkpoint's files."""
+    try:
+        recorded: dict[str, list[int]] = read_run(directory)["files"]
+    except CheckpointError as error:
+        return str(error)
+    for name in _part(sorted(recorded), agreement):
+        if fault := _fault_of(directory / name, recorded[name], agreement):
+            return fault
+    return None
+
+
 def _fault_of(path: Path, recorded: list[int], agreement: Agreement) -> str | None:
     try:
         found = _sum_of(path, agreement)
-    except OSError as error:
-        return f"{path}: {error.strerror or error}"
+    except _MISSING as error:
+        return f"{path}: {error.strerror}"
     if found[0] != recorded[0]:
         return f"{path}: expected {recorded[0]} bytes, got {found[0]}"
     return None if found == recorded else f"{path}: its contents are not those that were written"

@@ -12,8 +12,8 @@ from types import FrameType
 class Preemption:
     """Whether this process was told to end.
 
-    The signal changes nothing by itself. Ranks tell each other in a step's collective, which succeeds only where all of them
-    live: a rank that is told to end because a peer has died fails there, and saves nothing.
+    The signal changes nothing by itself. Ranks tell each other in a collective, a step's or one of its own after what takes long,
+    which succeeds only where all of them live: a rank that is told to end because a peer has died fails there, and saves nothing.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,26 @@ from shardwise.training.checkpoints import (
     find_fault,
     newest_first,
     read_run,
-    remove_old,
+    remove_unfinished,
     require_same_training,
+    set_aside,
 )
 from shardwise.training.settings import RESUME_AUTO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a training goes on from.
+
+    Args:
+        directory: Of the checkpoint.
+        step: Of it.
+        ranks: That wrote it.
+    """
+
+    directory: Path
+    step: int
+    ranks: int
 
 
 def find_start(
@@ -26,11 +43,11 @@ def find_start(
     identity: Mapping[str, Any],
     agree: Callable[[str], Agreement],
     note: Callable[[str], None],
-) -> Path | None:
+) -> Start | None:
     """Return the checkpoint to go on from, looked through by all ranks; None to begin anew. All ranks call this together.
 
     Args:
-        folder: Of the training's checkpoints; what was left unfinished in it is removed.
+        folder: Of the training's checkpoints; nothing in it is changed.
         resume: As in the settings.
         identity: What the training is.
         agree: Makes the agreement of a call.
@@ -38,14 +55,14 @@ def find_start(
 
     Raises:
         ConfigurationError: The checkpoint is of another training; or there is one, and `resume` is None.
-        CheckpointError: The one that `resume` names is not whole.
+        CheckpointError: The one that `resume` names is not whole, or none is; or one could not be looked at.
+        PeerError: As above, on the ranks that have not looked.
     """
     agreement = agree("resume")
     with agreement.phase("list"):
         found = None
         if agreement.rank == agreement.ranks[0]:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_old(folder, keep=None)
             found = json.dumps([str(path) for path in newest_first(folder)])
         present = [Path(name) for name in json.loads(agreement.publish("present", found))]
         if resume is None and present:
@@ -55,16 +72,48 @@ def find_start(
             )
     if resume is None:
         return None
+    faults: list[str] = []
     for directory in present if resume == RESUME_AUTO else [Path(resume).absolute()]:
-        fault = find_fault(directory, agreement=agree("resume"))
+        agreement = agree("resume")
+        fault = find_fault(directory, agreement=agreement)
         if fault is None:
-            require_same_training(read_run(directory), identity, directory)
-            return directory
+            with agreement.phase("compare"):
+                run = read_run(directory)
+                require_same_training(run, identity, directory)
+                return Start(directory=directory, step=int(run["step"]), ranks=int(run["ranks"]))
         if resume != RESUME_AUTO:
             raise CheckpointError(
                 f"--resume {resume}: expected a whole checkpoint: {fault}. --resume auto takes the newest whole one."
             )
-        note(f"{directory.name} is refused: {fault}. Going on from the one before it.")
-    if present:
-        note("No checkpoint is whole: beginning anew.")
+        faults.append(fault)
+        if directory != present[-1]:
+            note(f"{directory.name} is refused: {fault}. Going on from the one before it.")
+    if faults:
+        raise CheckpointError(
+            f"--resume auto: expected a whole checkpoint in {folder}, got none: {'; '.join(faults)}. Name another one with --resume, "
+            "or remove these to begin anew."
+        )
     return None
+
+
+def make_way(folder: Path, *, start: Start | None, agreement: Agreement, note: Callable[[str], None]) -> None:
+    """Remove what was left unfinished, and set aside checkpoints of steps that are taken anew. All ranks call this together.
+
+    Args:
+        folder: Of the training's checkpoints.
+        start: What the training goes on from; None where it begins, and there are no checkpoints.
+        agreement: Of the call.
+        note: Told what was set aside.
+    """
+    with agreement.phase("make way"):
+        names = None
+        if agreement.rank == agreement.ranks[0]:
+            remove_unfinished(folder)
+            aside = [] if start is None else set_aside(folder, start=start.directory, step=start.step)
+            names = json.dumps([path.name for path in aside])
+        found = json.loads(agreement.publish("aside", names))
+    if start is not None and found:
+        note(
+            f"Going on from step {start.step}, other checkpoints from there on are set aside as {', '.join(found)}: remove what you "
+            "do not need."
+        )

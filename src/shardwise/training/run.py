@@ -9,20 +9,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 
+from shardwise.errors import PeerError, RankError
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
-from shardwise.training.checkpoints import read_run
 from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
 from shardwise.training.preemption import Preemption
-from shardwise.training.resuming import find_start
+from shardwise.training.results import refuse_results
+from shardwise.training.resuming import Start, find_start, make_way
 from shardwise.training.saving import Saver
 from shardwise.training.settings import TrainSettings
-from shardwise.training.steps import StepFigures, Stepper
+from shardwise.training.steps import StepFigures, Stepper, wanted_by_any
 from shardwise.training.tokens import TokenRows, tokenise
 from shardwise.transformers_model import TransformersModel
 
@@ -39,7 +41,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, on every rank of the default group, which is made where there is none. All ranks call this together.
 
-    SIGTERM makes all ranks save at the end of the step and return; see `Preemption`.
+    SIGTERM makes all ranks save at the end of the step and return, also from an evaluation; see `Preemption`.
 
     Args:
         settings: The same on all ranks.
@@ -56,7 +58,8 @@ def train(
     Raises:
         ConfigurationError: Settings that do not go together, or not with the checkpoint.
         DataError: The data cannot be used.
-        CheckpointError: The model or a checkpoint cannot be read.
+        CheckpointError: The model or a checkpoint cannot be read; or there is something where the export will go. If the export
+            fails at the end, a checkpoint of the last step is there, and a note says where.
         RankError: Another rank failed, or did not arrive.
     """
     preemption = Preemption()
@@ -102,19 +105,23 @@ class _Run:
 
     def outcome(self) -> dict[str, Any]:
         """Train, and say what came of it."""
-        resumed_from = self._resumed()
-        start = 0 if resumed_from is None else int(read_run(resumed_from)["step"])
-        metrics = Metrics(self._directory, steps=start) if dist.get_rank() == 0 else None
+        start = self._resumed()
+        taken = 0 if start is None else start.step
+        metrics = Metrics(self._directory, steps=taken) if dist.get_rank() == 0 else None
         try:
-            step, stopped = self._train_from(start, metrics)
+            step, stopped = self._train_from(taken, metrics)
         finally:
             if metrics is not None:
                 metrics.close()
+
+        def saved() -> Path:
+            return self._saver.save(step) if start is None or step != taken else start.directory
+
         checkpoint = exported = None
         if stopped or self._settings.checkpoint_every is not None:
-            checkpoint = self._saver.save(step) if step != start or resumed_from is None else resumed_from
+            checkpoint = saved()
         if self._settings.export and not stopped:
-            exported = self._exported()
+            exported = self._exported(saved)
         load = self.model.last_report
         return {
             "schema": SCHEMA,
@@ -126,7 +133,7 @@ class _Run:
             "loss": self._losses[-1] if self._losses else None,
             "eval_loss": self._eval_loss,
             "rows": str(self._rows_directory),
-            "resumed_from": None if resumed_from is None else str(resumed_from),
+            "resumed_from": None if start is None else str(start.directory),
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "export": None if exported is None else str(exported),
             "storage_bytes": None if load is None else load.storage_bytes,
@@ -134,7 +141,7 @@ class _Run:
         }
 
     def _train_from(self, start: int, metrics: Metrics | None) -> tuple[int, bool]:
-        """Take the steps that are left; return how many are taken, and whether it was told to stop before the last one."""
+        """Take the steps that are left; return how many are taken, and whether it was told to stop before all was done."""
         settings = self._settings
         stepper = Stepper(
             self.model,
@@ -153,18 +160,25 @@ class _Run:
             self._keep(figures, metrics)
             if figures.is_save_done:
                 self._saver.finish()
-            if figures.is_stop_wanted:
+            if figures.is_stop_wanted or self._is_stopped_after(step, metrics, is_saved=False):
                 return step, True
-            if step == self._steps:
-                break
-            if self._eval_rows and _is_due(step, settings.eval_every):
-                self._evaluate(step, metrics)
-            if _is_due(step, settings.checkpoint_every):
-                self._note(f"writing the checkpoint of step {step}")
-                (self._saver.begin if settings.async_checkpoints else self._saver.save)(step)
-        if self._eval_rows:
-            self._evaluate(self._steps, metrics)
-        return self._steps, False
+        return self._steps, start == self._steps and self._is_stopped_after(start, metrics, is_saved=True)
+
+    def _is_stopped_after(self, step: int, metrics: Metrics | None, *, is_saved: bool) -> bool:
+        """Do what is due after a step; return whether a rank was told to end meanwhile.
+
+        The checkpoint comes first: whoever ends the ranks may not wait for an evaluation.
+        """
+        settings, is_last = self._settings, step == self._steps
+        every = settings.checkpoint_every
+        saves = not is_saved and every is not None and (is_last or _is_due(step, every))
+        evaluates = bool(self._eval_rows) and (is_last or _is_due(step, settings.eval_every))
+        if saves:
+            self._note(f"writing the checkpoint of step {step}")
+            (self._saver.begin if settings.async_checkpoints and not is_last else self._saver.save)(step)
+        if evaluates and not self._is_evaluated(step, metrics):
+            return True
+        return (saves or evaluates or is_last) and self._is_stop_wanted()
 
     def _keep(self, figures: StepFigures, metrics: Metrics | None) -> None:
         self._losses.append(figures.loss)
@@ -172,16 +186,29 @@ class _Run:
             metrics.add(figures.to_json())
         self._report({"kind": "step", "of": self._steps, **figures.to_json()})
 
-    def _evaluate(self, step: int, metrics: Metrics | None) -> None:
-        loss = evaluate(self.model, self._data, self._eval_rows, rows_of_pass=self._rows_of_pass)
+    def _is_evaluated(self, step: int, metrics: Metrics | None) -> bool:
+        """Evaluate; return whether that came to its end before a rank was told to."""
+        loss = evaluate(
+            self.model,
+            self._data,
+            self._eval_rows,
+            rows_of_pass=self._rows_of_pass,
+            is_stop_wanted=self._is_stop_wanted,
+        )
+        if loss is None:
+            return False
         self._eval_loss = loss
         if metrics is not None:
             metrics.add({"step": step, "eval_loss": loss})
         self._report({"kind": "eval", "step": step, "loss": loss})
+        return True
+
+    def _is_stop_wanted(self) -> bool:
+        device = torch.device(self.model.strategy.device_mesh.device_type)
+        return wanted_by_any(self._preemption.is_wanted, device)
 
     def _tokenised(self) -> TokenRows:
         settings = self._settings
-        tokenizer = tokenizer_of(self.model, settings.model)
         agreement = self._agree("data")
         self._note(f"tokenising {settings.data}")
         with agreement.phase("tokenise"):
@@ -191,7 +218,7 @@ class _Run:
                     tokenise(
                         Path(settings.data),
                         self._directory / _DATA,
-                        tokenizer,
+                        tokenizer_of(self.model, settings.model),
                         block_size=settings.block_size,
                         loss_on=settings.loss_on,
                         step=agreement.step,
@@ -211,27 +238,53 @@ class _Run:
         )
         return data
 
-    def _resumed(self) -> Path | None:
+    def _resumed(self) -> Start | None:
         """Go on from a checkpoint, if there is one to go on from, and return it."""
-        directory = find_start(
-            self._directory / CHECKPOINTS,
+        checkpoints = self._directory / CHECKPOINTS
+        start = find_start(
+            checkpoints,
             self._settings.resume,
             identity=self._identity,
             agree=self._agree,
             note=self._note,
         )
-        if directory is not None:
-            self.model.load(directory)
-            run = read_run(directory)
+        self._replaces = self._settings.overwrite or start is not None
+        refuse_results(
+            self._directory,
+            export=self._directory / EXPORT if self._settings.export else None,
+            replaces_export=self._replaces,
+            # Also of a run that was cut short before its first checkpoint.
+            replaces_metrics=self._replaces or self._settings.resume is not None,
+            agreement=self._agree("resume"),
+        )
+        make_way(checkpoints, start=start, agreement=self._agree("resume"), note=self._note)
+        if start is not None:
+            self.model.load(start.directory)
             self._note(
-                f"going on from step {run['step']} of {self._steps}, which {run['ranks']} ranks wrote: {directory}"
+                f"going on from step {start.step} of {self._steps}, which {start.ranks} ranks wrote: {start.directory}"
             )
-        return directory
+        return start
 
-    def _exported(self) -> Path:
+    def _exported(self, saved: Callable[[], Path]) -> Path:
+        """Write the trained model; where that fails, the training is not lost with it.
+
+        Args:
+            saved: Returns the checkpoint of the last step, written unless it is there.
+        """
         directory = self._directory / EXPORT
         self._note(f"writing {directory}")
-        self.model.export(directory, dtype=self._settings.export_dtype, overwrite=True)
+        try:
+            self.model.export(directory, dtype=self._settings.export_dtype, overwrite=self._replaces)
+        except Exception as error:
+            if isinstance(error, RankError) and not isinstance(error, PeerError):
+                raise  # a rank is gone or late: the others cannot save without it
+            try:
+                self._note(
+                    f"The export failed. The training is saved as {saved()}: --resume auto exports it."
+                )
+            except Exception as second:
+                self._note(f"The export failed, and the training could not be saved either: {second}")
+            raise
         return directory
 
     def _agree(self, call: str) -> Agreement:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.materialization import Agreement
-from shardwise.training.checkpoints import directory_of, remove, remove_old, seal
+from shardwise.training.checkpoints import directory_of, remove, remove_old, remove_unfinished, seal
 from shardwise.transformers_model import PendingSave, TransformersModel
 
 
@@ -64,11 +64,11 @@ class Saver:
             self._seal(directory_of(self._folder, self._pending_step), self._pending_step)
 
     def _make_room(self, step: int) -> Path:
-        """Remove what lies where the checkpoint goes: one that was refused, or of a run that went on from an older one."""
+        """Remove what lies where the checkpoint goes: one that was refused."""
         directory = directory_of(self._folder, step)
         agreement = self._agree("make room")
         with agreement.phase("remove"):
-            if agreement.rank == agreement.ranks[0] and directory.is_dir() and self.saved_step != step:
+            if agreement.rank == agreement.ranks[0] and self.saved_step != step:
                 remove(directory)
         return directory
 
@@ -78,4 +78,5 @@ class Saver:
         self.saved_step = step
         with agreement.phase("remove old ones"):
             if agreement.rank == agreement.ranks[0]:
-                remove_old(self._folder, keep=self._keep)
+                remove_unfinished(self._folder)
+                remove_old(self._folder, keep=self._keep, step=step)

@@ -29,6 +29,7 @@ _OF_THE_RUN: Final = frozenset(
         "keep",
         "async_checkpoints",
         "resume",
+        "overwrite",
         "export",
         "export_dtype",
     }
@@ -90,6 +91,8 @@ class TrainSettings:
         keep: How many of the newest checkpoints are kept; None keeps all.
         async_checkpoints: Copy shards to host memory and write them while training goes on.
         resume: `auto` for the newest good checkpoint in `output_directory`, if any; a checkpoint's directory; None starts anew.
+        overwrite: Whether figures and export of another training in `output_directory` are replaced. One that is gone on from
+            replaces its own.
         export: Whether the trained model, or the adapter, is written for `from_pretrained` at the end.
         export_dtype: In which it is written; None is that of the shards.
     """
@@ -120,6 +123,7 @@ class TrainSettings:
     keep: int | None
     async_checkpoints: bool
     resume: str | None
+    overwrite: bool
     export: bool
     export_dtype: str | None
 

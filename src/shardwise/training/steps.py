@@ -117,6 +117,16 @@ class Stepper:
         )
 
 
+def wanted_by_any(own: bool, device: torch.device) -> bool:
+    """Return whether a rank wants something, the same on all ranks. All ranks call this together.
+
+    Args:
+        own: Whether this one does.
+        device: Of collectives.
+    """
+    return any(of_rank[0] for of_rank in _told_by_ranks([float(own)], device))
+
+
 def _told_by_ranks(own: list[float], device: torch.device) -> list[list[float]]:
     """Return every rank's figures; as one collective, which fails where a rank has died."""
     mine = torch.tensor(own, dtype=torch.float32, device=device)

@@ -74,14 +74,17 @@ class Exporting(Resuming):
         if state is not None:
             with agreement.phase("look at the state"):
                 chunks = saved_chunks(Path(state).absolute(), prefix=MODEL_PREFIX)
-        is_auto = isinstance(tokenizer, str) and tokenizer == _AUTO
+        if isinstance(tokenizer, str) and tokenizer == _AUTO:
+            with agreement.phase("tokenizer"):
+                # The first rank alone saves it.
+                tokenizer = self.tokenizer if agreement.rank == agreement.ranks[0] else None
         return export_agreed(
             self.model,
             Path(directory).absolute(),
             dtype=dtype,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            tokenizer=self.tokenizer if is_auto else tokenizer,
+            tokenizer=tokenizer,
             adapters=adapters,
             staging_bytes=staging_bytes,
             agreement=agreement,

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from shardwise.checkpoint import sync
 from shardwise.errors import CheckpointError, ConfigurationError, DamagedFileError
 from shardwise.materialization import Agreement, entries_of, listed, make_group
 from shardwise.transformers_model.optimizer_state import new_state
@@ -148,8 +149,10 @@ def _prepare(
 
 def _give_name(unfinished: Path, directory: Path, *, agreement: Agreement) -> None:
     if agreement.rank == agreement.ranks[0]:
-        require_files(unfinished)
+        require_files(unfinished)  # each of which its rank has synced
+        sync(unfinished)
         os.replace(unfinished, directory)
+        sync(directory.parent)
 
 
 def load_training(training: Training, directory: Path, *, agreement: Agreement) -> int:
@@ -291,6 +294,7 @@ def _write_state(path: Path, training: Training, *, step: int, ranks: int) -> No
             f"{path}: an option of the optimizer or the scheduler cannot be read back safely: {error}"
         ) from error
     path.write_bytes(buffer.getvalue())
+    sync(path)
 
 
 def _read_state(directory: Path) -> dict[str, Any]:
