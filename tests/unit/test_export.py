@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 import shardwise as sw
 from shardwise.export.directory import OutputDirectory
+from shardwise.export.output_files import OutputFiles
 from tests.distributed.models import causal_model
 from tests.unit.models import Tied, tiny
 
@@ -262,6 +264,65 @@ def test_what_appears_at_the_place_meanwhile_is_refused(
         sw.export_checkpoint(model, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(tmp_path / "out") == ["letter.txt"]
+
+
+def test_what_was_discarded_gets_no_name_and_what_has_one_stays(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sw.export_checkpoint(model, tmp_path / "out")
+    before = content_of(tmp_path / "out")
+    replace_directory, late = os.replace, []
+
+    def rename(old: Path, new: Path) -> None:
+        if Path(new).name == ".out.replaced":  # the moment in which neither is in place
+            thread = threading.Thread(target=made[0].discard)
+            thread.start()
+            thread.join(0.2)
+            late.append(thread)
+            assert thread.is_alive()  # it waits for the renames
+        replace_directory(old, new)
+
+    made: list[OutputDirectory] = []
+    during_finish(monkeypatch, made.append)
+    monkeypatch.setattr(os, "replace", rename)
+    sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
+    late[0].join()
+    assert os.listdir(tmp_path) == ["out"]
+    assert content_of(tmp_path / "out") == before
+    monkeypatch.undo()
+
+    during_finish(monkeypatch, OutputDirectory.discard)
+    with pytest.raises(sw.CheckpointError):
+        sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
+    late_one = OutputDirectory(tmp_path / "out", rank=0)
+    late_one.discard()
+    late_one.begin("by a thread that nobody waits for")
+    assert os.listdir(tmp_path) == ["out"]
+    assert content_of(tmp_path / "out") == before
+
+
+def test_files_are_closed_when_the_last_write_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = OutputDirectory(tmp_path / "out", rank=0)
+    output.unfinished.mkdir()
+    (output.unfinished / "x").write_bytes(bytes(4))
+    files, pwritev = OutputFiles(output), os.pwritev
+
+    def close_meanwhile(descriptor: int, parts: Any, offset: int) -> int:
+        files.close()
+        os.fstat(descriptor)  # still open
+        seen.append(descriptor)
+        return pwritev(descriptor, parts, offset)
+
+    seen: list[int] = []
+    monkeypatch.setattr(os, "pwritev", close_meanwhile)
+    files.write("x", 0, [memoryview(b"1234")])
+    assert (output.unfinished / "x").read_bytes() == b"1234"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(seen[0])
+    with pytest.raises(sw.CheckpointError, match="Bad file descriptor"):
+        files.write("x", 0, [memoryview(b"5678")])  # a thread that comes late opens nothing
 
 
 def test_a_file_system_without_locks_is_written_to(
