@@ -8,10 +8,12 @@ Source: `_write_item` and `FileSystemReader.read_data` in torch/distributed/chec
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import struct
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.checkpoint import metadata
 
-from shardwise.errors import DamagedFileError
+from shardwise.errors import CheckpointError, DamagedFileError
 from shardwise.export.chunks import Chunk
 from shardwise.tensors import Region
 from shardwise.transformers_model.sharded_files import _Reader
@@ -36,6 +38,7 @@ def saved_chunks(directory: Path, *, prefix: str) -> dict[str, list[Chunk]]:
         prefix: Of the names; it is taken off.
 
     Raises:
+        CheckpointError: There is no address space for a file.
         DamagedFileError: A file is missing or cut short, or is not what the index says.
     """
     index = _Reader(directory).read_metadata()
@@ -56,6 +59,11 @@ def saved_chunks(directory: Path, *, prefix: str) -> dict[str, list[Chunk]]:
             try:
                 tensor = _mapped(path, stored.offset, stored.length, pages)
             except Exception as error:  # of zipfile, torch.load, the system
+                if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                    raise CheckpointError(
+                        f"{path}: mapping its {path.stat().st_size:,} bytes failed: {error.strerror}. Nothing is wrong with the file: "
+                        "raise the limit of this process's address space (ulimit -v) or of its mappings (vm.max_map_count)."
+                    ) from error
                 raise DamagedFileError(
                     f"{path}: expected {name} at byte {stored.offset:,}: {error}"
                 ) from error
@@ -97,12 +105,15 @@ def _mapped(path: Path, offset: int, length: int, pages: dict[str, mmap.mmap]) -
         if not expected:
             return torch.empty(like.shape, dtype=like.dtype)
         if path.name not in pages:
-            pages[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # For reading alone: of pages that could be written to, memory would have to be there for the whole file.
+            pages[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if start + expected > len(pages[path.name]):
         raise ValueError(f"the file ends at byte {len(pages[path.name]):,}")
     # Archives follow each other at any byte: elements need not lie at multiples of their size, which only costs time.
     count = expected // like.dtype.itemsize
-    flat = torch.frombuffer(pages[path.name], dtype=like.dtype, count=count, offset=start)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nor is it written to
+        flat = torch.frombuffer(pages[path.name], dtype=like.dtype, count=count, offset=start)
     return flat.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
