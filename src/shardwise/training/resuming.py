@@ -9,14 +9,9 @@ from typing import Any
 
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import Agreement
-from shardwise.training.checkpoints import (
-    find_fault,
-    newest_first,
-    read_run,
-    remove_old,
-    require_same_training,
-)
+from shardwise.training.checkpoints import newest_first, remove_old, require_same_training
 from shardwise.training.settings import RESUME_AUTO
+from shardwise.transformers_model.sealed import find_fault, read_run
 
 
 def find_start(

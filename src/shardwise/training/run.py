@@ -14,7 +14,6 @@ import torch.distributed as dist
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
-from shardwise.training.checkpoints import read_run
 from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
@@ -25,6 +24,7 @@ from shardwise.training.settings import TrainSettings
 from shardwise.training.steps import StepFigures, Stepper
 from shardwise.training.tokens import TokenRows, tokenise
 from shardwise.transformers_model import TransformersModel
+from shardwise.transformers_model.sealed import read_run
 
 SCHEMA: Final = "shardwise.train/1"
 CHECKPOINTS: Final = "checkpoints"
