@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 import shardwise as sw
 from shardwise.cli import app
 from shardwise.errors import CheckpointError, DamagedFileError, PeerError
+from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.testing import RankPool
+from shardwise.transformers_model.sealed import seal
 from tests.distributed.facade import batch, facade, own, quiet_peft, with_optimizer
 from tests.distributed.models import from_checkpoint
 from tests.distributed.steps import Checkpoint, by_strategy
@@ -159,6 +161,33 @@ def export_damaged(source: str, folder: str) -> None:
     with pytest.raises((DamagedFileError, PeerError), match=r"__1_0\.distcp: expected model"):
         facade(source, "native_fsdp").export(f"{folder}/damaged", state=f"{folder}/state")
     assert not (Path(folder) / "damaged").exists()
+
+
+def test_a_training_that_a_resume_refuses_is_not_exported(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint("qwen3_tied")
+    pool.run(save_and_seal, source, str(tmp_path), ranks=2)
+    file = tmp_path / "state" / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    pool.run(export_refused, source, str(tmp_path), ranks=2)
+
+
+def save_and_seal(source: str, folder: str) -> None:
+    model = trained(source, "native_fsdp", adapter=False)
+    model.save(f"{folder}/state")
+    agreement = Agreement(ranks_of_group(None), timeout_seconds=30.0, call="seal")
+    seal(Path(folder) / "state", {}, agreement=agreement)
+
+
+def export_refused(source: str, folder: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"__1_0\.distcp: its contents are not .* export one that is whole"
+    ):
+        facade(source, "native_fsdp").export(f"{folder}/refused", state=f"{folder}/state")
+    assert not (Path(folder) / "refused").exists()
 
 
 def test_the_command(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:

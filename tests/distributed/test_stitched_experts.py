@@ -6,13 +6,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import __version__ as version
 
 import shardwise as sw
 from shardwise.checkpoint import Run, SafetensorsSource
+from shardwise.materialization import load
 from shardwise.materialization.storage import local_of
 from shardwise.testing import RankPool
 
@@ -71,7 +74,6 @@ def test_experts_are_pages_of_the_file_and_train(pool: RankPool, moe: Path, rank
 
 def load_and_train(path: str) -> None:
     from transformers import AutoModelForCausalLM
-    from transformers import __version__ as version
 
     ranks = dist.get_world_size()
     strategy = sw.NativeFSDPStrategy(mixed_precision="no")
@@ -99,6 +101,24 @@ def load_and_train(path: str) -> None:
     assert losses[1] < losses[0]
     assert {name: local_of(p).data_ptr() for name, p in model.named_parameters()} == before
     assert not sw.verify_shards(model, path).is_equal  # what was written is this process's own
+
+
+def test_shards_beyond_the_mappings_of_a_process_are_read(pool: RankPool, moe: Path) -> None:
+    if version.startswith("4."):
+        pytest.skip("transformers 4 keeps experts apart, and stitches nothing")
+    pool.run(load_with_few_mappings, str(moe), ranks=2)
+
+
+def load_with_few_mappings(path: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    strategy = sw.NativeFSDPStrategy(mixed_precision="no")
+    # A shard has a run for each of the 4 experts of a rank: those of one of the two layers.
+    both_layers = 2 * 3 * (_EXPERTS // 2) * _SIZE * _SIZE * 2  # bytes on a rank
+    with mock.patch.object(load, "_MOST_STITCHED_RUNS", _EXPERTS), noting() as made:
+        model = strategy.wrap_model(strategy.load_pretrained(AutoModelForCausalLM, path))
+    assert sum(each.nbytes for each in made) == both_layers // 2
+    assert sw.verify_shards(model, path).is_equal
 
 
 def test_they_are_read_where_pages_cannot_lie_side_by_side(pool: RankPool, moe: Path) -> None:

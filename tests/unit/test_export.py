@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch import nn
 
 import shardwise as sw
 from shardwise.export.directory import OutputDirectory
+from shardwise.export.output_files import OutputFiles
 from tests.distributed.models import causal_model
 from tests.unit.models import Tied, tiny
 
@@ -186,6 +189,154 @@ def test_what_a_killed_export_left_is_cleaned_or_put_back(tmp_path: Path, model:
     sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
     assert os.listdir(tmp_path) == ["out"]
     assert content_of(tmp_path / "out") == before
+
+
+def during_finish(monkeypatch: pytest.MonkeyPatch, act: Callable[[OutputDirectory], None]) -> None:
+    finish = OutputDirectory.finish
+
+    def then_finish(self: OutputDirectory, plan: Any, doing: Any) -> None:
+        act(self)
+        finish(self, plan, doing)
+
+    monkeypatch.setattr(OutputDirectory, "finish", then_finish)
+
+
+def test_another_export_that_lives_is_refused_and_keeps_its_files(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def export_too(output: OutputDirectory) -> None:
+        monkeypatch.undo()
+        with pytest.raises(
+            sw.CheckpointError, match=r"\.out\.unfinished: expected no other export"
+        ) as raised:
+            sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
+        refused.append(raised.value)
+
+    during_finish(monkeypatch, export_too)
+    sw.export_checkpoint(model, tmp_path / "out")
+    assert refused
+    assert os.listdir(tmp_path) == ["out"]
+    assert ".shardwise" not in os.listdir(tmp_path / "out")
+    sw.export_checkpoint(model, tmp_path / "out", overwrite=True)  # the lock is given up
+
+
+def test_an_unfinished_directory_that_is_not_its_own_gets_no_name(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_over(output: OutputDirectory) -> None:
+        (output.unfinished / ".shardwise").write_text("another")
+
+    during_finish(monkeypatch, take_over)
+    with pytest.raises(sw.CheckpointError, match=r"as rank 0 .* has made it, got that of another export"):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == [".out.unfinished"]  # of the other one
+
+
+def test_it_is_looked_at_again_after_the_headers(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shardwise.export import directory
+
+    sync = directory._sync
+
+    def take_over(path: Path) -> None:
+        if path.name == ".out.unfinished":
+            (path / ".shardwise").write_text("another")
+        sync(path)
+
+    monkeypatch.setattr(directory, "_sync", take_over)
+    with pytest.raises(sw.CheckpointError, match="got that of another export"):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_appears_at_the_place_meanwhile_is_refused(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def appear(output: OutputDirectory) -> None:
+        output.path.mkdir()
+        (output.path / "letter.txt").write_text("x")
+
+    during_finish(monkeypatch, appear)
+    with pytest.raises(sw.CheckpointError, match="overwrite=True"):
+        sw.export_checkpoint(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(tmp_path / "out") == ["letter.txt"]
+
+
+def test_what_was_discarded_gets_no_name_and_what_has_one_stays(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sw.export_checkpoint(model, tmp_path / "out")
+    before = content_of(tmp_path / "out")
+    replace_directory, late = os.replace, []
+
+    def rename(old: Path, new: Path) -> None:
+        if Path(new).name == ".out.replaced":  # the moment in which neither is in place
+            thread = threading.Thread(target=made[0].discard)
+            thread.start()
+            thread.join(0.2)
+            late.append(thread)
+            assert thread.is_alive()  # it waits for the renames
+        replace_directory(old, new)
+
+    made: list[OutputDirectory] = []
+    during_finish(monkeypatch, made.append)
+    monkeypatch.setattr(os, "replace", rename)
+    sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
+    late[0].join()
+    assert os.listdir(tmp_path) == ["out"]
+    assert content_of(tmp_path / "out") == before
+    monkeypatch.undo()
+
+    during_finish(monkeypatch, OutputDirectory.discard)
+    with pytest.raises(sw.CheckpointError):
+        sw.export_checkpoint(model, tmp_path / "out", overwrite=True)
+    late_one = OutputDirectory(tmp_path / "out", rank=0)
+    late_one.discard()
+    late_one.begin("by a thread that nobody waits for")
+    assert os.listdir(tmp_path) == ["out"]
+    assert content_of(tmp_path / "out") == before
+
+
+def test_files_are_closed_when_the_last_write_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = OutputDirectory(tmp_path / "out", rank=0)
+    output.unfinished.mkdir()
+    (output.unfinished / "x").write_bytes(bytes(4))
+    files, pwritev = OutputFiles(output), os.pwritev
+
+    def close_meanwhile(descriptor: int, parts: Any, offset: int) -> int:
+        files.close()
+        os.fstat(descriptor)  # still open
+        seen.append(descriptor)
+        return pwritev(descriptor, parts, offset)
+
+    seen: list[int] = []
+    monkeypatch.setattr(os, "pwritev", close_meanwhile)
+    files.write("x", 0, [memoryview(b"1234")])
+    assert (output.unfinished / "x").read_bytes() == b"1234"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(seen[0])
+    with pytest.raises(sw.CheckpointError, match="Bad file descriptor"):
+        files.write("x", 0, [memoryview(b"5678")])  # a thread that comes late opens nothing
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import fcntl
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    sw.export_checkpoint(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_no_reader_takes_an_unfinished_file_for_a_whole_one(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,14 @@ def opened(path: Path, *, bounce: BounceBuffers | None = None) -> RangedFile:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages may be reserved")
+def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.bin"
+    path.touch()
+    os.truncate(path, 2**42)
+    assert opened(path).map() is not None
 
 
 @needs_direct

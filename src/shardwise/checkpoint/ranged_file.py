@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from shardwise.checkpoint.regular_file import open_regular, unreadable
 from shardwise.errors import ChangedFileError
 
+# Python 3.11 has no name for it: Linux's number, on x86 and ARM. Elsewhere pages are reserved, as by default.
+NORESERVE: Final[int] = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""For `mmap`: private pages of a file that is larger than memory can be mapped too; what is written is counted then."""
 _PAGE_BYTES = mmap.PAGESIZE
 _MOST_PARTS = 512
 """Buffers that one call fills; POSIX systems take 1,024."""
@@ -141,8 +146,7 @@ class RangedFile:
         Returns:
             The mapping; None where the file system cannot, or the file is empty.
         """
-        # Without a reservation a checkpoint larger than memory can be mapped too; what is written is counted then.
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        flags = mmap.MAP_PRIVATE | NORESERVE
         try:
             return mmap.mmap(self._fd, self.identity.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError):

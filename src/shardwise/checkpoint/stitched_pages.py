@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shardwise.checkpoint.ranged_file import RangedFile
+from shardwise.checkpoint.ranged_file import NORESERVE, RangedFile
 
 _FAILED = ctypes.c_void_p(-1).value
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
@@ -43,7 +43,7 @@ def stitched_pages(parts: Sequence[tuple[RangedFile, int, int]], dtype: torch.dt
     page = mmap.PAGESIZE
     shift = parts[0][1] % page  # of the tensor in its first page
     nbytes = sum(length for _, _, length in parts)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
     try:
         reserved = mmap.mmap(-1, shift + nbytes, flags=flags, prot=_PROTECTION)
     except OSError:
@@ -80,7 +80,7 @@ def _map_over() -> Callable[[int, int, int, int], bool] | None:
         ctypes.c_int,
         ctypes.c_long,
     )
-    flags = mmap.MAP_PRIVATE | _MAP_FIXED | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | _MAP_FIXED | NORESERVE
 
     def map_over(address: int, nbytes: int, descriptor: int, offset: int) -> bool:
         return bool(call(address, nbytes, _PROTECTION, flags, descriptor, offset) != _FAILED)

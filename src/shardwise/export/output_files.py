@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from shardwise.export.directory import OutputDirectory
 from shardwise.materialization.awaited_call import Doing
@@ -23,6 +25,9 @@ class OutputFiles:
         self._directory = directory
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._use_lock = threading.Lock()  # never held during a call of the system
+        self._users = 0
+        self._is_closed = threading.Event()
         self.written_bytes = 0
 
     def write(self, file: str, offset: int, parts: Sequence[memoryview]) -> None:
@@ -38,10 +43,11 @@ class OutputFiles:
         """
         total = sum(map(len, parts))
         try:
-            descriptor = self._descriptor(file)
-            at = offset
-            for first in range(0, len(parts), _MOST_PARTS):
-                at = _write_all(descriptor, at, list(parts[first : first + _MOST_PARTS]))
+            with self._kept_open():
+                descriptor = self._descriptor(file)
+                at = offset
+                for first in range(0, len(parts), _MOST_PARTS):
+                    at = _write_all(descriptor, at, list(parts[first : first + _MOST_PARTS]))
         except OSError as error:
             what = f"writing {total:,} bytes at byte {offset:,} of {file}"
             raise self._directory.failure(what, error) from error
@@ -61,15 +67,39 @@ class OutputFiles:
         Args:
             doing: Told which file it is at.
         """
-        for file, descriptor in self._open.items():
+        for file, descriptor in list(self._open.items()):
             doing.begin(f"{self._directory.path}: storing {file}")
             try:
-                os.fsync(descriptor)
+                with self._kept_open():
+                    os.fsync(descriptor)
             except OSError as error:
                 raise self._directory.failure(f"storing {file}", error) from error
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files; where a thread that nobody waits for any longer still uses one, the thread closes them when it is done."""
+        with self._use_lock:
+            self._is_closed.set()
+            is_used = self._users > 0
+        if not is_used:
+            self._close_all()
+
+    @contextmanager
+    def _kept_open(self) -> Iterator[None]:
+        """Keep the files open in the body: a descriptor that was closed may be that of another file by the next write."""
+        with self._use_lock:
+            if self._is_closed.is_set():
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._use_lock:
+                self._users -= 1
+                is_last = self._is_closed.is_set() and not self._users
+            if is_last:
+                self._close_all()
+
+    def _close_all(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
         self._open.clear()

@@ -27,6 +27,9 @@ from shardwise.materialization.structure import entries_of
 from shardwise.plan import ReadPlan, plan_reads
 from shardwise.profiling import phase
 
+_MOST_STITCHED_RUNS = 16_384
+"""Of a load on one rank, each one or two of the 65,530 mappings that Linux allows a process; what is beyond is copied."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
@@ -73,9 +76,10 @@ def allocate(
     """
     pages: dict[str, torch.Tensor] = {}
     final: list[SourcePlan] = []
+    beyond = _beyond_mappings(plans)
     for plan in plans:
         unmapped: set[str] = set()
-        for item, found in zip(plan.direct.mapped, _map(plan, dtype_of, agreement), strict=True):
+        for item, found in zip(plan.direct.mapped, _map(plan, beyond, dtype_of, agreement), strict=True):
             if found is None:
                 unmapped.add(item.fqn)
             else:
@@ -88,8 +92,20 @@ def allocate(
     return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
 
 
+def _beyond_mappings(plans: Sequence[SourcePlan]) -> set[str]:
+    """Return the shards of several runs for which a process may have too few mappings."""
+    beyond: set[str] = set()
+    left = _MOST_STITCHED_RUNS
+    for item in (item for plan in plans for item in plan.direct.mapped if len(item.runs) > 1):
+        if len(item.runs) > left:
+            beyond.add(item.fqn)
+        else:
+            left -= len(item.runs)
+    return beyond
+
+
 def _map(
-    plan: SourcePlan, dtypes: Mapping[str, torch.dtype], agreement: Agreement
+    plan: SourcePlan, beyond: Collection[str], dtypes: Mapping[str, torch.dtype], agreement: Agreement
 ) -> list[torch.Tensor | None]:
     whole: dict[str, list[tuple[str, Run]]] = {}
     several: dict[str, list[Run]] = {}
@@ -101,7 +117,7 @@ def _map(
         ]
         if len(runs) == 1:
             whole.setdefault(runs[0].file, []).append((item.fqn, runs[0]))
-        else:
+        elif item.fqn not in beyond:
             several[item.fqn] = runs
     found: dict[str, torch.Tensor | None] = {}
     for of_file in whole.values():  # each file at once: pages of two calls are never the same
@@ -109,7 +125,7 @@ def _map(
         found |= zip((fqn for fqn, _ in of_file), pages, strict=True)
     if several:
         found |= zip(several, stitched(plan.source, list(several.values()), agreement), strict=True)
-    return [found[item.fqn] for item in plan.direct.mapped]
+    return [found.get(item.fqn) for item in plan.direct.mapped]
 
 
 def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:

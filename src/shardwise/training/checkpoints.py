@@ -6,25 +6,17 @@ checksum of every file. It is written last, so a checkpoint without it is half-w
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from shardwise.checkpoint import sync
-from shardwise.errors import CheckpointError, ConfigurationError
-from shardwise.materialization import Agreement
+from shardwise.errors import ConfigurationError
+from shardwise.transformers_model.sealed import RUN_NAME
 
-RUN_NAME: Final = "run.json"
-_SCHEMA: Final = "shardwise.run/1"
 _PREFIX: Final = "step-"
 _ASIDE: Final = ".abandoned"
-_CHUNK_BYTES: Final = 1 << 22
-_MISSING: Final = (FileNotFoundError, NotADirectoryError)
 
 
 def directory_of(folder: Path, step: int) -> Path:
@@ -36,72 +28,6 @@ def newest_first(folder: Path) -> list[Path]:
     """Return the directories of a training's checkpoints, whole or not, the newest first."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=_step_of, reverse=True)
-
-
-def seal(directory: Path, run: Mapping[str, Any], *, agreement: Agreement) -> None:
-    """Write `run.json`, which makes a checkpoint a whole one. All ranks call this together.
-
-    Args:
-        directory: With all files of the checkpoint.
-        run: What the training is and how far it has come.
-        agreement: Of the call.
-    """
-    with agreement.phase("seal"):
-        names = _names_in(directory)
-        own = {name: _sum_of(directory / name, agreement) for name in _part(names, agreement)}
-        sums: dict[str, list[int]] = {}
-        for text in agreement.gather("sums", json.dumps(own)):
-            sums |= json.loads(text)
-        if agreement.rank == agreement.ranks[0]:
-            document = {"schema": _SCHEMA, **run, "files": dict(sorted(sums.items()))}
-            write_whole(directory / RUN_NAME, json.dumps(document, indent=2) + "\n")
-
-
-def find_fault(directory: Path, *, agreement: Agreement) -> str | None:
-    """Return what is wrong with a checkpoint, the same on all ranks; None of a whole one. All ranks call this together.
-
-    Args:
-        directory: To look at; the ranks share the reading.
-        agreement: Of the call.
-
-    Raises:
-        CheckpointError: It could not be looked at, which says nothing about it.
-        PeerError: As above, on another rank.
-    """
-    with agreement.phase("look"):
-        try:
-            fault = _own_fault(directory, agreement)
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or directory}: could not be read on rank {agreement.rank} ({socket.gethostname()}): "
-                f"{error.strerror or error}. The checkpoint may be whole: check the disk or the mount, and go on then."
-            ) from error
-        faults = agreement.gather("faults", fault or "")
-    return next((each for each in faults if each), None)
-
-
-def read_run(directory: Path) -> dict[str, Any]:
-    """Return what `seal` wrote.
-
-    Raises:
-        CheckpointError: There is no such thing.
-        OSError: It could not be read.
-    """
-    path = directory / RUN_NAME
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if run["schema"] != _SCHEMA:
-            raise CheckpointError(
-                f"{path}: expected {_SCHEMA}, got {run['schema']}: another release wrote it"
-            )
-        files = run["files"]
-        if not all(Path(name).name == name and len(files[name]) == 2 for name in files):
-            raise ValueError("names or sums of files are not what they should be")
-    except _MISSING:
-        raise CheckpointError(f"{directory} is half-written: it has no {RUN_NAME}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected the record of a training: {error}") from error
-    return dict(run)
 
 
 def require_same_training(run: Mapping[str, Any], identity: Mapping[str, Any], directory: Path) -> None:
@@ -170,57 +96,5 @@ def remove(directory: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after the machine has failed."""
-    unfinished = path.parent / f".{path.name}.unfinished"
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync(path.parent)
-
-
 def _step_of(directory: Path) -> int:
     return int(directory.name.removeprefix(_PREFIX))
-
-
-def _names_in(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.is_file() and path.name != RUN_NAME)
-
-
-def _part(names: list[str], agreement: Agreement) -> list[str]:
-    return names[agreement.ranks.index(agreement.rank) :: len(agreement.ranks)]
-
-
-def _sum_of(path: Path, agreement: Agreement) -> list[int]:
-    """Return size in bytes and CRC-32 of a file."""
-    size = checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size += len(chunk)
-            checksum = zlib.crc32(chunk, checksum)
-            agreement.step()
-    return [size, checksum]
-
-
-def _own_fault(directory: Path, agreement: Agreement) -> str | None:
-    """Return what is wrong with this rank's part of a checkpoint's files."""
-    try:
-        recorded: dict[str, list[int]] = read_run(directory)["files"]
-    except CheckpointError as error:
-        return str(error)
-    for name in _part(sorted(recorded), agreement):
-        if fault := _fault_of(directory / name, recorded[name], agreement):
-            return fault
-    return None
-
-
-def _fault_of(path: Path, recorded: list[int], agreement: Agreement) -> str | None:
-    try:
-        found = _sum_of(path, agreement)
-    except _MISSING as error:
-        return f"{path}: {error.strerror}"
-    if found[0] != recorded[0]:
-        return f"{path}: expected {recorded[0]} bytes, got {found[0]}"
-    return None if found == recorded else f"{path}: its contents are not those that were written"

@@ -11,14 +11,13 @@ from typing import Any
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import Agreement
 from shardwise.training.checkpoints import (
-    find_fault,
     newest_first,
-    read_run,
     remove_unfinished,
     require_same_training,
     set_aside,
 )
 from shardwise.training.settings import RESUME_AUTO
+from shardwise.transformers_model.sealed import find_fault, read_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

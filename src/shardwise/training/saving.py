@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shardwise.materialization import Agreement
-from shardwise.training.checkpoints import directory_of, remove, remove_old, remove_unfinished, seal
+from shardwise.training.checkpoints import directory_of, remove, remove_old, remove_unfinished
 from shardwise.transformers_model import PendingSave, TransformersModel
+from shardwise.transformers_model.sealed import seal
 
 
 class Saver:

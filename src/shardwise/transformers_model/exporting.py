@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 
 import torch
 
+from shardwise.errors import CheckpointError
 from shardwise.export import ExportReport
+from shardwise.export.chunks import Chunks
 from shardwise.export.export import export_agreed
+from shardwise.materialization import Agreement
 from shardwise.transformers_model.resume import MODEL_PREFIX
 from shardwise.transformers_model.resuming import Resuming
 from shardwise.transformers_model.saved_chunks import saved_chunks
+from shardwise.transformers_model.sealed import RUN_NAME, find_fault
 
 _AUTO = "auto"
 
@@ -62,7 +67,8 @@ class Exporting(Resuming):
             What was written, and what it did cost.
 
         Raises:
-            CheckpointError: The directory is there already, or cannot be written to; nothing has changed there.
+            CheckpointError: The directory is there already, or cannot be written to; nothing has changed there. Or the state is not
+                what was saved, by its checksums.
             RankError: Ranks differ, one failed, or one did not arrive.
         """
         if state is None:
@@ -72,8 +78,7 @@ class Exporting(Resuming):
         agreement = self._agree("export")
         chunks = None
         if state is not None:
-            with agreement.phase("look at the state"):
-                chunks = saved_chunks(Path(state).absolute(), prefix=MODEL_PREFIX)
+            chunks = _whole_chunks(Path(state).absolute(), agreement)
         if isinstance(tokenizer, str) and tokenizer == _AUTO:
             with agreement.phase("tokenizer"):
                 # The first rank alone saves it.
@@ -90,3 +95,19 @@ class Exporting(Resuming):
             agreement=agreement,
             chunks=chunks,
         )
+
+
+def _whole_chunks(state: Path, agreement: Agreement) -> Chunks:
+    """Return what was saved; its bytes are compared with the checksums that were written with them, by all ranks together."""
+    with agreement.phase("look for the record"):
+        is_first = agreement.rank == agreement.ranks[0]
+        found = agreement.publish("is sealed", json.dumps((state / RUN_NAME).is_file()) if is_first else None)
+    is_sealed: bool = json.loads(found)
+    fault = find_fault(state, agreement=agreement) if is_sealed else None
+    if fault is not None:
+        raise CheckpointError(
+            f"{state}: expected a whole checkpoint: {fault}. A training that resumes from it refuses it too: export one that is whole."
+        )
+    with agreement.phase("look at the state"):
+        part = None if is_sealed else (agreement.ranks.index(agreement.rank), len(agreement.ranks))
+        return saved_chunks(state, prefix=MODEL_PREFIX, part=part, step=agreement.step)
