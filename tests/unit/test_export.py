@@ -239,14 +239,14 @@ def test_it_is_looked_at_again_after_the_headers(
 ) -> None:
     from shardwise.export import directory
 
-    sync = directory._sync
+    sync = directory.sync
 
     def take_over(path: Path) -> None:
         if path.name == ".out.unfinished":
             (path / ".shardwise").write_text("another")
         sync(path)
 
-    monkeypatch.setattr(directory, "_sync", take_over)
+    monkeypatch.setattr(directory, "sync", take_over)
     with pytest.raises(sw.CheckpointError, match="got that of another export"):
         sw.export_checkpoint(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
