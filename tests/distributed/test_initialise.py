@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
 from shardwise.materialization import take_values
+from shardwise.materialization.freed import give_back_freed
 from shardwise.testing import RankPool
 from tests.distributed.models import causal_model, check_equal, from_checkpoint, transformers_fuses_experts
 from tests.distributed.steps import Checkpoint, by_strategy, by_way, load, make_strategy
@@ -129,19 +130,33 @@ def load_with_new_head(name: str, directory: str, way: str) -> dict[str, str]:
 # --- the price ---
 
 
-def test_initialising_keeps_one_copy_of_one_module(pool: RankPool) -> None:
-    for peak_bytes, shard_bytes in pool.run(initialise_wide, ranks=2):
+@pytest.mark.parametrize("with_gaps", [False, True], ids=["", "in a heap with gaps"])
+def test_initialising_keeps_one_copy_of_one_module(pool: RankPool, with_gaps: bool) -> None:
+    for peak_bytes, shard_bytes in pool.run(initialise_wide, with_gaps, ranks=2):
         assert shard_bytes >= 2 * 32 * _MEBIBYTE
         assert peak_bytes <= 64 * _MEBIBYTE + shard_bytes + 24 * _MEBIBYTE
 
 
-def initialise_wide() -> tuple[int, int]:
+def initialise_wide(with_gaps: bool) -> tuple[int, int]:
+    kept = heap_with_gaps() if with_gaps else []
     with torch.device("meta"):  # two modules of 64 MiB: the second starts when the first is gone
         model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(2)))
     fully_shard(model)
     report = sw.materialize(model, None)
     own = report.ranks[dist.get_rank()]
+    del kept
     return own.host_anon_peak_bytes, own.shard_bytes
+
+
+def heap_with_gaps() -> list[torch.Tensor]:
+    """Leave free memory in the C library's heap, as a long-lived process has it; what is returned keeps it there."""
+    kept = []
+    for _ in range(3):  # glibc puts such sizes into the heap once it has freed one
+        large = [torch.zeros(20 * _MEBIBYTE, dtype=torch.uint8) for _ in range(16)]
+        kept.append(torch.zeros(2**16, dtype=torch.uint8))
+        del large
+    give_back_freed()
+    return kept
 
 
 # --- what a class keeps in float32 ---

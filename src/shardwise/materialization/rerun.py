@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from shardwise.errors import ModelError
+from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.rules import Rule
 from shardwise.materialization.shield import Shield, registered
 from shardwise.materialization.structure import Entry
 
 _POISON = (0xFF, 0x55)  # as floats: not a number, and a number that nothing computes
+
+_LARGE_BYTES = 2**24
 
 RulesOf = Callable[[str, Sequence[str]], Sequence[Rule]]
 
@@ -94,6 +97,8 @@ def _made_by(
 def _run(
     rule: Rule, shield: Shield, fqn: str, module: nn.Module, wanted: Sequence[Entry], poison: int, seed: int
 ) -> list[tuple[Entry, torch.Tensor]]:
+    if sum(entry.tensor.nbytes for entry in wanted) >= _LARGE_BYTES:
+        give_back_freed()  # else the last run's memory stays, where the C library had a large gap for it
     blanks = [(entry, _blank(entry, poison)) for entry in wanted]
     # Code that names no device means the host here, whatever the caller's default is.
     with shield.exposing(module, blanks), torch.no_grad(), seeded(seed), torch.device("cpu"):
