@@ -64,12 +64,24 @@ def test_the_trainer_of_transformers_trains_it(
         assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def leave_job() -> None:
+    """Be a process that no launcher has started."""
+    dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+
+
+def wrapped_model(directory: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    strategy = sw.AccelerateStrategy(mixed_precision="no", timeout=25.0)
+    return strategy.wrap_model(strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32))
+
+
 def train_plainly(directory: str, folder: str) -> list[float]:
     from transformers import Trainer, TrainingArguments
 
-    dist.destroy_process_group()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # no launcher has started this
-        del os.environ[name]
+    leave_job()
     model = from_checkpoint(directory, dtype=torch.float32)
     trainer = Trainer(model=model, args=arguments(TrainingArguments, folder, ranks=1), train_dataset=rows())
     trainer.train()
@@ -77,12 +89,9 @@ def train_plainly(directory: str, folder: str) -> list[float]:
 
 
 def train_wrapped(directory: str, folder: str) -> list[float]:
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    strategy = sw.AccelerateStrategy(mixed_precision="no", timeout=25.0)
-    model = strategy.wrap_model(
-        strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32)
-    )
+    model = wrapped_model(directory)
     before = {id(parameter) for parameter in model.parameters()}
     given = arguments(
         TrainingArguments,
@@ -129,21 +138,14 @@ def sft_trainer(model: Any, folder: str, **more: Any) -> Any:
 
 
 def sft_plainly(directory: str, folder: str) -> list[float]:
-    dist.destroy_process_group()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # no launcher has started this
-        del os.environ[name]
+    leave_job()
     trainer = sft_trainer(from_checkpoint(directory, dtype=torch.float32), folder, ranks=1)
     trainer.train()
     return losses_of(trainer)
 
 
 def sft_wrapped(directory: str, folder: str) -> list[float]:
-    from transformers import AutoModelForCausalLM
-
-    strategy = sw.AccelerateStrategy(mixed_precision="no", timeout=25.0)
-    model = strategy.wrap_model(
-        strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32)
-    )
+    model = wrapped_model(directory)
     configured = {"use_configured_state": True}
     trainer = sft_trainer(model, folder, ranks=dist.get_world_size(), accelerator_config=configured)
     trainer.train()

@@ -14,7 +14,7 @@ from shardwise.checkpoint.safetensors_source import SafetensorsSource
 from shardwise.checkpoint.source import Readable, Run, Source, read_scattered, stitched
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
-from shardwise.checkpoint.syncing import sync
+from shardwise.checkpoint.syncing import sync, write_whole
 
 __all__ = [
     "HubAccess",
@@ -35,4 +35,5 @@ __all__ = [
     "snapshot_revision",
     "stitched",
     "sync",
+    "write_whole",
 ]

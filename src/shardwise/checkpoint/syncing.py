@@ -21,3 +21,14 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(file)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, also after the machine has failed."""
+    unfinished = path.parent / f".{path.name}.unfinished"
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    sync(path.parent)

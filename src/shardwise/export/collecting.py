@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
 import torch
 
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call
+from shardwise.materialization.awaited_call import Doing, await_call, calling_threads
 from shardwise.materialization.data_plane import DataPlane
+from shardwise.materialization.exchange import placed
 from shardwise.materialization.placing import as_memory, elements_in, packed_in, place_in
 from shardwise.materialization.read_ahead import GrowingBuffer
-from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.plan import ExchangePlan, Round, Transfer
 
 
@@ -66,8 +66,7 @@ class Collecting:
             CheckpointError: A write failed.
             PeerError: Another rank failed.
         """
-        threads = ReaderThreads(1, name="shardwise-write")
-        try:
+        with calling_threads(1, name="shardwise-write") as threads:
             for number, turn in enumerate(self._plan.rounds(), start=1):
                 content = self._run_round(turn, number)
                 self._await_last()
@@ -76,8 +75,6 @@ class Collecting:
                     what = f"{read.file}: writing {len(parts[0]):,} bytes at byte {read.start:,}"
                     self._pending = threads.submit(self._sink.write, read.file, read.start, parts), what
             self._await_last()
-        finally:
-            threads.close(within_seconds=SECONDS_FOR_STARTED_CALLS)
 
     def _run_round(self, turn: Round, number: int) -> torch.Tensor:
         nbytes = turn.read.stop - turn.read.start if turn.read is not None else 0
@@ -86,7 +83,7 @@ class Collecting:
         receive = self._receive.first(sum(turn.send_bytes))
         if self._plane is not None:
             send = self._send.first(sum(turn.receive_bytes))
-            for offset, transfer in _placed(turn.incoming, turn.receive_bytes):
+            for offset, transfer in placed(turn.incoming, turn.receive_bytes):
                 packed = packed_in(send, offset, transfer.dtype, transfer.piece)
                 packed.copy_(self._elements(transfer))
             work = self._plane.all_to_all(
@@ -97,7 +94,7 @@ class Collecting:
         if self._plane is not None and work is not None:
             self._plane.wait(work, what=f"round {number} of {len(self._plan)} of the exchange")
             self.received_bytes += sum(turn.send_bytes)
-            for offset, transfer in _placed(turn.outgoing, turn.send_bytes):
+            for offset, transfer in placed(turn.outgoing, turn.send_bytes):
                 packed = packed_in(receive, offset, transfer.dtype, transfer.piece)
                 _in_slice(content, transfer).copy_(packed)
         return content
@@ -109,17 +106,6 @@ class Collecting:
         if self._pending is not None:
             await_call(self._pending[0], self._agreement, Doing(self._pending[1]))
             self._pending = None
-
-
-def _placed(
-    messages: tuple[tuple[Transfer, ...], ...], lengths: tuple[int, ...]
-) -> Iterator[tuple[int, Transfer]]:
-    """Yield each transfer and where it stands in the messages of all ranks, one after the other, in bytes."""
-    base = 0
-    for message, length in zip(messages, lengths, strict=True):
-        for transfer in message:
-            yield base + transfer.message_offset, transfer
-        base += length
 
 
 def _in_slice(content: torch.Tensor, transfer: Transfer) -> torch.Tensor:

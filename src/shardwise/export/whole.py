@@ -7,7 +7,6 @@ results of one conversion at a time.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from shardwise.export.content import Content
 from shardwise.export.output_files import OutputFiles
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.data_plane import DataPlane
-from shardwise.materialization.freed import give_back_freed
+from shardwise.materialization.freed import give_back_freed, in_own_pages
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import ExchangePlan, as_stored, dealt, plan_exchange
 from shardwise.tensors import dtype_name
@@ -133,7 +132,7 @@ class _Sources:
     """Tensors of the model as they arrive: each a file of its own name, in memory."""
 
     def __init__(self, held: Mapping[str, StoredTensor]) -> None:
-        self.tensors = {name: _empty(of) for name, of in held.items()}
+        self.tensors = {name: in_own_pages(of.shape, of.dtype) for name, of in held.items()}
         self._held = held
 
     def write(self, file: str, offset: int, parts: list[memoryview]) -> None:
@@ -142,14 +141,6 @@ class _Sources:
         for part in parts:
             memory[at : at + len(part)] = part
             at += len(part)
-
-
-def _empty(of: StoredTensor) -> torch.Tensor:
-    if not of.nbytes:
-        return torch.empty(of.shape, dtype=of.dtype)
-    # Pages that go back to the system at once: malloc would keep some of them, and the next group's would come on top.
-    pages = mmap.mmap(-1, of.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=of.dtype).view(of.shape)
 
 
 def _made(

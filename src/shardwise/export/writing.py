@@ -10,12 +10,11 @@ import torch
 
 from shardwise.export.output_files import OutputFiles
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call
-from shardwise.materialization.placing import as_memory, elements_in, place_in
+from shardwise.materialization.awaited_call import Doing, await_call, calling_threads
+from shardwise.materialization.placing import ShardMemory, as_memory, elements_in, place_in
 from shardwise.materialization.read import read_threads
-from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
-from shardwise.plan import Fragment, Write
+from shardwise.plan import Write
 
 
 class Writing:
@@ -43,7 +42,7 @@ class Writing:
         self._shards = shards
         self._ring = ring
         self._agreement = agreement
-        self._memory: dict[str, memoryview | None] = {}
+        self._memory = ShardMemory(shards)
 
     def run(self) -> None:
         """Write everything.
@@ -55,9 +54,8 @@ class Writing:
         if not self._writes:
             return
         count = read_threads()
-        threads = ReaderThreads(count, name="shardwise-write")
         in_flight: deque[tuple[Write, torch.Tensor | None, Future[None]]] = deque()
-        try:
+        with calling_threads(count, name="shardwise-write") as threads:
             for write in self._writes:
                 parts = self._in_place(write)
                 while len(in_flight) >= 2 * count or (parts is None and not self._ring.available):
@@ -71,8 +69,6 @@ class Writing:
                 in_flight.append((write, buffer, future))
             while in_flight:
                 self._finish(*in_flight.popleft())
-        finally:
-            threads.close(within_seconds=SECONDS_FOR_STARTED_CALLS)
 
     def _finish(self, write: Write, buffer: torch.Tensor | None, future: Future[None]) -> None:
         what = f"{write.file}: writing {write.nbytes:,} bytes at byte {write.start:,}"
@@ -92,20 +88,8 @@ class Writing:
         """Return where the bytes of a write lie as they are, if all of them do."""
         parts = []
         for fragment in write.fragments:
-            memory = self._memory_of(fragment)
+            memory = self._memory.of(fragment)
             if memory is None:
                 return None
             parts.append(memory)
         return parts
-
-    def _memory_of(self, fragment: Fragment) -> memoryview | None:
-        shard = self._shards[fragment.fqn]
-        if fragment.fqn not in self._memory:
-            is_plain = shard.device.type == "cpu" and shard.is_contiguous()
-            self._memory[fragment.fqn] = as_memory(shard) if is_plain else None
-        memory = self._memory[fragment.fqn]
-        if memory is None or shard.dtype != fragment.stored.dtype or not fragment.piece.is_one_run:
-            return None
-        run = fragment.piece.run_in(tuple(shard.shape))
-        itemsize = shard.dtype.itemsize
-        return memory[run.start * itemsize : run.stop * itemsize] if run is not None else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import TypeVar
 
 from shardwise.errors import StalledReadError
@@ -97,9 +98,22 @@ def on_thread(call: Callable[[Doing], _Result], agreement: Agreement, *, what: s
     Raises:
         As `await_call`.
     """
-    threads, doing, seconds = ReaderThreads(1, name="shardwise-open"), Doing(what), SECONDS_FOR_STARTED_CALLS
-    try:
+    doing = Doing(what)
+    with calling_threads(1, name="shardwise-open") as threads:
         return await_call(threads.submit(call, doing), agreement, doing)
+
+
+@contextmanager
+def calling_threads(count: int, *, name: str) -> Iterator[ReaderThreads]:
+    """Have threads for calls that are awaited in the body; one that is stuck is left behind.
+
+    Args:
+        count: Most threads.
+        name: Of the threads, before their number.
+    """
+    threads, seconds = ReaderThreads(count, name=name), SECONDS_FOR_STARTED_CALLS
+    try:
+        yield threads
     except StalledReadError:
         seconds = 0.0  # the others wait to be told
         raise

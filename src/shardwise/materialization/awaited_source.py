@@ -10,9 +10,8 @@ import torch
 from shardwise.checkpoint import Readable, Run, Source
 from shardwise.checkpoint import stitched as stitched_by_source
 from shardwise.checkpoint.stored_tensor import StoredTensor
-from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call, on_thread
+from shardwise.materialization.awaited_call import Doing, await_call, calling_threads, on_thread
 from shardwise.materialization.reader_threads import ReaderThreads
 
 
@@ -65,14 +64,8 @@ def awaited(source: Readable, agreement: Agreement, *, name: str) -> Iterator[Aw
         agreement: Of the call.
         name: Of the source, for messages.
     """
-    threads, seconds = ReaderThreads(1, name="shardwise-read"), SECONDS_FOR_STARTED_CALLS
-    try:
+    with calling_threads(1, name="shardwise-read") as threads:
         yield AwaitedSource(source, name=name, threads=threads, agreement=agreement)
-    except StalledReadError:
-        seconds = 0.0  # the others wait to be told
-        raise
-    finally:
-        threads.close(within_seconds=seconds)
 
 
 def mapped(source: Source, runs: Sequence[Run], agreement: Agreement) -> list[torch.Tensor | None]:

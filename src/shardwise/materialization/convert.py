@@ -7,7 +7,6 @@ ranks exchange the results; so a rank holds the sources and results of one group
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_source import awaited
 from shardwise.materialization.data_plane import DataPlane
 from shardwise.materialization.exchange import Exchange
-from shardwise.materialization.freed import give_back_freed
+from shardwise.materialization.freed import give_back_freed, in_own_pages
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import ExchangePlan, Layout, WantedTensor, as_stored, plan_exchange
 from shardwise.tensors import dtype_name
@@ -230,11 +229,8 @@ def _results(step: ConversionStep, source: Readable, done: Callable[[int], None]
 
 def _read_whole(source: Readable, name: str, dtype: torch.dtype, done: Callable[[int], None]) -> torch.Tensor:
     stored = source.tensors[name]
-    if not stored.nbytes:
-        return torch.empty(stored.shape, dtype=_taken_as(stored, dtype))
-    # Pages that go back to the system at once: malloc would keep some of them, and the next group's would come on top.
-    pages = mmap.mmap(-1, stored.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    tensor = torch.frombuffer(pages, dtype=stored.dtype).view(stored.shape)
-    source.read_into(stored.file, stored.start, as_memory(tensor))
-    done(stored.nbytes)
+    tensor = in_own_pages(stored.shape, stored.dtype)
+    if stored.nbytes:
+        source.read_into(stored.file, stored.start, as_memory(tensor))
+        done(stored.nbytes)
     return tensor.to(_taken_as(stored, dtype))

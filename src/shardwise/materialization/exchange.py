@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -82,22 +82,23 @@ class Exchange:
 
     @staticmethod
     def _pack(turn: Round, content: torch.Tensor, send: torch.Tensor) -> None:
-        base = 0
-        for message, length in zip(turn.outgoing, turn.send_bytes, strict=True):
-            for transfer in message:
-                piece, dtype = transfer.piece, transfer.dtype
-                packed = packed_in(send, base + transfer.message_offset, dtype, piece)
-                packed.copy_(elements_in(content, transfer.slice_offset, dtype, piece))
-            base += length
+        for offset, transfer in placed(turn.outgoing, turn.send_bytes):
+            packed = packed_in(send, offset, transfer.dtype, transfer.piece)
+            packed.copy_(elements_in(content, transfer.slice_offset, transfer.dtype, transfer.piece))
 
     def _unpack(self, turn: Round, receive: torch.Tensor) -> None:
-        base = 0
-        for message, length in zip(turn.incoming, turn.receive_bytes, strict=True):
-            for transfer in message:
-                packed = packed_in(receive, base + transfer.message_offset, transfer.dtype, transfer.piece)
-                self._place(transfer, packed)
-            base += length
+        for offset, transfer in placed(turn.incoming, turn.receive_bytes):
+            self._place(transfer, packed_in(receive, offset, transfer.dtype, transfer.piece))
 
     def _place(self, transfer: Transfer, elements: torch.Tensor) -> None:
         with torch.no_grad():
             place_in(self._targets[transfer.fqn], transfer.piece).copy_(elements)
+
+
+def placed(messages: Sequence[Sequence[Transfer]], lengths: Sequence[int]) -> Iterator[tuple[int, Transfer]]:
+    """Yield each transfer and where it stands in the messages of all ranks, one after the other, in bytes."""
+    base = 0
+    for message, length in zip(messages, lengths, strict=True):
+        for transfer in message:
+            yield base + transfer.message_offset, transfer
+        base += length

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+
+import torch
 
 
 def give_back_freed() -> None:
@@ -14,3 +17,12 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def in_own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty tensor in pages that go back to the system at once: malloc would keep some of them, and the next would come on top."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    if not nbytes:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

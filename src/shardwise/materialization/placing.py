@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from shardwise.conversion import Piece
+from shardwise.plan import Fragment
 
 
 def as_memory(tensor: torch.Tensor) -> memoryview:
@@ -71,3 +73,28 @@ def place_in(shard: torch.Tensor, piece: Piece) -> torch.Tensor:
         [strides[dim] * step for dim, step in zip(piece.target_dims, piece.target_strides, strict=True)],
         start,
     )
+
+
+class ShardMemory:
+    """Where bytes of files lie in shards as they are: no buffer is needed between the two.
+
+    Args:
+        shards: This rank's, by tensor name.
+    """
+
+    def __init__(self, shards: Mapping[str, torch.Tensor]) -> None:
+        self._shards = shards
+        self._memory: dict[str, memoryview | None] = {}
+
+    def of(self, fragment: Fragment) -> memoryview | None:
+        """Return the memory of a fragment's elements; None where they are no one run of host memory in the stored dtype."""
+        shard = self._shards[fragment.fqn]
+        if fragment.fqn not in self._memory:
+            is_plain = shard.device.type == "cpu" and shard.is_contiguous()
+            self._memory[fragment.fqn] = as_memory(shard) if is_plain else None
+        memory = self._memory[fragment.fqn]
+        if memory is None or shard.dtype != fragment.stored.dtype or not fragment.piece.is_one_run:
+            return None
+        run = fragment.piece.run_in(tuple(shard.shape))
+        itemsize = shard.dtype.itemsize
+        return memory[run.start * itemsize : run.stop * itemsize] if run is not None else None

@@ -10,10 +10,9 @@ from concurrent.futures import Future
 import torch
 
 from shardwise.checkpoint import Source, read_scattered
-from shardwise.errors import StalledReadError
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.awaited_call import SECONDS_FOR_STARTED_CALLS, Doing, await_call
-from shardwise.materialization.placing import as_memory, elements_in, place_in
+from shardwise.materialization.awaited_call import Doing, await_call, calling_threads
+from shardwise.materialization.placing import ShardMemory, as_memory, elements_in, place_in
 from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
 from shardwise.plan import Fragment, Read, ReadPlan
@@ -70,10 +69,8 @@ class Reading:
         if not self._plan.reads:
             return
         count = read_threads()
-        threads = ReaderThreads(count, name="shardwise-read")
         in_flight: deque[_Request] = deque()
-        seconds = SECONDS_FOR_STARTED_CALLS
-        try:
+        with calling_threads(count, name="shardwise-read") as threads:
             for request in self._requests():
                 while len(in_flight) >= 2 * count or (request.is_staged and not self._ring.available):
                     self._finish(in_flight.popleft())
@@ -81,11 +78,6 @@ class Reading:
                 in_flight.append(request)
             while in_flight:
                 self._finish(in_flight.popleft())
-        except StalledReadError:
-            seconds = 0.0  # the others wait to be told
-            raise
-        finally:
-            threads.close(within_seconds=seconds)
 
     def _requests(self) -> Iterator[_Request]:
         """Join reads that follow each other in a file and go straight into place, each to its own."""
@@ -169,7 +161,7 @@ class Shards:
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets
-        self._memory: dict[str, tuple[torch.dtype, memoryview] | None] = {}
+        self._memory = ShardMemory(targets)
 
     def place(self, fragment: Fragment, elements: torch.Tensor) -> None:
         """Copy a fragment into its shard, cast to the shard's dtype."""
@@ -178,18 +170,4 @@ class Shards:
 
     def in_place(self, read: Read) -> memoryview | None:
         """Return where a read's bytes belong as they are, if they do."""
-        if len(read.fragments) > 1:
-            return None
-        fragment = read.fragments[0]
-        if not fragment.piece.is_one_run:
-            return None
-        if fragment.fqn not in self._memory:
-            target = self._targets[fragment.fqn]
-            is_plain = target.device.type == "cpu" and target.is_contiguous()
-            self._memory[fragment.fqn] = (target.dtype, as_memory(target)) if is_plain else None
-        found = self._memory[fragment.fqn]
-        if found is None or found[0] != fragment.stored.dtype:
-            return None
-        run = fragment.piece.run_in(tuple(self._targets[fragment.fqn].shape))
-        itemsize = found[0].itemsize
-        return found[1][run.start * itemsize : run.stop * itemsize] if run is not None else None
+        return self._memory.of(read.fragments[0]) if len(read.fragments) == 1 else None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from shardwise.transformers_model.sealed import write_whole
+from shardwise.checkpoint import write_whole
 
 METRICS_NAME: Final = "metrics.jsonl"
 

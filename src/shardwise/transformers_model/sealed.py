@@ -6,14 +6,13 @@ The record is `run.json`. It is written last, so a checkpoint of a training with
 from __future__ import annotations
 
 import json
-import os
 import socket
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from shardwise.checkpoint import sync
+from shardwise.checkpoint import write_whole
 from shardwise.errors import CheckpointError
 from shardwise.materialization import Agreement
 
@@ -87,17 +86,6 @@ def read_run(directory: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected the record of a training: {error}") from error
     return dict(run)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after the machine has failed."""
-    unfinished = path.parent / f".{path.name}.unfinished"
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    sync(path.parent)
 
 
 def _names_in(directory: Path) -> list[str]:
