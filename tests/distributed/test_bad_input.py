@@ -285,6 +285,7 @@ def test_a_rank_that_never_arrives_is_named_at_the_timeout(pool: RankPool, strat
 
 
 def stay_away(name: str, late: int) -> str:
+    make_strategy(name).wrap_model(PlainNet())  # what a first call imports takes longer than the timeout
     strategy = make_strategy(name, timeout=2.0)
     if dist.get_rank() == late:
         time.sleep(4)  # the store must outlive the others' wait

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 import shardwise as sw
-from shardwise.materialization import Agreement
+from shardwise.materialization import Agreement, data_plane
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
+from shardwise.materialization.own_group import make_group
 from shardwise.testing import RankPool
-from tests.distributed.models import check_equal, from_checkpoint
-from tests.distributed.steps import load
 
 pytestmark = pytest.mark.distributed
 
@@ -38,30 +40,54 @@ def test_two_planes_in_one_call(pool: RankPool) -> None:
     assert pool.run(open_two, ranks=2) == [[[0, 1], [0, 1]]] * 2
 
 
-class WithHead(nn.Module):
-    """A deferred model and a head whose values the source rank holds."""
+def leave_at_once() -> dict[int, str]:
+    """Open a group that rank 1 makes late and nobody uses; return who had made it when this rank was let in."""
+    agreement = Agreement((0, 1), timeout_seconds=30, call="test")
 
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        self.head = nn.Linear(64, 70, dtype=torch.bfloat16)
+    def make_late(*args: Any, **options: Any) -> dist.ProcessGroup:
+        made = make_group(*args, **options)
+        if dist.get_rank() == 1:
+            time.sleep(0.5)
+        agreement.note("made", "yes")
+        return made
 
-
-def wrap_with_head(directory: str) -> str:
-    strategy = sw.NativeFSDPStrategy(timeout=60, cpu_storage="copy", mixed_precision="no")
-    body = load(strategy, directory, defer=True)
-    columns = [name for name, _ in body.named_parameters() if name.endswith("o_proj.weight")]
-    strategy.fsdp_config = sw_config(columns)
-    model = WithHead(body)
-    strategy.wrap_model(model)
-    check_equal(model.body, from_checkpoint(directory))
-    assert strategy.last_report is not None
-    assert strategy.last_report.network_bytes > 0
-    return strategy.last_report.route
+    with (
+        mock.patch.object(data_plane, "make_group", make_late),
+        agreement.phase("exchange"),
+        open_data_plane((0, 1), device=torch.device("cpu"), agreement=agreement),
+    ):
+        return agreement.noted("made")
 
 
-def sw_config(columns: list[str]) -> object:
-    raise NotImplementedError(columns)
+def test_nobody_leaves_a_group_before_every_rank_has_made_it(pool: RankPool) -> None:
+    assert pool.run(leave_at_once, ranks=2) == [{0: "yes", 1: "yes"}] * 2
+
+
+def fail_while_another_connects() -> str:
+    """Rank 0 fails with the group in its hands, and says so a moment after its connections have closed."""
+    agreement = Agreement((0, 1), timeout_seconds=30, call="test")
+
+    def broken(*args: Any, **options: Any) -> dist.ProcessGroup:
+        if dist.get_rank() == 0:
+            time.sleep(1.0)
+            raise sw.CheckpointError("cut short")
+        raise RuntimeError("Gloo connectFullMesh failed with: Connection closed by peer")
+
+    with (
+        mock.patch.object(data_plane, "make_group", broken),
+        pytest.raises(sw.ShardwiseError) as error,
+        agreement.phase("exchange"),
+        open_data_plane((0, 1), device=torch.device("cpu"), agreement=agreement),
+    ):
+        raise NotImplementedError
+    return f"{type(error.value).__name__}: {error.value}"
+
+
+def test_a_rank_that_cannot_connect_tells_the_cause(pool: RankPool) -> None:
+    first, second = pool.run(fail_while_another_connects, ranks=2)
+    assert first == "CheckpointError: cut short"
+    assert second.startswith("PeerError: test, phase 'exchange': rank 0")
+    assert "CheckpointError: cut short" in second
 
 
 def bound_default_group() -> tuple[bool, str]:

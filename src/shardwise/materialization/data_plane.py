@@ -47,7 +47,11 @@ class DataPlane:
         del self.group
 
     def connect(self) -> None:
-        """Make the connections that some backends leave to the first collective, where a rank that is late blocks the others."""
+        """Wait until every rank has the group.
+
+        NCCL connects in the first collective, and a rank that is late blocks the others there. gloo connects rank by rank: one
+        that has nothing to send could leave before another has all its connections, which would then find one of them closed.
+        """
         one = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self.wait(dist.all_reduce(one, group=self.group, async_op=True), what="the connection of all ranks")
 
@@ -149,7 +153,8 @@ def open_data_plane(
         # gloo connects when it is made, and would wait for a rank that never comes until the timeout.
         group = _made_on_thread(make, agreement) if backend == dist.Backend.GLOO else make()
     except (RuntimeError, ValueError) as error:
-        agreement.check(now=True)
+        # A rank that fails as soon as it has the group closes its connections while others still make theirs.
+        agreement.hear(within_seconds=_SECONDS_FOR_THE_CAUSE)
         raise RankError(
             f"rank {agreement.rank}: expected a {backend} group over ranks {list(ranks)}, got {error}. Check the network "
             "between the ranks (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), and the other ranks' logs."
@@ -157,8 +162,7 @@ def open_data_plane(
     buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
     plane = DataPlane(group, device=buffers_on, agreement=agreement)
     try:
-        if backend != dist.Backend.GLOO:
-            plane.connect()
+        plane.connect()
         yield plane
     except BaseException as error:
         group.abort()
