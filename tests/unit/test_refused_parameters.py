@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
+from shardwise.materialization import entries_of
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import resolve_mesh
 from shardwise.strategies.wrapping import (
@@ -35,12 +36,13 @@ def group_of_one() -> Iterator[None]:
 
 
 def ignored(model: nn.Module, **options: Any) -> set[nn.Parameter]:
-    return ignored_parameters(model, FSDPConfig.from_dict(options))
+    return ignored_parameters(entries_of(model), FSDPConfig.from_dict(options))
 
 
 def check_dtypes(model: nn.Module, **options: Any) -> None:
     config = FSDPConfig.from_dict(options)
-    refuse_mixed_dtypes(model, plan_units(model, config), ignored_parameters(model, config))
+    entries = entries_of(model)
+    refuse_mixed_dtypes(model, plan_units(model, entries, config), ignored_parameters(entries, config))
 
 
 def with_parameter(*shape: int, trainable: bool) -> nn.Module:

@@ -16,11 +16,15 @@ from tests.unit.models import Layer, Layered, tiny
 
 
 def units_of(model: nn.Module, **options: Any) -> list[tuple[str, ...]]:
-    return [unit.fqns for unit in plan_units(model, FSDPConfig.from_dict(options))]
+    return [unit.fqns for unit in plan_units(model, entries_of(model), FSDPConfig.from_dict(options))]
 
 
 def gathered(model: nn.Module, **options: Any) -> list[tuple[str, ...]]:
-    return [unit.fqns for unit in plan_units(model, FSDPConfig.from_dict(options)) if unit.keep_gathered]
+    return [
+        unit.fqns
+        for unit in plan_units(model, entries_of(model), FSDPConfig.from_dict(options))
+        if unit.keep_gathered
+    ]
 
 
 def test_a_tied_decoder_has_its_embedding_and_head_in_one_unit() -> None:
@@ -177,7 +181,7 @@ def test_a_layer_tied_to_the_root_module_itself_goes_to_the_root() -> None:
 def test_planning_leaves_the_model_as_it_is() -> None:
     model = tiny("qwen3")
     before = [(name, id(module)) for name, module in model.named_modules()]
-    plan_units(model, FSDPConfig(activation_checkpointing=True))
+    plan_units(model, entries_of(model), FSDPConfig(activation_checkpointing=True))
     assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
@@ -188,11 +192,11 @@ def checkpointed(model: nn.Module) -> list[str]:
 def test_checkpointing_goes_inside_of_the_units() -> None:
     model = tiny("qwen3")
     config = FSDPConfig(activation_checkpointing=True)
-    before = plan_units(model, config)
+    before = plan_units(model, entries_of(model), config)
     apply_checkpointing(model, config)
     assert checkpointed(model) == ["model.layers.0", "model.layers.1"]
     # The units keep their names, so that fully_shard takes the wrapper with its layer inside.
-    assert plan_units(model, config) == before
+    assert plan_units(model, entries_of(model), config) == before
 
 
 def test_checkpointing_leaves_names_and_ties_as_they_were() -> None:

@@ -130,7 +130,7 @@ def export_agreed(
     model = without_wrappers(model)
     device = device_of_model(model)
     staging = staging_bytes or default_staging_bytes(device.type)
-    with profile_memory(device=device) as profile, torch.no_grad():
+    with profile_memory(device=device, proportional=False) as profile, torch.no_grad():
         with agreement.phase("check") as check:
             floating = floating_dtype(dtype, others=(None,))
             if isinstance(floating, str):  # never: no word is among the others

@@ -42,7 +42,7 @@ _log = logging.getLogger("shardwise")
 
 _OK = "ok"
 _WARN_AFTER_SECONDS = 20.0
-_LONGEST_PAUSE_SECONDS = 0.5
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0003, 0.5
 _POLL_SECONDS_WHILE_MOVING = 0.25
 _RANKS_AT_FULL_PACE = 2048
 """One process has the store: of more ranks each asks it less often."""
@@ -319,7 +319,12 @@ class Agreement:
                 self._warn_of_wait(what, key_of_rank)
             self.check()
             # Short waits stay quick and long ones do not load the store's host.
-            time.sleep(min(self._pace * _LONGEST_PAUSE_SECONDS, max(0.001, waited / 20)))
+            time.sleep(
+                min(
+                    self._pace * _LONGEST_PAUSE_SECONDS,
+                    max(self._pace * _SHORTEST_PAUSE_SECONDS, waited / 20),
+                )
+            )
 
     def _warn_of_wait(self, what: str, key_of_rank: Mapping[int, str]) -> None:
         late = self._late(key_of_rank)

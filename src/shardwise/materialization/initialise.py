@@ -107,7 +107,9 @@ def _refuse(left: Sequence[Entry]) -> None:
 
 
 def _wanted(model: nn.Module, absent: Collection[str]) -> list[Entry]:
-    return [entry for entry in entries_of(model) if entry.role == "parameter" and entry.fqn in absent]
+    if not absent:
+        return []
+    return [entry for entry in entries_of(model, roles=("parameter",)) if entry.fqn in absent]
 
 
 def _first_modules(model: nn.Module) -> dict[str, str]:

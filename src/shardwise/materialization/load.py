@@ -89,7 +89,8 @@ def allocate(
     with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
         allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
         allocate_buffers(model, planned, device)
-    return final, {entry.fqn: local_of(entry.tensor) for entry in entries_of(model) if entry.fqn in planned}
+    entries = entries_of(model, roles=("parameter", "buffer"))
+    return final, {entry.fqn: local_of(entry.tensor) for entry in entries if entry.fqn in planned}
 
 
 def _beyond_mappings(plans: Sequence[SourcePlan]) -> set[str]:

@@ -127,7 +127,7 @@ def materialize(
         ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout, group=group), call="materialize"
     )
     target = torch.device(device) if device is not None else device_of_model(model)
-    with profile_memory(device=target) as profile, ExitStack() as stack:
+    with profile_memory(device=target, proportional=False) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
             _check_route(route)
             dtype = floating_dtype(dtype, others=(None, "auto"))

@@ -141,8 +141,8 @@ def allocate_parameters(
     """
     pages, dtype_of = pages or {}, dtype_of or {}
     managed = {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params_of(model)}
-    for entry in entries_of(model):
-        if entry.role != "parameter" or not entry.tensor.is_meta:
+    for entry in entries_of(model, roles=("parameter",)):
+        if not entry.tensor.is_meta:
             continue
         if only is not None and entry.fqn not in only:
             continue

@@ -225,7 +225,7 @@ def _class_of(config: Any) -> Any:
 
 
 def _layouts(model: nn.Module, entries: tuple[Entry, ...], sizes: tuple[int, ...]) -> dict[str, Layout]:
-    ignored = {id(parameter) for parameter in ignored_parameters(model, FSDPConfig())}
+    ignored = {id(parameter) for parameter in ignored_parameters(entries, FSDPConfig())}
     ranks = 1
     for size in sizes:
         ranks *= size

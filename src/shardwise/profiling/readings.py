@@ -79,10 +79,10 @@ class ProcReader:
 
     __slots__ = ("_descriptor", "_has_pss")
 
-    def __init__(self) -> None:
+    def __init__(self, *, proportional: bool = True) -> None:
         # Kept open: each system call gives up the interpreter lock, and a busy thread hands it back late.
         self._descriptor = os.open(STATUS_PATH, os.O_RDONLY | os.O_CLOEXEC)
-        self._has_pss = _read_pss() is not None
+        self._has_pss = proportional and _read_pss() is not None
 
     def __del__(self) -> None:
         self.close()
@@ -90,7 +90,7 @@ class ProcReader:
     @property
     def measures(self) -> str:
         """What exactly the figures are, in one phrase."""
-        pss = "Pss of /proc/self/smaps_rollup" if self._has_pss else "no Pss (smaps_rollup is not readable)"
+        pss = "Pss of /proc/self/smaps_rollup" if self._has_pss else "no Pss"
         return f"host: RssAnon, RssFile and RssShmem of /proc/self/status; {pss}"
 
     def read(self) -> tuple[int, int, int]:
@@ -146,8 +146,11 @@ class HighWaterReader:
         """Do nothing: nothing is held."""
 
 
-def host_reader() -> HostReader:
+def host_reader(*, proportional: bool = True) -> HostReader:
     """Return the best reader that this platform has.
+
+    Args:
+        proportional: Whether it reads the proportional set size, where the platform has it.
 
     Returns:
         A `ProcReader` where the kernel keeps anonymous and file-backed memory apart, else a `HighWaterReader`.
@@ -156,7 +159,7 @@ def host_reader() -> HostReader:
         ConfigurationError: The platform has neither `/proc` nor `getrusage`.
     """
     try:
-        reader = ProcReader()
+        reader = ProcReader(proportional=proportional)
         reader.read()
     except OSError:
         pass

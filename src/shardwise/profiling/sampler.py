@@ -35,18 +35,21 @@ class MemoryProfile:
     Args:
         device: See `profile_memory`.
         interval_seconds: See `profile_memory`.
+        proportional: See `profile_memory`.
 
     Raises:
         ConfigurationError: The interval is not a positive number, or the platform gives no memory figures.
     """
 
-    def __init__(self, *, device: torch.device | str | int | None, interval_seconds: float) -> None:
+    def __init__(
+        self, *, device: torch.device | str | int | None, interval_seconds: float, proportional: bool = True
+    ) -> None:
         if not (math.isfinite(interval_seconds) and interval_seconds > 0):
             raise ConfigurationError(
                 f"memory profile: expected interval_seconds above 0, got {interval_seconds}. 0.01 is usual."
             )
         self._interval_seconds = interval_seconds
-        self._host = host_reader()
+        self._host = host_reader(proportional=proportional)
         self._device, device_measures = device_reader(device)
         self._measures = "; ".join(part for part in (self._host.measures, device_measures) if part)
         self._pss_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=_PSS_EVERY * interval_seconds)
@@ -278,7 +281,7 @@ class MemoryProfile:
 
 @contextmanager
 def profile_memory(
-    device: torch.device | str | int | None = None, interval_seconds: float = 0.01
+    device: torch.device | str | int | None = None, interval_seconds: float = 0.01, proportional: bool = True
 ) -> Iterator[MemoryProfile]:
     """Record host and device memory of this process while the block runs.
 
@@ -286,6 +289,7 @@ def profile_memory(
         device: Accelerator whose memory is recorded too; None for the process's current one, if there is any
             (choose it before). Its peak statistics are reset at entry.
         interval_seconds: Time between two samples.
+        proportional: Whether the proportional set size is read too, for which the kernel walks every page of the process.
 
     Yields:
         The profile, whose figures may be read at any time, also after the block.
@@ -293,7 +297,7 @@ def profile_memory(
     Raises:
         ConfigurationError: The interval is not a positive number, or the platform gives no memory figures.
     """
-    profile = MemoryProfile(device=device, interval_seconds=interval_seconds)
+    profile = MemoryProfile(device=device, interval_seconds=interval_seconds, proportional=proportional)
     profile.start()
     try:
         yield profile

@@ -35,7 +35,7 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
     Returns:
         The record with copies bound to where their originals are, and new adapters permitted to be absent.
     """
-    if not always and not deferred.bound and not deferred.absent:
+    if "peft" not in sys.modules or not (always or deferred.bound or deferred.absent):
         return deferred
     bound, absent = dict(deferred.bound), set(deferred.absent)
     bound |= token_rows(model, bound)

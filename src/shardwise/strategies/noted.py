@@ -26,7 +26,7 @@ class Bindings:
 
     def add_model(self, model: nn.Module, binding: Binding) -> None:
         """Note where a transformers model's values are, and those of its output head apart: resizing makes a new one."""
-        self.add(entries_of(model), binding)
+        self.add(entries_of(model, roles=("parameter", "buffer")), binding)
         head = output_head(model)
         if head is not None:
             of_head = ((name, self._bound.get(parameter)) for name, parameter in head.named_parameters())
@@ -52,8 +52,8 @@ class Bindings:
         bound: dict[str, Bound] = {}
         absent: set[str] = set()
         self._note_new_heads(model)
-        for entry in entries_of(model):
-            if entry.role == "attribute" or not entry.tensor.is_meta or entry.tensor not in self._bound:
+        for entry in entries_of(model, roles=("parameter", "buffer")):
+            if not entry.tensor.is_meta or entry.tensor not in self._bound:
                 continue
             of = self._bound.pop(entry.tensor)
             if of is None:
@@ -97,5 +97,7 @@ class Origins:
 
     def take(self, model: nn.Module) -> dict[str, str]:
         """Return what is noted of a model's tensors, by the names that they have now, and forget it; as `Bindings.take`."""
-        entries = [entry for entry in entries_of(model) if entry.role != "attribute"]
+        if not self._origins:
+            return {}
+        entries = entries_of(model, roles=("parameter", "buffer"))
         return {e.fqn: self._origins.pop(e.tensor) for e in entries if e.tensor in self._origins}

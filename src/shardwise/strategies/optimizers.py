@@ -21,7 +21,7 @@ class DetachedOptimizer:
 
     def rebind(self, model: nn.Module) -> None:
         """Put the model's present parameters of the same names into the groups."""
-        named = {entry.fqn: entry.tensor for entry in entries_of(model) if entry.role == "parameter"}
+        named = {entry.fqn: entry.tensor for entry in entries_of(model, roles=("parameter",))}
         for group, fqns in zip(self.optimizer.param_groups, self.group_fqns, strict=True):
             # In place: LBFGS keeps the list itself under another name.
             group["params"][:] = [named[fqn] for fqn in fqns]
@@ -42,6 +42,8 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple
     Raises:
         OptimizerError: An optimizer has state already, or holds a parameter that the model does not.
     """
+    if not optimizers:
+        return ()
     names = {id(e.tensor): e.fqn for e in entries_of(model) if e.role == "parameter"}
     records = []
     for position, optimizer in enumerate(optimizers):

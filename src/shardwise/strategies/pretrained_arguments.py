@@ -10,7 +10,7 @@ from torch import nn
 
 from shardwise.errors import ConfigurationError
 
-# Classes of transformers that have a `from_pretrained` and give no model; their subclasses too.
+# Classes of transformers, and subclasses of them, that have a `from_pretrained` and give no model.
 _NO_MODELS = (
     "AutoConfig",
     "AutoFeatureExtractor",
@@ -49,7 +49,10 @@ def check_pretrained_arguments(model_cls: Any, name: Any, config_kwargs: Mapping
         raise ConfigurationError(
             f"load_pretrained: expected a model class first, got {found} of class {type(model_cls).__name__}. Pass a class: {_CALL}."
         )
-    if not hasattr(model_cls, "from_pretrained") or issubclass(model_cls, _no_models()):
+    # By name: to look the classes up imports most of transformers.
+    if not hasattr(model_cls, "from_pretrained") or any(
+        cls.__name__ in _NO_MODELS for cls in model_cls.__mro__
+    ):
         raise ConfigurationError(
             f"load_pretrained: expected a class whose from_pretrained gives a model, got {model_cls.__name__}. Tokenizers, "
             "processors and configs are loaded with their own from_pretrained on every rank; a module of your own is "
@@ -63,10 +66,3 @@ def check_pretrained_arguments(model_cls: Any, name: Any, config_kwargs: Mapping
         raise ConfigurationError(
             f"load_pretrained: torch_dtype={config_kwargs['torch_dtype']} is called dtype= here."
         )
-
-
-def _no_models() -> tuple[type, ...]:
-    import transformers
-
-    found = (getattr(transformers, name, None) for name in _NO_MODELS)
-    return tuple(each for each in found if isinstance(each, type))

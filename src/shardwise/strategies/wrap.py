@@ -174,13 +174,12 @@ def wrap(
     """
     ranks, device = ranks_of(options.mesh), device_of(options.mesh)
     agreement = Agreement(ranks, timeout_seconds=options.timeout_seconds, call="wrap_model")
-    with profile_memory(device=device) as profile:
+    with profile_memory(device=device, proportional=False) as profile:
         with agreement.phase("check") as check:
             refuse_wrapped(model)
             refuse()
-            records, units = _check(model, optimizers, options, checkpointing=shard is None)
-            # No name here may keep the entries: they hold the full tensors.
-            check.same = _comparable_structure(Structure.of(entries_of(model)), units, options)
+            records, units, structure = _check(model, optimizers, options, checkpointing=shard is None)
+            check.same = _comparable_structure(structure, units, options)
         with _rebinding(records if shard is None else (), model):
             if options.efficient:
                 cost = _shard_and_fill(model, units, options, deferred, agreement, device)
@@ -203,7 +202,7 @@ def wrap(
             network_bytes=cost.network_bytes,
             retried_reads=cost.retried_reads,
             predicted=cost.predicted,
-            origins=origins_of(entries_of(model), known | cost.origins),
+            origins=origins_of(entries_of(model, roles=("parameter", "buffer")), known | cost.origins),
             converted=cost.converted,
             dtypes=_dtypes(model, options, optimizers),
         )
@@ -211,16 +210,19 @@ def wrap(
 
 def _check(
     model: nn.Module, optimizers: Sequence[Optimizer], options: WrapOptions, *, checkpointing: bool
-) -> tuple[tuple[DetachedOptimizer, ...], tuple[Unit, ...]]:
-    refuse_aliases(model)
+) -> tuple[tuple[DetachedOptimizer, ...], tuple[Unit, ...], Structure]:
+    # Entries hold the full tensors: none of them is handed on.
+    entries = entries_of(model)
+    refuse_aliases(entries)
     records = check_optimizers(model, optimizers)
-    if checkpointing:
+    if checkpointing and options.config.activation_checkpointing:
         apply_checkpointing(model, options.config)
-    units = plan_units(model, options.config)
-    ignored = ignored_parameters(model, options.config)
+        entries = entries_of(model)
+    units = plan_units(model, entries, options.config)
+    ignored = ignored_parameters(entries, options.config)
     refuse_mixed_dtypes(model, units, ignored)
-    refuse_reshard(entries_of(model), ignored, options.config, shard_ranks=options.mesh.size(-1))
-    return records, units
+    refuse_reshard(entries, ignored, options.config, shard_ranks=options.mesh.size(-1))
+    return records, units, Structure.of(entries)
 
 
 def _comparable_structure(structure: Structure, units: tuple[Unit, ...], options: WrapOptions) -> Comparable:
@@ -264,8 +266,6 @@ def _shard_and_fill(
     source_rank = source_rank_of(options.mesh)
     with agreement.phase("shard"):
         held = _held_by_source(model, deferred, agreement, is_source=agreement.rank == source_rank)
-        if held is not None:
-            _refuse_unbound(model, held, deferred)
         with phase("to meta"):
             source = take_values(model, keep=agreement.rank == source_rank)
         with phase("fully_shard"):
@@ -367,24 +367,28 @@ def _read_deferred(
 def _held_by_source(
     model: nn.Module, deferred: Deferred, agreement: Agreement, *, is_source: bool
 ) -> frozenset[str] | None:
-    """Return the parameters that the source rank has values of; None where nothing of the model is in files."""
+    """Return the parameters that the source rank has values of; None where nothing of the model is in files.
+
+    Raises:
+        LeftOnMetaError: Of a parameter neither the source rank nor a file has values.
+    """
+    parameters = entries_of(model, roles=("parameter",))
     text = None
     if is_source:
-        parameters = [entry for entry in entries_of(model) if entry.role == "parameter"]
         held = [entry.fqn for entry in parameters if not entry.tensor.is_meta]
         text = json.dumps(held if deferred.bound or deferred.absent else None)
     found = json.loads(agreement.publish("held by the source rank", text))
-    return None if found is None else frozenset(found)
+    if found is None:
+        return None
+    _refuse_unbound(parameters, frozenset(found), deferred)
+    return frozenset(found)
 
 
-def _refuse_unbound(model: nn.Module, held: frozenset[str], deferred: Deferred) -> None:
+def _refuse_unbound(parameters: Sequence[Entry], held: frozenset[str], deferred: Deferred) -> None:
     unbound = [
         entry.fqn
-        for entry in entries_of(model)
-        if entry.role == "parameter"
-        and entry.fqn not in held
-        and entry.fqn not in deferred.bound
-        and entry.fqn not in deferred.absent
+        for entry in parameters
+        if entry.fqn not in held and entry.fqn not in deferred.bound and entry.fqn not in deferred.absent
     ]
     if unbound:
         raise LeftOnMetaError(
@@ -403,7 +407,8 @@ def _shard_values(model: nn.Module, agreement: Agreement, shard: Callable[[], No
 
 def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions) -> None:
     config = options.config
-    ignored = ignored_parameters(model, config)
+    entries = entries_of(model, roles=("parameter",))
+    ignored = ignored_parameters(entries, config)
     for parameter in ignored:
         if not parameter.is_meta:  # FSDP2 moves what it manages, and leaves these where they are
             parameter.data = parameter.data.to(device_of(options.mesh))
@@ -412,7 +417,8 @@ def _fully_shard(model: nn.Module, units: tuple[Unit, ...], options: WrapOptions
     if placement is None and not keeps_a_part(config.reshard, shard_ranks=shard_ranks):  # see refuse_reshard
         placement = thrifty_placement(shard_ranks)
         if dist.get_rank() == source_rank_of(options.mesh):
-            log_placements(entries_of(model), ignored, shard_ranks=shard_ranks)
+            log_placements(entries, ignored, shard_ranks=shard_ranks)
+    del entries  # they hold the full tensors
     shard = partial(
         fully_shard,
         mesh=options.mesh,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
-from shardwise.materialization import clean_fqn, entries_of
+from shardwise.materialization import Entry, clean_fqn
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.pinned_modules import pinned_modules
 from shardwise.tensors import dtype_name
@@ -40,7 +40,7 @@ class Unit:
     own_dtype: bool
 
 
-def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
+def plan_units(model: nn.Module, entries: Sequence[Entry], config: FSDPConfig) -> tuple[Unit, ...]:
     """Choose the units of a model, inner ones first; the root, which takes what is left, is not among them.
 
     Each decoder layer becomes a unit; so do the input embedding and the output head, together where they are tied, and
@@ -50,6 +50,7 @@ def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
 
     Args:
         model: Not sharded yet.
+        entries: Of the model.
         config: Holds `auto_wrap_policy` and `wrap_classes`.
 
     Returns:
@@ -62,7 +63,7 @@ def plan_units(model: nn.Module, config: FSDPConfig) -> tuple[Unit, ...]:
     embedding, head = _embedding_and_head(model) if config.auto_wrap_policy == "transformer" else (None, None)
     extras = [fqn for fqn in (embedding, head) if fqn is not None and fqn not in layers]
     pinned = [fqn for fqn in pinned_modules(model) if fqn not in (*layers, *extras)]
-    groups = _join_tied(model, [[fqn] for fqn in (*layers, *extras, *pinned)])
+    groups = _join_tied(model, entries, [[fqn] for fqn in (*layers, *extras, *pinned)])
     # Inner modules first: a unit takes the parameters below it that no earlier unit has.
     groups.sort(key=lambda group: -max(fqn.count(".") for fqn in group))
     return tuple(
@@ -161,9 +162,9 @@ def _embedding_and_head(model: nn.Module) -> tuple[str | None, str | None]:
     return found[0], found[1]
 
 
-def _join_tied(model: nn.Module, groups: list[list[str]]) -> list[list[str]]:
+def _join_tied(model: nn.Module, entries: Sequence[Entry], groups: list[list[str]]) -> list[list[str]]:
     owner = {fqn: index for index, group in enumerate(groups) for fqn in group}
-    for entry in entries_of(model):
+    for entry in entries:
         if entry.role != "parameter" or len(entry.slots) < 2:
             continue
         holders = _module_fqns(model, [slot.module for slot in entry.slots])
@@ -229,13 +230,12 @@ def refuse_wrapped(model: nn.Module) -> None:
             )
 
 
-def refuse_aliases(model: nn.Module) -> None:
+def refuse_aliases(entries: Sequence[Entry]) -> None:
     """Raise if a parameter is also kept as a buffer or plain attribute, which sharding would leave behind.
 
     Raises:
         UnsupportedParameterError: Naming the parameter and its other name.
     """
-    entries = entries_of(model)
     parameters = {id(entry.tensor): entry.fqn for entry in entries if entry.role == "parameter"}
     for entry in entries:
         if entry.role != "parameter" and id(entry.tensor) in parameters:
@@ -246,14 +246,14 @@ def refuse_aliases(model: nn.Module) -> None:
             )
 
 
-def ignored_parameters(model: nn.Module, config: FSDPConfig) -> set[nn.Parameter]:
+def ignored_parameters(entries: Sequence[Entry], config: FSDPConfig) -> set[nn.Parameter]:
     """Return the parameters that FSDP2 must leave alone: those the caller names, and frozen ones it cannot shard.
 
     Raises:
         ConfigurationError: A name is not a parameter of the model.
         UnsupportedParameterError: A trainable parameter is a scalar or has no elements, or one is not contiguous.
     """
-    named = {slot.fqn: e.tensor for e in entries_of(model) if e.role == "parameter" for slot in e.slots}
+    named = {slot.fqn: e.tensor for e in entries if e.role == "parameter" for slot in e.slots}
     unknown = [name for name in config.ignored_params if name not in named]
     if unknown:
         raise ConfigurationError(
