@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.names import clean_fqn
 from shardwise.tensors import dtype_name
 
@@ -75,6 +76,11 @@ def entries_of(model: nn.Module, *, roles: Sequence[Role] = _ROLES) -> tuple[Ent
         Parameters, then buffers, then plain tensor attributes; each in module order. An attribute that is the
         same object as a parameter or buffer belongs to that entry's tensor and is restored with it.
     """
+    with resting_collector():
+        return _found(model, roles)
+
+
+def _found(model: nn.Module, roles: Sequence[Role]) -> tuple[Entry, ...]:
     found: dict[int, tuple[torch.Tensor, Role, list[Slot], bool]] = {}
     aliases: dict[int, list[Slot]] = {}
     # A shared module is every name that it has: a checkpoint may hold any one of them.
