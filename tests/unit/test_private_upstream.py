@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from shardwise.strategies.resized import _OF_MEANS
+from shardwise.training.build import has_fused_kernels
 
 
 class Norms(nn.Module):
@@ -26,6 +27,12 @@ def test_the_trainer_s_decay_names_need_no_trainer() -> None:
 
     assert list(inspect.signature(Trainer.get_decay_parameter_names).parameters) == ["self", "model"]
     assert Trainer.get_decay_parameter_names(None, Norms()) == ["linear.weight"]
+
+
+def test_torch_names_the_devices_of_its_fused_optimizers() -> None:
+    assert has_fused_kernels("cpu")
+    assert has_fused_kernels("cuda")
+    assert not has_fused_kernels("meta")
 
 
 @pytest.mark.parametrize("name", _OF_MEANS)

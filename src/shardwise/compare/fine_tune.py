@@ -181,6 +181,7 @@ def train_plainly(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+    from shardwise.training.build import has_fused_kernels
     from shardwise.training.order import DataOrder
     from shardwise.training.tokens import TokenRows
 
@@ -195,7 +196,7 @@ def train_plainly(arguments: Mapping[str, Any]) -> dict[str, Any]:
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=has_fused_kernels("cpu") or None)
     scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=STEPS
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from shardwise.errors import DataError, MissingDependencyError
 from shardwise.training.settings import LoraSettings, TrainSettings
@@ -36,8 +37,23 @@ def make_model(settings: TrainSettings) -> TransformersModel:
 
 def add_optimizer(model: TransformersModel, settings: TrainSettings, *, steps: int) -> None:
     """Give a model AdamW, and a learning rate that rises for `warmup_steps` and falls by a cosine until `steps`."""
-    model.set_optimizer("AdamW", lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    # With a gradient scaler the kernel would be handed the scale, which is not a shard.
+    fused = settings.mixed_precision != "fp16" and has_fused_kernels(model.strategy.device_mesh.device_type)
+    model.set_optimizer(
+        "AdamW",
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=fused or None,
+    )
     model.set_lr_scheduler("cosine", num_warmup_steps=settings.warmup_steps, num_training_steps=steps)
+
+
+def has_fused_kernels(device_type: str) -> bool:
+    """Return whether torch has optimizers of one kernel for a kind of device: they read and write each element once.
+
+    Source: torch.utils._foreach_utils, by which `torch.optim` itself checks `fused=True`.
+    """
+    return device_type in _get_fused_kernels_supported_devices()
 
 
 def tokenizer_of(model: TransformersModel, name: str) -> Any:
