@@ -31,7 +31,7 @@ TF4_TESTS = $(wildcard tests/unit tests/distributed tests/regression)
 # Two targets would install into one virtual environment at the same time under `make -j`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fuzz test-tf4 matrix wheel-test bench lock clean distclean
+.PHONY: help setup demo test check fuzz test-tf4 matrix wheel-test bench experiment lock clean distclean
 
 help: ## Print this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
@@ -98,6 +98,10 @@ bench: $(STAMP) ## Run every benchmark in benchmarks/
 	@for file in benchmarks/bench_*.py; do \
 		echo "[bench] $$file"; $(VENV)/bin/python "$$file" $(BENCH_ARGS) || exit 1; \
 	done
+
+experiment: $(STAMP) $(STAMP_TF4) ## What memory_efficient_init saves, through both strategies, on transformers 4 and 5
+	$(VENV)/bin/python benchmarks/experiment.py $(BENCH_ARGS)
+	$(VENV_TF4)/bin/python benchmarks/experiment.py $(BENCH_ARGS)
 
 lock: ## Resolve constraints/*.in afresh and rewrite the pinned versions
 	$(call require_python)

@@ -26,6 +26,7 @@ OPTIONS = {
         "--ranks",
         "--dtype",
         "--mode",
+        "--peers",
         "--repeats",
         "--load-only",
         "--output-dir",

@@ -369,11 +369,14 @@ def test_modes_are_named_as_on_the_command_line() -> None:
 
 
 def test_a_comparison_without_failures_or_differences_is_good() -> None:
-    def made(equal: bool | None, *states: str) -> Comparison:
-        runs = [{"mode": f"m{number}", "status": state} for number, state in enumerate(states)]
-        return Comparison(document={"runs": runs, "agreement": {"equal": equal}})
+    def made(differing: list[str], **states: str) -> Comparison:
+        runs = [{"mode": mode.replace("_", "-"), "status": state} for mode, state in states.items()]
+        found = {"equal": not differing, "differences": [{"mode": mode} for mode in differing]}
+        return Comparison(document={"runs": runs, "agreement": found})
 
-    assert made(True, "ok", "ok").is_good
-    assert made(None, "ok").is_good
-    assert not made(False, "ok", "ok").is_good
-    assert not made(True, "ok", "ok", "failed").is_good
+    assert made([], native_eager="ok", native_efficient="ok").is_good
+    assert made([], native_eager="ok").is_good
+    assert not made(["native-efficient"], native_eager="ok", native_efficient="ok").is_good
+    assert not made([], native_eager="ok", native_efficient="failed").is_good
+    assert made([], native_eager="ok", dcp_reader="failed").is_good  # another library's way
+    assert made(["dcp-reader"], native_eager="ok", dcp_reader="ok").is_good

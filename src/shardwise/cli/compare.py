@@ -11,7 +11,7 @@ import typer
 from shardwise.cli.options import DebugOption, JsonOption, OutputOption, RanksOption
 from shardwise.cli.results import LOG_FOLDER, show
 from shardwise.cli.terminal import STATUS_FAILED, errors_reported, terminal_progress
-from shardwise.compare.modes import MODES, modes_named
+from shardwise.compare.modes import DEFAULT_MODES, MODES, PEER_NAMES, modes_named
 
 
 def compare_command(
@@ -30,8 +30,16 @@ def compare_command(
             help=f"A mode; give it several times for several. {', '.join(MODES)}; default: the first four.",
         ),
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help=f"Ways of other libraries too, to the modes or the default ones: {', '.join(PEER_NAMES)}. One that cannot do it is a row "
+            "with its error, and no failure of the command.",
+        ),
+    ] = False,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Runs of each mode; the median one counts.")
+        int, typer.Option("--repeats", min=1, help="Runs of each mode, in turn; the median one counts.")
     ] = 1,
     load_only: Annotated[
         bool,
@@ -43,7 +51,7 @@ def compare_command(
 ) -> None:
     """Bring MODEL up in several modes, each in fresh ranks, and compare time, memory, values and logits."""
     with errors_reported(debug=debug):
-        chosen = modes_named(mode or ())
+        chosen = modes_named((*(mode or DEFAULT_MODES), *(PEER_NAMES if peers else ())))
         from shardwise.compare.experiment import compare
         from shardwise.compare.launch import refuse_inside_launcher
 

@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from shardwise.errors import ConfigurationError
 
-StrategyName = Literal["native_fsdp", "accelerate"]
+StrategyName = Literal["native_fsdp", "accelerate", "peer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,7 @@ class Mode:
 
     Args:
         name: What the user calls it.
-        strategy: Which strategy shards the model.
+        strategy: Which strategy shards the model; `"peer"`: another library does, in a way of the mode's name.
         memory_efficient_init: Whether no rank loads the whole model, or the source rank alone does.
         route: Of the strategy: `"auto"` lets each rank read its own bytes, `"rank0"` lets the source rank load and send.
     """
@@ -29,6 +29,12 @@ class Mode:
     route: str = "auto"
 
 
+PEER_NAMES: Final = (
+    "transformers-distributed",
+    "dcp-reader",
+    "set-model-state-dict",
+    "accelerate-stock",
+)
 MODES: Final[Mapping[str, Mode]] = MappingProxyType(
     {
         mode.name: mode
@@ -39,6 +45,7 @@ MODES: Final[Mapping[str, Mode]] = MappingProxyType(
             Mode(name="accelerate-efficient", strategy="accelerate", memory_efficient_init=True),
             Mode(name="native-rank0", strategy="native_fsdp", memory_efficient_init=True, route="rank0"),
             Mode(name="accelerate-rank0", strategy="accelerate", memory_efficient_init=True, route="rank0"),
+            *(Mode(name=name, strategy="peer", memory_efficient_init=False) for name in PEER_NAMES),
         )
     }
 )

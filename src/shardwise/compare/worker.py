@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from shardwise.compare.announce import announce
 from shardwise.compare.fingerprint import check_same_on_all_ranks, model_digests, tensor_digest
 from shardwise.compare.modes import MODES, Mode
+from shardwise.compare.peers import PEERS, Peer, report_of_peer
 from shardwise.compare.question import question_for
 from shardwise.errors import CommandError
-from shardwise.profiling import profile_memory
+from shardwise.profiling import LoadReport, profile_memory
 
 LOAD_PHASES: Final = ("from_pretrained", "optimizer", "wrap_model")
 
@@ -35,7 +36,7 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
             (whether to leave out everything after the load) and `ask` (whether to ask the model).
 
     Returns:
-        `rank`, `node`, `report` (the strategy's LoadReport), `timeline` (over the load phases), `seconds` (of
+        `rank`, `node`, `report` (a LoadReport: the strategy's, or what is known of a peer), `timeline` (over the load phases), `seconds` (of
         each), `peaks`, `step_timeline`, `step_seconds`, `digests` (by tensor), `logits` (their digest) and `answer`;
         of the last five, what was not asked for is None or empty.
     """
@@ -59,12 +60,19 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
         announce("from_pretrained")
         with profile.phase("from_pretrained"):
             model = strategy.load_pretrained(AutoModelForCausalLM, str(directory), dtype=dtype)
-        announce("optimizer")
-        with profile.phase("optimizer"):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
-        announce("wrap_model")
-        with profile.phase("wrap_model"):
-            model, optimizer = strategy.wrap_model(model, optimizer)
+        if isinstance(strategy, Peer) and not strategy.optimizer_first:
+            announce("wrap_model")
+            with profile.phase("wrap_model"):
+                model = strategy.wrap_model(model)
+            with profile.phase("optimizer"):
+                optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+        else:
+            announce("optimizer")
+            with profile.phase("optimizer"):
+                optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
+            announce("wrap_model")
+            with profile.phase("wrap_model"):
+                model, optimizer = strategy.wrap_model(model, optimizer)
     peaks = profile.peak_between(0.0, profile.seconds)
     dist.barrier()  # no rank's check may fall into another rank's load
 
@@ -78,16 +86,22 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
         }
     else:
         looked = _look(model, optimizer, directory, device, strategy=strategy, ask=arguments["ask"])
+    if isinstance(strategy, Peer):
+        report: LoadReport | None = report_of_peer(
+            model, optimizer, profile, mode=mode.name, model_name=str(directory)
+        )
+    else:
+        report = strategy.last_report
     rank = dist.get_rank()
     dist.barrier()
     dist.destroy_process_group()
 
-    if strategy.last_report is None:
+    if report is None:
         raise CommandError(f"{mode.name}: expected a load report after wrap_model, got none.")
     return {
         "rank": rank,
         "node": socket.gethostname(),
-        "report": strategy.last_report.to_json(),
+        "report": report.to_json(),
         "timeline": {**profile.to_json(), "rank": rank},
         "seconds": {
             name: seconds for name, seconds in profile.phase_seconds().items() if name in LOAD_PHASES
@@ -150,6 +164,8 @@ def _strategy(mode: Mode, device: torch.device) -> Any:
     from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    if mode.strategy == "peer":
+        return PEERS[mode.name](mesh)
     chosen = NativeFSDPStrategy if mode.strategy == "native_fsdp" else AccelerateStrategy
     # Computed in the stored dtype: with mixed precision, stock Accelerate would store another one than was asked for.
     return chosen(

@@ -34,6 +34,7 @@ class Run:
         error: What went wrong; None where nothing did, and then the other figures are there.
         phase_seconds: Seconds by phase.
         step_seconds: Seconds of the training step.
+        repeat_seconds: Seconds of the load in each of several runs, of which this is the median one; empty for a single one.
         world_size: Number of ranks.
         worst_rank: Highest of any rank, each figure on its own.
         others_anon_bytes: Highest anonymous memory of any rank but rank 0; None where there is no other.
@@ -50,6 +51,7 @@ class Run:
     error: str | None
     phase_seconds: Mapping[str, float]
     step_seconds: float | None
+    repeat_seconds: tuple[float, ...]
     world_size: int
     worst_rank: HostPeaks
     others_anon_bytes: int | None
@@ -118,6 +120,7 @@ def _read_run(run: Mapping[str, Any]) -> Run:
             error=str(run.get("error") or "failed without a message"),
             phase_seconds={},
             step_seconds=None,
+            repeat_seconds=(),
             world_size=0,
             worst_rank=nothing,
             others_anon_bytes=None,
@@ -138,6 +141,7 @@ def _read_run(run: Mapping[str, Any]) -> Run:
         error=None,
         phase_seconds=report.phases,
         step_seconds=run["step_seconds"],
+        repeat_seconds=tuple(run.get("repeat_seconds", ())),
         world_size=report.world_size,
         worst_rank=HostPeaks(
             anon_bytes=max((rank.host_anon_peak_bytes for rank in report.ranks), default=None),

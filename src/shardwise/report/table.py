@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any, Final
 
 from rich import box
@@ -100,7 +101,16 @@ def _time_columns(runs: Sequence[Run]) -> tuple[_Column, ...]:
         header="step",
         cell=lambda run: _NONE if run.step_seconds is None else format_seconds(run.step_seconds),
     )
-    return (*phases, step)
+    repeated = any(run.repeat_seconds for run in runs)
+    return (*phases, *((_Column(header="load\n(min-max)", cell=_spread),) if repeated else ()), step)
+
+
+def _spread(run: Run) -> str:
+    """The seconds of a load: the median of its runs, with the shortest and the longest."""
+    if not run.repeat_seconds:
+        return _NONE
+    middle, least, most = median_low(run.repeat_seconds), min(run.repeat_seconds), max(run.repeat_seconds)
+    return f"{format_seconds(middle)} ({format_seconds(least)}-{format_seconds(most)})"
 
 
 def _phase_column(name: str) -> _Column:
