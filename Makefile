@@ -58,7 +58,7 @@ check: $(STAMP) ## Check lint, format, types and the direction of imports
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
 
-# Material prints a notice about another project at every build.
+# Without the variable Material prints a notice about its successor at every build.
 docs: $(STAMP_DOCS) ## Build the documentation, English and Chinese, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
 	@echo "[docs] built: build/site/index.html"
@@ -189,7 +189,7 @@ define lock_docs
 @$(LOCK)/venv/bin/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(LOCK)/docs.in
 @$(LOCK)/venv/bin/python $(PIP) install --constraint constraints/tf5.txt --requirement $(LOCK)/docs.in
-@$(LOCK)/venv/bin/python $(PIP) freeze --all --exclude pip --exclude wheel > $(LOCK)/freeze.txt
+@$(LOCK)/venv/bin/python $(PIP) freeze --all --exclude pip --exclude setuptools --exclude wheel > $(LOCK)/freeze.txt
 @{ sed -n '/^#/p' constraints/docs.txt; \
 	grep -viFx -f constraints/tf5.txt $(LOCK)/freeze.txt | LC_ALL=C sort -f; } > $(LOCK)/docs.txt
 @mv $(LOCK)/docs.txt constraints/docs.txt
