@@ -90,6 +90,7 @@ def test_every_option_is_described_with_its_default(anchor: str, language: str) 
             continue
         written = "" if parameter.default is parameter.empty else f"`{parameter.default!r}`".replace("'", '"')
         assert described[name][0] == written, name
+        assert described[name][1], f"{name}: what does it mean?"
     assert set(described) <= {name for name, _ in parameters} | {
         "accelerator",
         "ddp_config",
