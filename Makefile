@@ -18,6 +18,7 @@ VENV_TF4 := .venv-tf4
 # The last step of an installation writes this file, so an interrupted one is repeated.
 STAMP := $(VENV)/.installed
 STAMP_TF4 := $(VENV_TF4)/.installed
+STAMP_DOCS := $(VENV)/.installed-docs
 WHEEL_TEST := build/wheel-test
 LOCK := build/lock
 FUZZ := build/fuzz
@@ -31,7 +32,7 @@ TF4_TESTS = $(wildcard tests/unit tests/distributed tests/regression)
 # Two targets would install into one virtual environment at the same time under `make -j`.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fuzz test-tf4 matrix wheel-test bench experiment lock clean distclean
+.PHONY: help setup demo test check docs fuzz test-tf4 matrix wheel-test bench experiment lock clean distclean
 
 help: ## Print this list
 	@echo "usage: make TARGET [NAME=VALUE ...]"
@@ -56,6 +57,11 @@ check: $(STAMP) ## Check lint, format, types and the direction of imports
 	$(VENV)/bin/python -m ruff format --check
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m pytest -q tests/unit/test_layers.py
+
+# Without the variable Material prints a notice about its successor at every build.
+docs: $(STAMP_DOCS) ## Build the documentation, English and Chinese, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
+	@echo "[docs] built: build/site/index.html"
 
 # 64 KiB of input reach all of the parser; one input may take 10 s and the process 2 GiB.
 fuzz: $(STAMP) ## Fuzz the parser of file headers for 30 s (Linux x86-64)
@@ -107,6 +113,7 @@ lock: ## Resolve constraints/*.in afresh and rewrite the pinned versions
 	$(call require_python)
 	$(call lock,tf5,main,setup)
 	$(call lock,tf4,transformers 4,test-tf4)
+	$(call lock_docs)
 
 clean: ## Remove build output and caches
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -120,6 +127,12 @@ $(STAMP): pyproject.toml constraints/tf5.txt
 
 $(STAMP_TF4): pyproject.toml constraints/tf4.txt
 	$(call install,$(VENV_TF4),constraints/tf4.txt)
+
+$(STAMP_DOCS): $(STAMP) constraints/docs.txt
+	@echo "[setup] $(VENV): what builds the documentation, as pinned in constraints/docs.txt"
+	@$(VENV)/bin/python $(PIP) install --constraint constraints/tf5.txt --constraint constraints/docs.txt \
+		--no-build-isolation --editable '.[docs]'
+	@touch $@
 
 define require_python
 @command -v "$(PYTHON)" > /dev/null || { \
@@ -168,5 +181,21 @@ define lock
 	echo '# torch pins its own CUDA packages exactly, so they are not repeated here.'; \
 	sed 's/+.*//' $(LOCK)/freeze.txt | grep -Ev '^(cuda|nvidia|triton)' | LC_ALL=C sort -f; } > $(LOCK)/$(1).txt
 @mv $(LOCK)/$(1).txt constraints/$(1).txt
+@rm -rf $(LOCK)
+endef
+
+# Of what the extra `docs` brings, the versions that constraints/tf5.txt does not have.
+define lock_docs
+@echo "[lock] resolving the extra docs"
+@rm -rf $(LOCK)
+@mkdir -p $(LOCK)
+@"$(PYTHON)" -m venv $(LOCK)/venv
+@$(LOCK)/venv/bin/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(LOCK)/docs.in
+@$(LOCK)/venv/bin/python $(PIP) install --constraint constraints/tf5.txt --requirement $(LOCK)/docs.in
+@$(LOCK)/venv/bin/python $(PIP) freeze --all --exclude pip --exclude setuptools --exclude wheel > $(LOCK)/freeze.txt
+@{ sed -n '/^#/p' constraints/docs.txt; \
+	grep -viFx -f constraints/tf5.txt $(LOCK)/freeze.txt | LC_ALL=C sort -f; } > $(LOCK)/docs.txt
+@mv $(LOCK)/docs.txt constraints/docs.txt
 @rm -rf $(LOCK)
 endef
