@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import torch.distributed as dist
 
 from shardwise.profiling.node import own_node
+from shardwise.profiling.whole_file import write_whole
 
 PROFILE_SCHEMA: Final = "shardwise.memory_profile/1"
 
@@ -23,15 +23,8 @@ def save_document(document: Mapping[str, Any], path: str | os.PathLike[str], *, 
         path: File to write; missing directories are made.
         rank: The rank; None for this process's own.
     """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     own = {"schema": PROFILE_SCHEMA, "rank": _own_rank() if rank is None else rank, "node": own_node()}
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps({**own, **document}, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, json.dumps({**own, **document}, allow_nan=False) + "\n")
 
 
 def _own_rank() -> int:

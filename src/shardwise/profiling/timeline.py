@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shardwise.errors import ConfigurationError
 from shardwise.profiling.columns import ReadingColumns
-from shardwise.profiling.phases import PhaseSpan
+from shardwise.profiling.phases import PhaseSpan, seconds_by_name
 from shardwise.profiling.readings import MemoryReading
 
 Figure = Literal[
@@ -103,6 +103,10 @@ class Timeline:
         values = self.increases[figure][self.seconds <= until_seconds]
         values = values[~np.isnan(values)]
         return None if values.size == 0 else max(0, int(values.max()))
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Return the time spent in each phase, by name; time in which a name was open twice counts once."""
+        return seconds_by_name(self.phases)
 
     def phases_end_seconds(self, names: Sequence[str]) -> float | None:
         """Return when the last of the named phases ends; None where there is none of them."""
