@@ -49,10 +49,7 @@ def save_trace(documents: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
         origin = min((line.started_at_seconds for line in lines), default=0.0)
         for rank in sorted({line.rank for line in lines}):
             process += 1
-            events.append(_named("process_name", f"{run.mode} rank {rank}", process=process))
-            events.append(
-                {**_named("process_sort_index", "", process=process), "args": {"sort_index": process}}
-            )
+            events += _names(f"{run.mode} rank {rank}", process=process)
             for line in lines:
                 if line.rank == rank:
                     events += _events(line, process=process, offset_seconds=line.started_at_seconds - origin)
@@ -61,7 +58,9 @@ def save_trace(documents: Sequence[Mapping[str, Any]], path: str | os.PathLike[s
 
 
 def _events(line: Timeline, *, process: int, offset_seconds: float) -> Iterator[dict[str, Any]]:
-    for thread, spans in enumerate(_lanes(line.phases), start=1):
+    for lane, spans in enumerate(_lanes(line.phases)):
+        # The thread that has the process's number is the main one, beside which a viewer lays the counters.
+        thread = process if lane == 0 else process * 1000 + lane
         for span in spans:
             yield {
                 "ph": "X",
@@ -101,5 +100,10 @@ def _lanes(spans: Sequence[PhaseSpan]) -> list[list[PhaseSpan]]:
     return lanes
 
 
-def _named(kind: str, name: str, *, process: int) -> dict[str, Any]:
-    return {"ph": "M", "name": kind, "pid": process, "args": {"name": name}}
+def _names(name: str, *, process: int) -> Iterator[dict[str, Any]]:
+    for kind, argument in (
+        ("process_name", {"name": name}),
+        ("process_sort_index", {"sort_index": process}),
+        ("thread_name", {"name": "phases"}),
+    ):
+        yield {"ph": "M", "name": kind, "pid": process, "tid": process, "args": argument}

@@ -123,7 +123,7 @@ def _phases(mode: str, series: Series) -> Markup | None:
         "details",
         element("summary", f"Phases of the first rank of {mode}"),
         table(
-            f"{mode}: phases in seconds; one behind{INSIDE}is inside the last one with fewer of them",
+            f"{mode}, in seconds;{INSIDE}stands before a phase inside another",
             ["phase", "start", "length"],
             rows,
             number_columns=frozenset((1, 2)),

@@ -120,6 +120,11 @@ def series_of(
     if len(node) > 1:
         when, total = node_increase(node, figure)
         when = when + (_origin(node) - origin)
+        # A rank counts as 0 before its first reading, which only at the start of a load is what it has.
+        all_read = max(
+            line.started_at_seconds - origin + float(line.seconds[:1].max(initial=0.0)) for line in node
+        )
+        when, total = when[when >= all_read], total[when >= all_read]
         words = "all ranks together" if len(node) == len(timelines) else "ranks of the fullest node together"
         styled.append(_line(words, "together", when, total, instants=instants))
     first = timelines[0]
