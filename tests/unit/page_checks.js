@@ -51,6 +51,13 @@
     }
   };
 
+  const checkAxes = (state) => {
+    for (const tick of document.querySelectorAll(".x-axis span, .y-axis span")) {
+      const size = parseFloat(getComputedStyle(tick).fontSize);
+      if (tick.getBoundingClientRect().height > 1.5 * size) fault(state, `tick ${tick.textContent} is broken`);
+    }
+  };
+
   const luminance = (colour) => {
     const [red, green, blue] = colour.match(/[\d.]+/g).slice(0, 3).map((part) => {
       const share = part / 255;
@@ -173,6 +180,7 @@
     found.states += 1;
     checkOverlaps(state);
     checkWidths(state);
+    checkAxes(state);
     checkContrast(state);
   };
 

@@ -101,3 +101,6 @@ def test_a_span_counts_from_the_reading_before_its_start_to_the_one_before_its_e
         columns.append((seconds, *[0.0] * 3, *[NOT_READ] * 5, read, NOT_READ))
     found = span_traffic(columns, start_seconds=1.2, stop_seconds=2.5)
     assert found == Traffic(fetched_bytes=None, read_bytes=60, received_bytes=None)
+    assert (
+        span_traffic(columns, start_seconds=1.0, stop_seconds=3.0).read_bytes == 70
+    )  # a reading at an end counts
