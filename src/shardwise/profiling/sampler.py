@@ -51,9 +51,7 @@ class MemoryProfile:
                 f"memory profile: expected interval_seconds above 0, got {interval_seconds}. 0.01 is usual."
             )
         self._interval_seconds = interval_seconds
-        self._reader = RowReader(
-            device=device, interval_seconds=interval_seconds, proportional=proportional
-        )
+        self._reader = RowReader(device=device, interval_seconds=interval_seconds, proportional=proportional)
         self._lock = threading.RLock()  # a signal handler may open a phase inside a reading
         self._columns = ReadingColumns(most_rows=MOST_ROWS)
         self._phases: list[PhaseSpan] = []

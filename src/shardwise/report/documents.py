@@ -80,6 +80,7 @@ def _run_of_report(report: LoadReport) -> Run:
         error=None,
         phase_seconds=report.phases,
         step_seconds=None,
+        repeat_seconds=(),
         world_size=report.world_size,
         worst_rank=HostPeaks(anon_bytes=max(anon.values(), default=None), file_bytes=None, pss_bytes=None),
         others_anon_bytes=max((peak for rank, peak in anon.items() if rank != 0), default=None),
@@ -123,6 +124,7 @@ def _run_of_profiles(documents: Sequence[Mapping[str, Any]]) -> Run:
         error=None,
         phase_seconds=seconds,
         step_seconds=None,
+        repeat_seconds=(),
         world_size=len(lines),
         worst_rank=HostPeaks(
             anon_bytes=worst("anon_bytes"), file_bytes=worst("file_bytes"), pss_bytes=worst("pss_bytes")

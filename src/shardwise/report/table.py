@@ -105,7 +105,7 @@ def time_columns(runs: Sequence[Run]) -> tuple[TableColumn, ...]:
         cell=lambda run: _NONE if run.step_seconds is None else format_seconds(run.step_seconds),
     )
     repeated = any(run.repeat_seconds for run in runs)
-    return (*phases, *((_Column(header="load\n(min-max)", cell=_spread),) if repeated else ()), step)
+    return (*phases, *((TableColumn(header="load\n(min-max)", cell=_spread),) if repeated else ()), step)
 
 
 def _spread(run: Run) -> str:
