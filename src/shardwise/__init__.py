@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from shardwise.export import ExportReport, RankExport, export_checkpoint
     from shardwise.materialization import Mismatch, VerifyReport, materialize, verify_shards
     from shardwise.planning import LoadPlan, plan_load
-    from shardwise.profiling import LoadReport, MemoryProfile, RankReport, profile_memory
+    from shardwise.profiling import LoadReport, MemoryProfile, RankReport, phase, profile_memory
     from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, fsdp_pretrained_load_context
     from shardwise.transformers_model import TransformersModel
 
@@ -85,6 +85,7 @@ __all__ = [
     "export_checkpoint",
     "fsdp_pretrained_load_context",
     "materialize",
+    "phase",
     "plan_load",
     "profile_memory",
     "verify_shards",
@@ -106,6 +107,7 @@ _LAZY = {
     "export_checkpoint": "shardwise.export",
     "fsdp_pretrained_load_context": "shardwise.strategies",
     "materialize": "shardwise.materialization",
+    "phase": "shardwise.profiling",
     "plan_load": "shardwise.planning",
     "profile_memory": "shardwise.profiling",
     "verify_shards": "shardwise.materialization",

@@ -12,11 +12,13 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from shardwise.cli import app, demo, results, terminal
+from shardwise.cli import app, demo, terminal
 from shardwise.compare import demo_model, experiment, fine_tune, small_model
 from shardwise.compare.experiment import Comparison
 from shardwise.compare.fine_tune import FineTuning
 from shardwise.errors import CheckpointError, CommandError, MissingDependencyError
+from shardwise.report import agreement_lines
+from tests.unit.comparisons import comparison as synthetic_comparison
 
 runner = CliRunner()
 
@@ -33,6 +35,7 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "report": {"--html", "--trace", "--png", "--debug"},
     "plan": {
         "--ranks",
         "--mesh",
@@ -120,6 +123,8 @@ class FakeCompare:
         monkeypatch.setattr(experiment, "compare", self.compare)
         monkeypatch.setattr("shardwise.report.render", lambda document, console: console.print("TABLE"))
         monkeypatch.setattr("shardwise.report.save_figure", lambda document, path: Path(path).touch())
+        for name in ("save_page", "save_trace"):
+            monkeypatch.setattr(f"shardwise.report.{name}", lambda documents, path: Path(path).touch())
 
     def compare(self, model: str, **arguments: Any) -> Comparison:
         self.asked = {"model": model, **arguments}
@@ -208,7 +213,12 @@ def test_options_reach_the_experiment(fake: FakeCompare, tmp_path: Path) -> None
     asked = fake.asked
     assert (asked["model"], asked["ranks"], asked["dtype"], asked["repeats"]) == ("org/m", 3, "float32", 5)
     assert [mode.name for mode in asked["modes"]] == ["native-efficient", "accelerate-eager"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.png",
+        "report.trace.json",
+    ]
     assert json.loads((tmp_path / "more" / "x.json").read_text()) == comparison().document
     assert "half-way" in result.stderr  # progress is not in the way of what a pipe wants
     assert "half-way" not in result.stdout
@@ -217,6 +227,8 @@ def test_options_reach_the_experiment(fake: FakeCompare, tmp_path: Path) -> None
         "9 parameters and 2 buffers, byte for byte",
         'answers: "Paris."',
         "report.png",
+        "report.html",
+        "report.trace.json",
         "x.json",
     ):
         assert text in result.stdout
@@ -435,10 +447,10 @@ def test_demo_names_the_command_as_it_was_called(
 
 
 def test_agreement_in_words() -> None:
-    assert results.agreement_lines(comparison()) == [
+    assert agreement_lines(comparison().document) == [
         "All runs ended with equal parameters, buffers and logits (9 parameters and 2 buffers, byte for byte)."
     ]
-    assert "fewer than two" in results.agreement_lines(comparison(equal=None))[0]
+    assert "fewer than two" in agreement_lines(comparison(equal=None).document)[0]
 
 
 def test_progress_in_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,3 +458,44 @@ def test_progress_in_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     with terminal.terminal_progress() as progress:
         progress("model [1 of 2]")  # not taken for markup
+
+
+def test_report_makes_page_trace_and_picture_of_a_saved_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(synthetic_comparison()))
+    out = {name: tmp_path / "out" / name for name in ("x.html", "x.trace.json", "x.png")}
+    html, trace, png = map(str, out.values())
+    result = runner.invoke(app, ["report", str(path), "--html", html, "--trace", trace, "--png", png])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"Written: {html}, {trace}, {png}\n"
+    assert all(file.stat().st_size > 1000 for file in out.values())
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_alone_writes_the_page_beside_the_document(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(synthetic_comparison()))
+    result = runner.invoke(app, ["report", str(path)])
+    assert result.exit_code == 0, result.output
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "expected a JSON document"), ("[]", "expected a JSON object"), ('{"schema": "x"}', "got ['x']")],
+)
+def test_report_of_something_else_is_one_paragraph_and_status_2(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    result = runner.invoke(app, ["report", str(path)])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_report_of_a_missing_file_is_status_1(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["report", str(tmp_path / "none.json")])
+    assert result.exit_code == 1
+    assert "none.json" in result.stderr

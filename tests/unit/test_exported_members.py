@@ -47,6 +47,7 @@ PUBLIC = [
     "export_checkpoint",
     "fsdp_pretrained_load_context",
     "materialize",
+    "phase",
     "plan_load",
     "profile_memory",
     "verify_shards",

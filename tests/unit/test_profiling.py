@@ -27,7 +27,7 @@ from shardwise.profiling import (
     phase,
     profile_memory,
     readings,
-    sampler,
+    row_reader,
 )
 from shardwise.profiling.columns import FIELDS, NOT_READ, ReadingColumns, Row, reading_of, span_peaks
 from shardwise.profiling.pace import CostPace, next_sample_seconds
@@ -120,7 +120,7 @@ def test_mapped_file_counts_as_file_bytes_and_not_as_anonymous(tmp_path: Path) -
 
 @needs_proc
 def test_pss_is_read_at_both_ends_and_follows_anonymous_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "_PHASE_SHARE", 1.0)  # every reading is affordable
+    monkeypatch.setattr(row_reader, "_PHASE_SHARE", 1.0)  # every reading is affordable
     with profile_memory("cpu", interval_seconds=100.0) as profile:
         pages = touch(TOUCHED_BYTES)
         time.sleep(0.1)
@@ -156,11 +156,11 @@ def test_readings_are_in_order_and_at_the_pace_asked_for() -> None:
 def test_a_reading_that_the_system_refuses_is_counted_and_the_next_is_taken() -> None:
     profile = MemoryProfile(device="cpu", interval_seconds=100.0)
     profile.start()
-    read = profile._host.read
-    profile._host = SimpleNamespace(read=_refuse, read_pss=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    read = profile._reader._host.read
+    profile._reader._host = SimpleNamespace(read=_refuse, read_pss=lambda: None, close=lambda: None)  # type: ignore[assignment]
     with profile.phase("refused"):
         pass
-    profile._host = SimpleNamespace(read=read, read_pss=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    profile._reader._host = SimpleNamespace(read=read, read_pss=lambda: None, close=lambda: None)  # type: ignore[assignment]
     profile.stop()
     assert profile.skipped_readings == 2
     assert len(profile.readings) == 2
@@ -436,7 +436,7 @@ def test_cpu_has_no_device_figures() -> None:
 
 
 def row(seconds: float, anon_bytes: float, pss_bytes: float = NOT_READ) -> Row:
-    return (seconds, anon_bytes, 0.0, 0.0, pss_bytes, NOT_READ, NOT_READ, NOT_READ)
+    return (seconds, anon_bytes, 0.0, 0.0, pss_bytes, *[NOT_READ] * 6)
 
 
 def test_full_columns_halve_their_resolution_and_keep_each_peak() -> None:
@@ -468,9 +468,9 @@ def test_a_span_that_ends_before_it_starts_is_refused() -> None:
 
 
 def test_every_field_of_a_row_comes_back_under_its_name() -> None:
-    reading = reading_of((0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0))
+    reading = reading_of((0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0))
     assert reading.seconds == 0.5
-    assert [getattr(reading, name) for name in FIELDS] == [1, 2, 3, 4, 5, 6, 7]
+    assert [getattr(reading, name) for name in FIELDS] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
 def test_costly_readings_keep_to_their_share() -> None:

@@ -8,6 +8,7 @@ from shardwise.cli.compare import compare_command
 from shardwise.cli.demo import demo_command
 from shardwise.cli.export import export_command
 from shardwise.cli.plan import plan_command
+from shardwise.cli.report import report_command
 from shardwise.cli.train import train_command
 from shardwise.cli.verify import verify_command
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo_command)
 app.command("compare")(compare_command)
+app.command("report")(report_command)
 app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("verify")(verify_command)

@@ -23,6 +23,7 @@ from shardwise.compare.requirements import require_for_modes
 from shardwise.compare.worker import LOAD_PHASES, measure_mode
 from shardwise.errors import CommandError, ConfigurationError
 from shardwise.profiling import Figure, Timeline, node_peak_bytes
+from shardwise.profiling.whole_file import write_whole
 
 SCHEMA: Final = "shardwise.compare/1"
 DTYPES: Final = ("auto", "bfloat16", "float32")
@@ -88,13 +89,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write the document as JSON, whole or not at all; missing directories are made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(self.document, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.document, allow_nan=False) + "\n")
 
 
 def compare(

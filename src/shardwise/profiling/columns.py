@@ -22,12 +22,15 @@ FIELDS: Final = (
     "device_allocated_bytes",
     "device_reserved_bytes",
     "device_peak_bytes",
+    "fetched_bytes",
+    "read_bytes",
+    "received_bytes",
 )
 _WIDTH: Final = 1 + len(FIELDS)  # the instant in seconds, then the fields
 ROW_BYTES: Final = 8 * _WIDTH
 NOT_READ: Final = math.nan
 
-Row = tuple[float, float, float, float, float, float, float, float]
+Row = tuple[float, ...]  # of _WIDTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +40,19 @@ class MemoryPeaks:
     Args:
         anon_peak_bytes: Of anonymous memory.
         file_peak_bytes: Of file-backed memory.
+        shared_peak_bytes: Of shared memory.
         pss_peak_bytes: Of the proportional set size; None where it was not read. It is read less often than
             the others, and so is a lower bound.
         device_peak_bytes: Of device memory in live tensors; 0 where there is no device.
+        device_reserved_peak_bytes: Of what the device's allocator holds, at the readings; 0 where there is no device.
     """
 
     anon_peak_bytes: int
     file_peak_bytes: int
+    shared_peak_bytes: int
     pss_peak_bytes: int | None
     device_peak_bytes: int
+    device_reserved_peak_bytes: int
 
 
 class ReadingColumns:
@@ -126,7 +133,7 @@ def reading_of(row: Sequence[float]) -> MemoryReading:
     """Return a row under its field names."""
     seconds, *values = row
     anon, file, shared, *others = (None if math.isnan(value) else int(value) for value in values)
-    pss, allocated, reserved, peak = others
+    pss, allocated, reserved, peak, fetched, read, received = others
     return MemoryReading(
         seconds=seconds,
         anon_bytes=anon or 0,
@@ -136,6 +143,9 @@ def reading_of(row: Sequence[float]) -> MemoryReading:
         device_allocated_bytes=allocated,
         device_reserved_bytes=reserved,
         device_peak_bytes=peak,
+        fetched_bytes=fetched,
+        read_bytes=read,
+        received_bytes=received,
     )
 
 
@@ -175,6 +185,11 @@ def span_peaks(
     return MemoryPeaks(
         anon_peak_bytes=increase(columns.values("anon_bytes"), baseline.anon_bytes) or 0,
         file_peak_bytes=increase(columns.values("file_bytes"), baseline.file_bytes) or 0,
+        shared_peak_bytes=increase(columns.values("shared_bytes"), baseline.shared_bytes) or 0,
         pss_peak_bytes=increase(columns.values("pss_bytes"), baseline.pss_bytes),
         device_peak_bytes=increase(columns.device_values(), baseline.device_allocated_bytes) or 0,
+        device_reserved_peak_bytes=increase(
+            columns.values("device_reserved_bytes"), baseline.device_reserved_bytes
+        )
+        or 0,
     )

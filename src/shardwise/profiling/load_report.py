@@ -8,10 +8,10 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Self
 
 from shardwise.errors import ConfigurationError
+from shardwise.profiling.whole_file import write_whole
 
 SCHEMA: Final = "shardwise.load_report/1"
 ORIGINS: Final = ("checkpoint", "tied", "initialised", "recomputed", "derived", "kept")
@@ -198,14 +198,7 @@ class LoadReport:
         Args:
             path: File to write; an existing one is replaced.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
 def _mebibytes(count_bytes: int) -> str:

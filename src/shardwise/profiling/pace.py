@@ -43,10 +43,14 @@ class CostPace:
         self._last_seconds = -math.inf  # since the profile's start
         self._cost_seconds = 0.0
 
+    @property
+    def due_seconds(self) -> float:
+        """When the next reading is wanted, since the profile's start."""
+        return self._last_seconds + max(self._gap_seconds, self._cost_seconds / self._share)
+
     def is_wanted(self, now_seconds: float) -> bool:
         """Return whether the gap has passed, and the share allows another reading."""
-        has_passed = now_seconds - self._last_seconds >= self._gap_seconds
-        return has_passed and self.is_affordable(now_seconds, share=self._share)
+        return now_seconds >= self.due_seconds
 
     def is_affordable(self, now_seconds: float, *, share: float) -> bool:
         """Return whether another reading stays within `share` of the time since the last, however short the gap."""

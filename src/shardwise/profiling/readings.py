@@ -40,6 +40,9 @@ class MemoryReading:
         device_reserved_bytes: Bytes that the device's allocator holds; None where not read.
         device_peak_bytes: The allocator's own highest `device_allocated_bytes` since it was last reset,
             which is at the start of the newest profile; None where not read.
+        fetched_bytes: Fetched from storage for this process so far; None where not read.
+        read_bytes: Returned by this process's read calls so far; None where not read.
+        received_bytes: Received by this machine's network interfaces so far; None where not read.
     """
 
     seconds: float
@@ -50,6 +53,9 @@ class MemoryReading:
     device_allocated_bytes: int | None
     device_reserved_bytes: int | None
     device_peak_bytes: int | None
+    fetched_bytes: int | None
+    read_bytes: int | None
+    received_bytes: int | None
 
 
 class HostReader(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,18 +13,19 @@ from typing import Any, Final
 import torch
 
 from shardwise.errors import ConfigurationError
-from shardwise.profiling.columns import NOT_READ, MemoryPeaks, ReadingColumns, Row, reading_of, span_peaks
-from shardwise.profiling.device import device_reader
-from shardwise.profiling.pace import CostPace, next_sample_seconds
+from shardwise.profiling.columns import MemoryPeaks, ReadingColumns, reading_of, span_peaks
+from shardwise.profiling.pace import next_sample_seconds
 from shardwise.profiling.phases import PhaseSpan, activate, active_recorders, deactivate, seconds_by_name
-from shardwise.profiling.readings import MemoryReading, host_reader
+from shardwise.profiling.readings import MemoryReading
+from shardwise.profiling.row_reader import RowReader
+from shardwise.profiling.saved import save_document
+from shardwise.profiling.summary import summary
 from shardwise.profiling.timeline import timeline_document
+from shardwise.profiling.traffic import Traffic, span_traffic
 
-MOST_ROWS: Final = 65536  # 4 MiB; 11 minutes at 100 readings a second, then half as many a second, and so on
-_PSS_EVERY: Final = 20  # samples
-# The kernel walks every page for the proportional set size, and allocators build a dictionary of statistics.
-_COSTLY_SHARE: Final = 0.0025
-_PHASE_SHARE: Final = 0.025  # at a phase's ends, which are few and tell most
+MOST_ROWS: Final = (
+    65536  # 5.5 MiB; 11 minutes at 100 readings a second, then half as many a second, and so on
+)
 _THREAD_SHARE: Final = 0.01  # of one core, for everything that the sampler's thread does
 
 
@@ -49,18 +51,15 @@ class MemoryProfile:
                 f"memory profile: expected interval_seconds above 0, got {interval_seconds}. 0.01 is usual."
             )
         self._interval_seconds = interval_seconds
-        self._host = host_reader(proportional=proportional)
-        self._device, device_measures = device_reader(device)
-        self._measures = "; ".join(part for part in (self._host.measures, device_measures) if part)
-        self._pss_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=_PSS_EVERY * interval_seconds)
-        self._device_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=0.0)
+        self._reader = RowReader(device=device, interval_seconds=interval_seconds, proportional=proportional)
         self._lock = threading.RLock()  # a signal handler may open a phase inside a reading
         self._columns = ReadingColumns(most_rows=MOST_ROWS)
         self._phases: list[PhaseSpan] = []
         self._open_phases: dict[int, tuple[str, int, float]] = {}  # key: (name, depth, start in seconds)
         self._phase_count = 0
         self._skipped_readings = 0
-        self._stop_asked = threading.Event()
+        # Held while the thread is to run: to wait for it is one call into C, where an event's wait is a dozen in Python.
+        self._running = threading.Lock()
         self._thread: threading.Thread | None = None
         self._baseline: MemoryReading | None = None
         self._started_at_seconds = 0.0  # Unix time
@@ -75,17 +74,18 @@ class MemoryProfile:
         """
         if self._baseline is not None:
             raise ConfigurationError("memory profile: expected one start, got a second. Make a new profile.")
-        if self._device is not None:
+        if self._reader.has_device:
             # The reset below would hide a peak from the profiles around this one.
             for other in active_recorders():
                 if isinstance(other, MemoryProfile):
                     other._take(all_figures=True)
-            self._device.reset_peak()
+            self._reader.reset_device_peak()
         self._started_at_seconds = time.time()
         self._origin_seconds = time.perf_counter()
-        first = self._read(all_figures=True)
+        first = self._reader.read(self._now(), all_figures=True)
         self._baseline = reading_of(first)
         self._columns.append(first)
+        self._running.acquire()
         self._thread = threading.Thread(target=self._sample, name="shardwise-memory-profile", daemon=True)
         self._thread.start()
         activate(self)
@@ -95,7 +95,7 @@ class MemoryProfile:
         if self._baseline is None or self._stopped_after_seconds is not None:
             return
         deactivate(self)
-        self._stop_asked.set()
+        self._running.release()
         if self._thread is not None:
             self._thread.join()
         self._take(all_figures=True)
@@ -103,7 +103,7 @@ class MemoryProfile:
             for key in tuple(self._open_phases):
                 self._close_phase(key)
             self._stopped_after_seconds = self._now()
-            self._host.close()
+            self._reader.close()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -153,7 +153,7 @@ class MemoryProfile:
     @property
     def measures(self) -> str:
         """What exactly the figures are on this platform."""
-        return self._measures
+        return self._reader.measures
 
     @property
     def skipped_readings(self) -> int:
@@ -171,6 +171,11 @@ class MemoryProfile:
         return self.peak_between(0.0, math.inf).file_peak_bytes
 
     @property
+    def shared_peak_bytes(self) -> int:
+        """Highest increase of shared memory over the baseline."""
+        return self.peak_between(0.0, math.inf).shared_peak_bytes
+
+    @property
     def pss_peak_bytes(self) -> int | None:
         """Highest increase of the proportional set size over the baseline; None where it cannot be read."""
         return self.peak_between(0.0, math.inf).pss_peak_bytes
@@ -179,6 +184,26 @@ class MemoryProfile:
     def device_peak_bytes(self) -> int:
         """Highest increase of device memory over the baseline; 0 where there is no device."""
         return self.peak_between(0.0, math.inf).device_peak_bytes
+
+    @property
+    def device_reserved_peak_bytes(self) -> int:
+        """Highest increase of what the device's allocator holds; 0 where there is no device."""
+        return self.peak_between(0.0, math.inf).device_reserved_peak_bytes
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was fetched from storage, read and received from the start on."""
+        return self.traffic_between(0.0, math.inf)
+
+    def traffic_between(self, start_seconds: float, stop_seconds: float) -> Traffic:
+        """Return what was fetched from storage, read and received within a span; exact for a phase's span.
+
+        Args:
+            start_seconds: Start of the span, since the profile's start.
+            stop_seconds: End of the span, since the profile's start.
+        """
+        with self._lock:
+            return span_traffic(self._columns, start_seconds=start_seconds, stop_seconds=stop_seconds)
 
     def peak_between(self, start_seconds: float, stop_seconds: float) -> MemoryPeaks:
         """Return the highest increases over the baseline within a span, both ends included.
@@ -196,6 +221,27 @@ class MemoryProfile:
         """Return the time spent in each phase, by name; time in which a name was open twice counts once."""
         return seconds_by_name(self.phases)
 
+    def __str__(self) -> str:
+        """Say in a table what each phase did cost; `to_json` has every reading."""
+        if self._baseline is None:
+            return "memory profile: not started"
+        return summary(
+            self.phases,
+            seconds=self.seconds,
+            peaks=self.peak_between,
+            traffic=self.traffic_between,
+            measures=self.measures,
+        )
+
+    def save(self, path: str | os.PathLike[str], *, rank: int | None = None) -> None:
+        """Write the profile as JSON, whole or not at all; `shardwise report` draws it, beside those of other ranks.
+
+        Args:
+            path: File to write, another one for each rank. Missing directories are made.
+            rank: This process's rank; None for the default process group's, else the launcher's `RANK`, else 0.
+        """
+        save_document(self.to_json(), path, rank=rank)
+
     def to_json(self) -> dict[str, Any]:
         """Return the timeline by column, in absolute bytes (None where not read), for `json.dump`.
 
@@ -206,7 +252,7 @@ class MemoryProfile:
                 self._columns,
                 baseline=self.baseline,
                 phases=self.phases,
-                measures=self._measures,
+                measures=self.measures,
                 started_at_seconds=self._started_at_seconds,
                 skipped_readings=self._skipped_readings,
             )
@@ -216,7 +262,7 @@ class MemoryProfile:
 
     def _sample(self) -> None:
         due = self._interval_seconds
-        while not self._stop_asked.wait(max(0.0, due - self._now())):
+        while not self._running.acquire(timeout=max(0.0, due - self._now())):
             self._take(all_figures=None)
             due = next_sample_seconds(
                 now_seconds=self._now(),
@@ -228,33 +274,12 @@ class MemoryProfile:
     def _take(self, *, all_figures: bool | None) -> None:
         with self._lock:
             try:
-                row = self._read(all_figures=all_figures)
+                row = self._reader.read(self._now(), all_figures=all_figures)
             except OSError:
                 self._skipped_readings += 1
                 return
             if self._columns.append(row):
                 self._interval_seconds *= 2
-
-    def _read(self, *, all_figures: bool | None) -> Row:
-        """Read now. `all_figures`: True reads everything; False what is affordable; None what is due."""
-        now = self._now()
-        anon, file, shared = self._host.read()
-        pss: float | None = None
-        if all_figures or (
-            self._pss_pace.is_wanted(now)
-            if all_figures is None
-            else self._pss_pace.is_affordable(now, share=_PHASE_SHARE)
-        ):
-            before = time.thread_time()
-            pss = self._host.read_pss()
-            self._pss_pace.spent(now_seconds=self._now(), cost_seconds=time.thread_time() - before)
-        allocated = reserved = peak = NOT_READ
-        # A phase's ends always have device figures: between them the allocator's own peak is then exact.
-        if self._device is not None and (all_figures is not None or self._device_pace.is_wanted(now)):
-            before = time.thread_time()
-            allocated, reserved, peak = self._device.read()
-            self._device_pace.spent(now_seconds=self._now(), cost_seconds=time.thread_time() - before)
-        return now, anon, file, shared, NOT_READ if pss is None else pss, allocated, reserved, peak
 
     def _open_phase(self, name: str) -> int:
         if self._baseline is None or not name:
@@ -283,7 +308,17 @@ class MemoryProfile:
 def profile_memory(
     device: torch.device | str | int | None = None, interval_seconds: float = 0.01, proportional: bool = True
 ) -> Iterator[MemoryProfile]:
-    """Record host and device memory of this process while the block runs.
+    """Record host and device memory of this process, and what it reads, while the block runs; it calls nothing of other ranks.
+
+    Any code may run in the block. It can name its parts, and so can what it calls:
+
+        with sw.profile_memory() as profile:
+            with sw.phase("build"):
+                model = build()
+            with sw.phase("train"):
+                ...
+        print(profile)
+        profile.save(f"profiles/{rank}.json")  # shardwise report profiles/*.json --html memory.html
 
     Args:
         device: Accelerator whose memory is recorded too; None for the process's current one, if there is any

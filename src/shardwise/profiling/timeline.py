@@ -13,11 +13,29 @@ from numpy.typing import NDArray
 
 from shardwise.errors import ConfigurationError
 from shardwise.profiling.columns import ReadingColumns
-from shardwise.profiling.phases import PhaseSpan
+from shardwise.profiling.phases import PhaseSpan, seconds_by_name
 from shardwise.profiling.readings import MemoryReading
 
-Figure = Literal["anon_bytes", "file_bytes", "pss_bytes", "device_bytes"]
+Figure = Literal[
+    "anon_bytes",
+    "file_bytes",
+    "pss_bytes",
+    "device_bytes",
+    "shared_bytes",
+    "device_reserved_bytes",
+    "fetched_bytes",
+    "read_bytes",
+    "received_bytes",
+]
 FIGURES: Final[tuple[Figure, ...]] = ("anon_bytes", "file_bytes", "pss_bytes", "device_bytes")
+# Left out of a document where nothing was read; those of earlier versions have none of them.
+OPTIONAL_FIGURES: Final[tuple[Figure, ...]] = (
+    "shared_bytes",
+    "device_reserved_bytes",
+    "fetched_bytes",
+    "read_bytes",
+    "received_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +76,11 @@ class Timeline:
         try:
             baseline = document["baseline"]
             increases: dict[Figure, NDArray[np.float64]] = {}
-            for name in FIGURES:
+            seconds = np.array(document["seconds"], dtype=np.float64)
+            for name in (*FIGURES, *OPTIONAL_FIGURES):
+                if name in OPTIONAL_FIGURES and name not in document:
+                    increases[name] = np.full_like(seconds, np.nan)
+                    continue
                 base = baseline[name]
                 column = np.array(document[name], dtype=np.float64)  # None becomes NaN
                 increases[name] = np.full_like(column, np.nan) if base is None else column - base
@@ -66,7 +88,7 @@ class Timeline:
                 rank=document["rank"],
                 measures=document["measures"],
                 started_at_seconds=document["started_at_seconds"],
-                seconds=np.array(document["seconds"], dtype=np.float64),
+                seconds=seconds,
                 increases=increases,
                 phases=tuple(PhaseSpan(**span) for span in document["phases"]),
             )
@@ -81,6 +103,10 @@ class Timeline:
         values = self.increases[figure][self.seconds <= until_seconds]
         values = values[~np.isnan(values)]
         return None if values.size == 0 else max(0, int(values.max()))
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Return the time spent in each phase, by name; time in which a name was open twice counts once."""
+        return seconds_by_name(self.phases)
 
     def phases_end_seconds(self, names: Sequence[str]) -> float | None:
         """Return when the last of the named phases ends; None where there is none of them."""
@@ -98,6 +124,12 @@ def timeline_document(
 ) -> dict[str, Any]:
     """Return the JSON form of a profile: by column, in absolute bytes, None where not read."""
     rows = list(columns.rows())
+    columns_of_rows: dict[str, list[int | None]] = {
+        name: [getattr(row, name) for row in rows] for name in OPTIONAL_FIGURES
+    }
+    was_read = {
+        name: values for name, values in columns_of_rows.items() if any(value is not None for value in values)
+    }
     return {
         "measures": measures,
         "started_at_seconds": started_at_seconds,
@@ -105,16 +137,16 @@ def timeline_document(
         "seconds": [round(row.seconds, 6) for row in rows],
         "anon_bytes": [row.anon_bytes for row in rows],
         "file_bytes": [row.file_bytes for row in rows],
-        "shared_bytes": [row.shared_bytes for row in rows],
         "pss_bytes": [row.pss_bytes for row in rows],
         "device_bytes": [None if math.isnan(value) else int(value) for value in columns.device_values()],
+        **was_read,
         "phases": [dataclasses.asdict(span) for span in phases],
         "baseline": {
             "anon_bytes": baseline.anon_bytes,
             "file_bytes": baseline.file_bytes,
-            "shared_bytes": baseline.shared_bytes,
             "pss_bytes": baseline.pss_bytes,
             "device_bytes": baseline.device_allocated_bytes,
+            **{name: getattr(baseline, name) for name in was_read},
         },
     }
 

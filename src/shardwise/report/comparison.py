@@ -45,6 +45,7 @@ class Run:
         step_timelines: Memory over time during the training step, by rank, above the same start; none where the
             step was not sampled apart.
         nodes: Ranks by host name.
+        report: What the strategy reported; None where the mode failed, or nothing was loaded.
     """
 
     mode: str
@@ -61,6 +62,7 @@ class Run:
     timelines: tuple[Timeline, ...]
     step_timelines: tuple[Timeline, ...]
     nodes: Mapping[str, tuple[int, ...]]
+    report: LoadReport | None
 
     @property
     def node_timelines(self) -> tuple[Timeline, ...]:
@@ -130,6 +132,7 @@ def _read_run(run: Mapping[str, Any]) -> Run:
             timelines=(),
             step_timelines=(),
             nodes={},
+            report=None,
         )
     report = LoadReport.from_json({field.name: run[field.name] for field in dataclasses.fields(LoadReport)})
     timelines = load_timelines(run["timelines"])
@@ -161,6 +164,7 @@ def _read_run(run: Mapping[str, Any]) -> Run:
         timelines=timelines,
         step_timelines=step_timelines(run.get("step_timelines", ()), loads=run["timelines"]),
         nodes=nodes,
+        report=report,
     )
 
 

@@ -23,7 +23,9 @@ _GIB_FROM: Final = 64 << 30  # below, MiB have at most five digits and show the 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Column:
+class TableColumn:
+    """A header, and how a run's cell is made."""
+
     header: str
     cell: Callable[[Run], str]
 
@@ -42,7 +44,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         ConfigurationError: The document cannot be read.
     """
     runs = read_comparison(comparison)
-    return _table(runs, (*_time_columns(runs), *_memory_columns(_unit(runs))), with_status=True)
+    return _table(runs, (*time_columns(runs), *memory_columns(unit_of(runs))), with_status=True)
 
 
 def render(comparison: Mapping[str, Any], console: Console) -> None:
@@ -59,7 +61,7 @@ def render(comparison: Mapping[str, Any], console: Console) -> None:
         ConfigurationError: The document cannot be read.
     """
     runs = read_comparison(comparison)
-    times, memory = _time_columns(runs), _memory_columns(_unit(runs))
+    times, memory = time_columns(runs), memory_columns(unit_of(runs))
     tables = [_table(runs, (*times, *memory), with_status=True)]
     width_before = console.width
     needed = Measurement.get(console, console.options.update(width=10_000), tables[0]).maximum
@@ -74,13 +76,13 @@ def render(comparison: Mapping[str, Any], console: Console) -> None:
         console.print(Text(_headline(comparison, runs)))
         for table in tables:
             console.print(table)
-        for note in _notes(runs):
+        for note in notes_of(runs):
             console.print(Text(note))
     finally:
         console.width = width_before
 
 
-def _table(runs: Sequence[Run], columns: Sequence[_Column], *, with_status: bool) -> Table:
+def _table(runs: Sequence[Run], columns: Sequence[TableColumn], *, with_status: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("mode", no_wrap=True, vertical="bottom")
     for column in columns:
@@ -94,15 +96,16 @@ def _table(runs: Sequence[Run], columns: Sequence[_Column], *, with_status: bool
     return table
 
 
-def _time_columns(runs: Sequence[Run]) -> tuple[_Column, ...]:
+def time_columns(runs: Sequence[Run]) -> tuple[TableColumn, ...]:
+    """Return the columns of times in seconds."""
     names = dict.fromkeys([*LOAD_PHASES, *(name for run in runs for name in run.phase_seconds)])
     phases = (_phase_column(name) for name in names if any(name in run.phase_seconds for run in runs))
-    step = _Column(
+    step = TableColumn(
         header="step",
         cell=lambda run: _NONE if run.step_seconds is None else format_seconds(run.step_seconds),
     )
     repeated = any(run.repeat_seconds for run in runs)
-    return (*phases, *((_Column(header="load\n(min-max)", cell=_spread),) if repeated else ()), step)
+    return (*phases, *((TableColumn(header="load\n(min-max)", cell=_spread),) if repeated else ()), step)
 
 
 def _spread(run: Run) -> str:
@@ -113,20 +116,22 @@ def _spread(run: Run) -> str:
     return f"{format_seconds(middle)} ({format_seconds(least)}-{format_seconds(most)})"
 
 
-def _phase_column(name: str) -> _Column:
+def _phase_column(name: str) -> TableColumn:
     def cell(run: Run) -> str:
         return format_seconds(run.phase_seconds[name]) if name in run.phase_seconds else _NONE
 
-    return _Column(header=name.replace("_", "_\n"), cell=cell)
+    return TableColumn(header=name.replace("_", "_\n"), cell=cell)
 
 
-def _memory_columns(unit: ByteUnit) -> tuple[_Column, ...]:
-    def column(header: str, figure: Callable[[Run], int | None]) -> _Column:
+def memory_columns(unit: ByteUnit) -> tuple[TableColumn, ...]:
+    """Return the columns of memory, all in one unit."""
+
+    def column(header: str, figure: Callable[[Run], int | None]) -> TableColumn:
         def cell(run: Run) -> str:
             value = figure(run)
             return _NONE if value is None else format_number(value, unit=unit)
 
-        return _Column(header=header, cell=cell)
+        return TableColumn(header=header, cell=cell)
 
     return (
         column("rank\nshard", lambda run: run.shard_bytes),
@@ -141,7 +146,8 @@ def _memory_columns(unit: ByteUnit) -> tuple[_Column, ...]:
     )
 
 
-def _unit(runs: Sequence[Run]) -> ByteUnit:
+def unit_of(runs: Sequence[Run]) -> ByteUnit:
+    """Return the unit of all memory columns."""
     # One unit for the whole table, so that columns can be compared with each other.
     figures = [
         value
@@ -154,10 +160,11 @@ def _unit(runs: Sequence[Run]) -> ByteUnit:
 def _headline(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
     ranks = max(run.world_size for run in runs)
     counted = f", {ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
-    return f"{model_name(comparison)}{counted}. Times in seconds, memory in {_unit(runs)}."
+    return f"{model_name(comparison)}{counted}. Times in seconds, memory in {unit_of(runs)}."
 
 
-def _notes(runs: Sequence[Run]) -> list[str]:
+def notes_of(runs: Sequence[Run]) -> list[str]:
+    """Return what a reader must know of the figures, and the errors of modes that failed."""
     notes = [
         "Memory is the highest increase while loading and sharding (the step is not in it), counted from just after "
         "the imports.",
