@@ -61,7 +61,10 @@ def plan_command(
         bool, typer.Option("--offload", help="Accelerator ranks keep shards in pinned host memory.")
     ] = False,
     route: Annotated[
-        str, typer.Option("--route", help="That is taken: auto, direct, replicate, node, rank0 or striped.")
+        str,
+        typer.Option(
+            "--route", help="direct, replicate, node, rank0 or striped, and no other; auto: all of them."
+        ),
     ] = "auto",
     device: Annotated[
         str, typer.Option("--device", help="Where ranks compute: accelerator or cpu.")
@@ -129,6 +132,7 @@ def plan_command(
             mixed_precision=mixed_precision,
             optimizer=optimizer,
             route=route,
+            routes=None if route == "auto" else [route],
             device=device,
             offload=offload,
             ranks_per_node=per_node,

@@ -144,8 +144,8 @@ def _training(state: TrainingState, ranks_per_node: int) -> Table:
 def _notes(plan: JobPlan) -> list[str]:
     notes = plan.load.notes()
     notes.append(
-        "Host memory is what has no file behind it, above what imports and the empty model take. What is gathered and what a step makes are not "
-        "there at one time. Activations are not counted."
+        "Host memory is what has no file behind it, above what imports and the empty model take; pages of mapped files come beside it, and can be "
+        "dropped. What is gathered and what a step makes are not there at one time. Activations are not counted."
     )
     accelerate = next((way for way in plan.ways if way.training.parameters != plan.training.parameters), None)
     if accelerate is not None:
