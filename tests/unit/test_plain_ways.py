@@ -76,6 +76,7 @@ def test_rank_0_broadcasts() -> None:
     assert (cost.host_peak_bytes, cost.node_host_peak_bytes) == (4800, 4800)
     assert cost.device_peak_bytes == 3 * 400 + 1600
     assert (cost.storage_bytes, cost.network_bytes, cost.rank_network_bytes) == (2400, 3 * 4800, 4800)
+    assert cost.node_network_bytes == 2 * 4800  # of the node without rank 0
     on_host = rank0_broadcasts(CAST, job(on_host=True))
     assert on_host.host_peak_bytes == 4800 + 1200
     assert on_host.node_host_peak_bytes == (4800 + 1200) + (1200 + 1600)
@@ -91,6 +92,8 @@ def test_accelerate_as_it_is() -> None:
     assert cost.device_peak_bytes == 3 * 400 + 1600 + 400
     assert cost.rank_network_bytes == 3 * 1600 + 3 * 400
     assert cost.storage_bytes == 4800
+    one_node = accelerate_stock(EQUAL, job(ranks_per_node=4, nodes=1), upcasts=True)
+    assert one_node.node_network_bytes == one_node.network_bytes == 3 * cost.rank_network_bytes
     as_stored = accelerate_stock(EQUAL, job(), upcasts=False)
     assert as_stored.host_peak_bytes == 0
     assert as_stored.device_peak_bytes == 3 * 200 + 800 + 200
@@ -119,6 +122,7 @@ def test_what_holds_for_every_model(shapes: Sequence[tuple[int, bool]], ranks: i
         assert peak >= shards  # nothing is smaller than what is left at the end
         assert cost.host_peak_bytes <= cost.node_host_peak_bytes <= here.ranks_per_node * cost.host_peak_bytes
         assert cost.node_storage_bytes <= cost.storage_bytes
+        assert cost.node_network_bytes <= cost.network_bytes
         assert (cost.device_peak_bytes == 0) == on_host
     every, broadcast, stock = costs
     assert broadcast.storage_bytes <= every.storage_bytes == stock.storage_bytes

@@ -7,20 +7,24 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from typer.testing import CliRunner
 
 import shardwise as sw
 from shardwise.cli import app
 from shardwise.compare.modes import MODES
 from shardwise.errors import CheckpointError, ConfigurationError, UnsupportedFormatError
+from shardwise.materialization import entries_of
 from shardwise.planning import JobPlan, plan_job, predicted_for
+from shardwise.planning.tensor_parallel import tensor_placements
 from tests.distributed.models import causal_model, transformers_fuses_experts, write_checkpoint
 
 runner = CliRunner()
@@ -202,6 +206,40 @@ def test_tensor_parallelism_cuts_what_the_plan_of_the_model_names(directory: str
     whole = plan_job(directory, mesh_shape=2)
     assert plan.training.gathered_bytes < 0.6 * whole.training.gathered_bytes
     assert plan.load.storage_bytes == pytest.approx(plan.load.stored_bytes, rel=0.02)
+
+
+def test_rows_and_columns_are_cut_as_the_styles_say() -> None:
+    class Planned(torch.nn.Module):
+        _tp_plan: ClassVar = {
+            "layers.*.up": "colwise",
+            "layers.*.down": "rowwise",
+            "layers.*.stack": "packed_colwise",
+            "layers.*.last": "packed_rowwise",
+            "embed": "embedding_rowwise",
+            "columns": "embedding_colwise",
+            "layers.*.norm": "replicated_with_grad_allreduce",
+        }
+
+        def __init__(self) -> None:
+            super().__init__()
+            layer = torch.nn.Module()
+            layer.up, layer.down = torch.nn.Linear(2, 4), torch.nn.Linear(4, 2)
+            layer.norm = torch.nn.LayerNorm(2)
+            layer.stack = torch.nn.Parameter(torch.zeros(3, 4, 2))
+            layer.last = torch.nn.Parameter(torch.zeros(3, 2, 4))
+            self.layers = torch.nn.ModuleList([layer])
+            self.embed, self.columns = torch.nn.Embedding(4, 2), torch.nn.Embedding(4, 2)
+
+    model = Planned()
+    assert tensor_placements(model, entries_of(model)) == {
+        "layers.0.up.weight": Shard(0),
+        "layers.0.up.bias": Shard(0),
+        "layers.0.down.weight": Shard(1),
+        "layers.0.stack": _StridedShard(1, split_factor=2),
+        "layers.0.last": _StridedShard(2, split_factor=2),
+        "embed.weight": Shard(0),
+        "columns.weight": Shard(1),
+    }
 
 
 def test_a_model_without_a_plan_cannot_be_cut(tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_a_state_is_counted_by_kind_dtype_and_place() -> None:
     assert state.step_bytes == 240  # the square roots of all second moments
     assert state.host_bytes == 0
     assert state.device_bytes == state.sharded_bytes + max(state.gathered_bytes, state.step_bytes)
+    # Gathered and received in bf16 (the root stays), or gradients in bf16 and their reduction, in float32, beside it.
+    assert state.gathered_bytes == 4 * 2 * 10 + 4 * 2 * 100 + 4 * 4 * 100 + 4 * 100
+    assert (
+        state_of(*units, reduce_dtype=None).gathered_bytes == 4 * 2 * 10 + 4 * 2 * 100 + 4 * 2 * 100 + 2 * 100
+    )
     alone = state_of(*units, optimizer="none")
     assert (dict(alone.gradients), dict(alone.optimizer_states), alone.step_bytes) == ({}, {}, 0)
     assert dict(alone.parameters) == dict(state.parameters)

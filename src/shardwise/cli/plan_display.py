@@ -98,6 +98,7 @@ def _read(ways: Sequence[Way]) -> list[_Column]:
 def _moved(ways: Sequence[Way]) -> list[_Column]:
     columns = [
         _column("moved,\nthe job", (_bytes(way.network_bytes) for way in ways)),
+        _column("moved,\na node", (_bytes(way.node_network_bytes) for way in ways)),
         _column("moved,\na rank", (_bytes(way.rank_network_bytes) for way in ways)),
     ]
     if any(way.seconds is not None for way in ways):

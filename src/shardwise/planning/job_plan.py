@@ -30,7 +30,7 @@ class Way:
         node_storage_bytes: Of the node with the most.
         rank_storage_bytes: Requested by the rank with the most.
         network_bytes: Received by all ranks.
-        node_network_bytes: Received by the ranks of the node with the most; None of plain ways.
+        node_network_bytes: Received by the ranks of the node with the most.
         rank_network_bytes: Of the rank that receives, or sends, the most.
         reads: Of all ranks; None of plain ways, where other libraries map files.
         mean_read_bytes: Mean size of a read; None of plain ways.
@@ -50,7 +50,7 @@ class Way:
     node_storage_bytes: int
     rank_storage_bytes: int
     network_bytes: int
-    node_network_bytes: int | None
+    node_network_bytes: int
     rank_network_bytes: int
     reads: int | None
     mean_read_bytes: int | None
@@ -191,7 +191,6 @@ def way_of_plain(
         **of_cost,
         kind="plain",
         chosen=False,
-        node_network_bytes=None,
         reads=None,
         mean_read_bytes=None,
         rank_files=None,

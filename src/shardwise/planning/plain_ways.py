@@ -35,6 +35,11 @@ class Job:
     stored_bytes: int
     buffer_bytes: int
 
+    @property
+    def receivers_of_node(self) -> int:
+        """Ranks of a node that rank 0 sends to: on its own node one less."""
+        return self.ranks_per_node if self.nodes > 1 else self.ranks_per_node - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainCost:
@@ -49,6 +54,7 @@ class PlainCost:
         node_storage_bytes: The most that one node reads.
         rank_storage_bytes: The most that one rank asks for.
         network_bytes: Received by all ranks.
+        node_network_bytes: The most that the ranks of one node receive.
         rank_network_bytes: The most that one rank receives or hands on.
     """
 
@@ -60,6 +66,7 @@ class PlainCost:
     node_storage_bytes: int
     rank_storage_bytes: int
     network_bytes: int
+    node_network_bytes: int
     rank_network_bytes: int
 
 
@@ -104,6 +111,7 @@ def every_rank_loads(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
         node_storage_bytes=job.stored_bytes,
         rank_storage_bytes=job.stored_bytes,
         network_bytes=0,
+        node_network_bytes=0,
         rank_network_bytes=0,
     )
 
@@ -149,6 +157,7 @@ def rank0_broadcasts(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
         node_storage_bytes=job.stored_bytes,
         rank_storage_bytes=job.stored_bytes,
         network_bytes=(job.ranks - 1) * moved,
+        node_network_bytes=job.receivers_of_node * moved,
         rank_network_bytes=moved if job.ranks > 1 else 0,
     )
 
@@ -197,6 +206,7 @@ def accelerate_stock(units: Sequence[PlannedUnit], job: Job, *, upcasts: bool) -
         node_storage_bytes=job.stored_bytes,
         rank_storage_bytes=job.stored_bytes,
         network_bytes=(job.ranks - 1) * of_rank,
+        node_network_bytes=job.receivers_of_node * of_rank,
         rank_network_bytes=of_rank,
     )
 
