@@ -22,8 +22,12 @@ import shardwise as sw
 from shardwise.cli import app
 from shardwise.compare.modes import MODES
 from shardwise.errors import CheckpointError, ConfigurationError, UnsupportedFormatError
-from shardwise.materialization import entries_of
+from shardwise.materialization import cost_of_source, entries_of
+from shardwise.materialization.source_plan import plan_sources
 from shardwise.planning import JobPlan, plan_job, predicted_for
+from shardwise.planning.outlook import load_plan_of, outlook_of
+from shardwise.planning.planner import setting_of
+from shardwise.planning.subject import subject_of
 from shardwise.planning.tensor_parallel import tensor_placements
 from tests.distributed.models import causal_model, transformers_fuses_experts, write_checkpoint
 
@@ -167,6 +171,47 @@ def test_the_read_rate_is_measured_where_there_are_files(directory: str, tmp_pat
     shutil.copy(Path(directory) / "config.json", tmp_path)
     with pytest.raises(CheckpointError, match="expected files of the checkpoint on this machine"):
         plan_job(str(tmp_path), mesh_shape=2, measure_read=True)
+
+
+# --- files ---
+
+
+@pytest.fixture(scope="module")
+def in_files(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint in several files."""
+    directory = tmp_path_factory.mktemp("files") / "model"
+    causal_model("qwen3_large").to(torch.bfloat16).save_pretrained(directory, max_shard_size="34MB")
+    return str(directory)
+
+
+@pytest.mark.parametrize("route", ["direct", "replicate", "node", "rank0", "striped"])
+def test_files_are_those_that_each_rank_reads_from(in_files: str, route: str) -> None:
+    setting = setting_of(
+        (2, 2), device="cpu", ranks_per_node=2, staging_bytes=None, cpu_storage="copy", offload=False
+    )
+    subject = subject_of(in_files, dtype="auto", model_cls=None, revision=None)
+    outlook = outlook_of(subject, setting)
+    files = {stored.file for stored in outlook.wanted.source.tensors.values()}
+    assert len(files) == 3
+    costs = cost_of_source(
+        outlook.wanted, outlook.sight, route=route, staging_bytes=setting.staging_bytes, on_host=True
+    )
+    counts = []
+    for rank in range(4):
+        (plan,) = plan_sources(
+            [outlook.wanted],
+            sights=[outlook.sight],
+            route=route,
+            rank=rank,
+            device=torch.device("cpu"),
+            staging_bytes=setting.staging_bytes,
+            cpu_storage="copy",
+        )
+        read = {each.file for each in plan.direct.reads}
+        read |= {extent.file for exchange in plan.exchanges for extent in exchange.extents()}
+        counts.append(len(read))
+    assert costs.cost.opened.sum(axis=1).tolist() == counts
+    assert load_plan_of(outlook, route=route).rank_files == max(counts)
 
 
 # --- modes ---
