@@ -56,7 +56,7 @@ def main() -> None:
     for kind in options.kind or ["dense", "tied", "moe"]:
         with tempfile.TemporaryDirectory(prefix="bench-node-") as folder:
             console.print(f"writing a {kind} checkpoint of about {options.parameters:,} parameters")
-            model = _checkpoint(kind, options.parameters, Path(folder))
+            model = checkpoint_of_kind(kind, options.parameters, Path(folder))
             if "node" in parts:
                 for ranks in options.ranks or [2, 4, 8]:
                     for cpu_storage in ("copy", "map"):
@@ -71,7 +71,8 @@ def main() -> None:
     write_figures(options.json, "node", options, **figures)
 
 
-def _checkpoint(kind: str, parameters: int, folder: Path) -> Path:
+def checkpoint_of_kind(kind: str, parameters: int, folder: Path) -> Path:
+    """Write a checkpoint in `folder` and return its directory: `dense`, `tied` or `moe`, as above."""
     directory = folder / "model"
     generate_checkpoint(
         directory,

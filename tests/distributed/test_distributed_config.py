@@ -112,6 +112,28 @@ def fill_and_compare(directory: str, sizes: dict[str, int]) -> None:
         assert torch.equal(model(input_ids=ids).logits, own(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["qwen3_untied", "qwen3_tied", "four_experts"])
+def test_a_plan_with_tensor_parallelism_says_what_is_read(
+    pool: RankPool, directory_of: Callable[[str], str], kind: str
+) -> None:
+    plan = sw.plan_load(
+        directory_of(kind),
+        mesh_shape={"dp_shard": 2, "tp": 2},
+        device="cpu",
+        ranks_per_node=4,
+        cpu_storage="copy",
+        route="direct",
+    )
+    report = pool.run(fill, directory_of(kind), {"tp_size": 2, "fsdp_size": 2}, ranks=4)[0]
+    got = report.storage_bytes, report.network_bytes, max(each.shard_bytes for each in report.ranks)
+    assert (plan.storage_bytes, plan.network_bytes, plan.shard_bytes) == got
+
+
+def fill(directory: str, sizes: dict[str, int]) -> sw.LoadReport:
+    model = laid_out(directory, sizes)
+    return sw.materialize(model, directory, cpu_storage="copy", route="direct", timeout=TIMEOUT_SECONDS)
+
+
 def test_a_shard_without_experts_which_transformers_cannot_load(
     pool: RankPool, directory_of: Callable[[str], str]
 ) -> None:

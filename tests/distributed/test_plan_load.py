@@ -13,12 +13,16 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardwise as sw
+from shardwise.compare.modes import MODES
+from shardwise.planning import plan_job, predicted_for
 from shardwise.testing import RankPool
+from tests.distributed.heap import large_blocks_given_back
 from tests.distributed.models import transformers_fuses_experts, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
 KINDS = ("qwen3_tied", "qwen3_moe", "gpt2", "qwen3_large")
+MODE_KINDS = ("qwen3_untied", "qwen3_tied", "qwen3_moe")
 ROUTES = ("direct", "replicate", "node", "rank0", "striped", "auto")
 MEBIBYTE = 2**20
 
@@ -27,7 +31,7 @@ MEBIBYTE = 2**20
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint of each kind."""
     root = tmp_path_factory.mktemp("plans")
-    return {kind: write_checkpoint(kind, root / kind) for kind in KINDS}
+    return {kind: write_checkpoint(kind, root / kind) for kind in {*KINDS, *MODE_KINDS}}
 
 
 def load(
@@ -98,6 +102,73 @@ def load_refusing_traces(directory: str, route: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shardwise.conversion.recipes._traced", refusing)
         return load(directory, (4,), route, None, "copy")
+
+
+# --- modes, as `shardwise compare` measures them; larger models: benchmarks/bench_predicted.py ---
+
+
+def bring_up(directory: str, shape: tuple[int, ...], mode: str, dtype: torch.dtype | None) -> dict[str, int]:
+    """Return what this rank's report says of one mode: bytes requested by all, and the growth of its memory over load and wrap."""
+    from transformers import AutoModelForCausalLM
+
+    chosen = MODES[mode]
+    names = ("dp_replicate", "dp_shard")[-len(shape) :]
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    make = sw.NativeFSDPStrategy if chosen.strategy == "native_fsdp" else sw.AccelerateStrategy
+    strategy = make(
+        mesh,
+        mixed_precision="no",
+        memory_efficient_init=chosen.memory_efficient_init,
+        route=chosen.route,
+    )
+    gc.collect()
+    with large_blocks_given_back(), sw.profile_memory() as profile:
+        model = strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto")
+        strategy.wrap_model(model)
+    assert strategy.last_report is not None
+    return {"storage_bytes": strategy.last_report.storage_bytes, "host_peak_bytes": profile.anon_peak_bytes}
+
+
+def bring_up_in(directory: str, shape: tuple[int, ...], modes: list[str]) -> list[dict[str, int]]:
+    return [bring_up(directory, shape, mode, None) for mode in modes]
+
+
+@pytest.mark.parametrize("kind", MODE_KINDS)
+@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (2, 2)], ids=str)
+def test_every_mode_requests_what_is_predicted(
+    pool: RankPool, checkpoints: dict[str, Path], kind: str, shape: tuple[int, ...]
+) -> None:
+    directory, modes, ranks = str(checkpoints[kind]), list(MODES), math.prod(shape)
+    plan = plan_job(directory, mesh_shape=shape, mixed_precision="no", device="cpu", ranks_per_node=ranks)
+    of_rank0 = pool.run(bring_up_in, directory, shape, modes, ranks=ranks)[0]
+    for mode, measured in zip(modes, of_rank0, strict=True):
+        predicted = predicted_for(plan, mode)
+        assert predicted.storage_bytes == measured["storage_bytes"], mode
+        assert abs(predicted.host_peak_bytes - measured["host_peak_bytes"]) <= 64 * MEBIBYTE, mode
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("native-eager", None), ("native-eager", torch.float32), ("accelerate-rank0", None)],
+    ids=str,
+)
+def test_the_host_peak_of_a_mode_is_within_a_tenth_of_the_measured_one(
+    pool: RankPool,
+    checkpoints: dict[str, Path],
+    model_of_450_mib: Path,
+    mode: str,
+    dtype: torch.dtype | None,
+) -> None:
+    directory = str(model_of_450_mib)
+    pool.run(bring_up, str(checkpoints["qwen3_tied"]), (2,), mode, dtype, ranks=2)
+    plan = plan_job(
+        directory, mesh_shape=2, dtype=dtype, mixed_precision="no", device="cpu", ranks_per_node=2
+    )
+    predicted = predicted_for(plan, mode)
+    results = pool.run(bring_up, directory, (2,), mode, dtype, ranks=2)
+    measured = max(result["host_peak_bytes"] for result in results)
+    print(mode, dtype, f"{predicted.host_peak_bytes / MEBIBYTE:.1f}", f"{measured / MEBIBYTE:.1f}")
+    assert abs(predicted.host_peak_bytes - measured) <= 0.1 * measured
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import shardwise as sw
+from shardwise.checkpoint import DescribedSource
 from shardwise.cli import app
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.plan import Layout, Sight, WantedTensor, rank_classes
-from shardwise.planning.estimate import EstimatedSource, estimated_source
+from shardwise.planning.estimate import estimated_source
 from shardwise.planning.mesh_shape import axes_of
 from tests.distributed.models import causal_model, transformers_fuses_experts, write_checkpoint
 
@@ -42,6 +43,8 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ([2, 4], {"dp_replicate": 2, "dp_shard": 4}),
         ({"fsdp": 4, "dp": 2}, {"dp": 2, "fsdp": 4}),
         ({"anything": 4}, {"anything": 4}),
+        ({"tp": 2, "dp_shard": 4}, {"dp_shard": 4, "tp": 2}),
+        ({"fsdp": 4, "tp": 2, "dp": 3}, {"dp": 3, "fsdp": 4, "tp": 2}),
     ],
 )
 def test_mesh_shapes(shape: Any, axes: dict[str, int]) -> None:
@@ -49,7 +52,20 @@ def test_mesh_shapes(shape: Any, axes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [0, (2, 0), (2, 2, 2), (), {"tp": 2, "dp_shard": 4}, {}, {"dp_shard": 2.0}, True]
+    "shape",
+    [
+        0,
+        (2, 0),
+        (2, 2, 2),
+        (),
+        {"tp": 2},
+        {"tp": 2, "dp": 4},
+        {"ep": 2, "dp_shard": 4},
+        {"dp": 2, "dp_replicate": 2, "fsdp": 2},
+        {},
+        {"dp_shard": 2.0},
+        True,
+    ],
 )
 def test_mesh_shapes_that_are_refused(shape: Any) -> None:
     with pytest.raises(ConfigurationError, match="mesh_shape: expected"):
@@ -144,8 +160,8 @@ def test_a_conversion_without_a_way_back_is_estimated_as_the_model_has_it(
 
 
 def test_an_estimate_has_nothing_to_read() -> None:
-    source = EstimatedSource("m", {"w": torch.empty(4)})
-    with pytest.raises(CheckpointError, match="m: expected a checkpoint, got an estimate"):
+    source = DescribedSource("m", {})
+    with pytest.raises(CheckpointError, match="m: expected a checkpoint, got a description"):
         source.read_into("f", 0, memoryview(bytearray(4)))
     assert source.mapped([]) == []
 
@@ -240,21 +256,19 @@ def test_tensors_that_the_checkpoint_lacks_are_counted(directories: dict[str, Pa
 # --- the command ---
 
 
-def test_the_command_prints_and_writes_the_plan(directories: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_says_what_a_load_costs(directories: dict[str, Path], tmp_path: Path) -> None:
     directory = str(directories["qwen3_tied"])
     expected = sw.plan_load(directory, mesh_shape=(2, 4), route="striped")
     path = tmp_path / "plan.json"
     result = runner.invoke(
-        app,
-        ["plan", directory, "--mesh", "2x4", "--route", "striped", "--json", str(path)],
-        env={"COLUMNS": "200"},
+        app, ["plan", directory, "--mesh", "2x4", "--route", "striped", "--json", str(path)]
     )
     assert result.exit_code == 0, result.output
-    assert json.loads(path.read_text()) == expected.to_json()
-    for words in ("dp_replicate 2 x dp_shard 4", "route striped", "read from storage", "one rank, at most"):
+    assert json.loads(path.read_text())["load"] == expected.to_json()
+    for words in ("dp_replicate 2 x dp_shard 4", "route striped", "striped (taken)"):
         assert words in result.output
     for row in expected.rows():
-        assert all(cell in result.output for cell in row)
+        assert all(cell in expected.summary() for cell in row)
 
 
 def test_the_command_takes_a_number_of_ranks(directories: dict[str, Path]) -> None:

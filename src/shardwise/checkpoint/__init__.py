@@ -1,5 +1,6 @@
 """Where tensor bytes come from."""
 
+from shardwise.checkpoint.described import DescribedSource
 from shardwise.checkpoint.hub import (
     cached_snapshot,
     download_snapshot,
@@ -7,6 +8,7 @@ from shardwise.checkpoint.hub import (
     snapshot_revision,
 )
 from shardwise.checkpoint.hub_access import HubAccess
+from shardwise.checkpoint.hub_headers import fetch_headers
 from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
 from shardwise.checkpoint.regular_file import read_text
@@ -17,6 +19,7 @@ from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.checkpoint.syncing import sync, write_whole
 
 __all__ = [
+    "DescribedSource",
     "HubAccess",
     "Location",
     "Readable",
@@ -28,6 +31,7 @@ __all__ = [
     "cached_snapshot",
     "download_snapshot",
     "downloaded_bytes",
+    "fetch_headers",
     "load_pickle",
     "locate",
     "read_scattered",

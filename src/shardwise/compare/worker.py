@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,8 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: `model` (a directory), `mode` (its name), `dtype` (torch's name of it, or `auto`), `load_only`
-            (whether to leave out everything after the load) and `ask` (whether to ask the model).
+            (whether to leave out everything after the load) and `ask` (whether to ask the model); `mesh_shape`, where it is not one
+            axis: replicas and shards.
 
     Returns:
         `rank`, `node`, `report` (a LoadReport: the strategy's, or what is known of a peer), `timeline` (over the load phases), `seconds` (of
@@ -49,7 +50,7 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     directory = Path(arguments["model"])
     dtype = arguments["dtype"] if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
     device = join_group()
-    strategy = _strategy(mode, device)
+    strategy = _strategy(mode, device, arguments.get("mesh_shape") or (dist.get_world_size(),))
     config_class = type(AutoConfig.from_pretrained(directory, local_files_only=True))
     if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
         MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # the look-up imports the model's code
@@ -160,10 +161,11 @@ def join_group() -> torch.device:
     return device
 
 
-def _strategy(mode: Mode, device: torch.device) -> Any:
+def _strategy(mode: Mode, device: torch.device, mesh_shape: Sequence[int]) -> Any:
     from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
+    mesh = init_device_mesh(device.type, tuple(mesh_shape), mesh_dim_names=names)
     if mode.strategy == "peer":
         return PEERS[mode.name](mesh)
     chosen = NativeFSDPStrategy if mode.strategy == "native_fsdp" else AccelerateStrategy

@@ -47,7 +47,7 @@ from shardwise.materialization.stored_ties import require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.materialization.verify import Mismatch, VerifyReport, verify_shards
-from shardwise.materialization.wanted import wanted_of
+from shardwise.materialization.wanted import Wanted, wanted_of
 
 __all__ = [
     "Agreement",
@@ -63,6 +63,7 @@ __all__ = [
     "SourceCost",
     "Structure",
     "VerifyReport",
+    "Wanted",
     "allocate_buffers",
     "argument_lines",
     "bind",

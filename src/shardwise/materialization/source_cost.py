@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,19 +69,26 @@ def cost_of_source(
         exchange_bytes=staging_bytes // EXCHANGE_BUFFERS,
         in_place=on_host,
     )
-    cost = cost_of_job(wanted.pieces, division, sight, classes, staging=staging)
+    names = sorted({stored.file for stored in wanted.source.tensors.values()})
+    files = {name: number for number, name in enumerate(names)}
+    cost = cost_of_job(wanted.pieces, division, sight, classes, staging=staging, files=files)
     if wanted.converted:
         position_of = {rank: position for position, rank in enumerate(sight.ranks)}
         for converters in division.converters:
-            more = _cost_of_conversions(wanted, converters, classes, staging=staging)
+            more = _cost_of_conversions(wanted, converters, classes, staging=staging, files=files)
             add_cost(cost, more, np.array([position_of[rank] for rank in converters.ranks]))
     return SourceCost(route=chosen, cost=cost, planned_ranks=len(classes))
 
 
 def _cost_of_conversions(
-    wanted: Wanted, converters: Sharing, classes: Sequence[Sequence[int]], *, staging: Staging
+    wanted: Wanted,
+    converters: Sharing,
+    classes: Sequence[Sequence[int]],
+    *,
+    staging: Staging,
+    files: Mapping[str, int],
 ) -> JobCost:
-    cost = JobCost.of_nothing(len(converters.ranks))
+    cost = JobCost.of_nothing(len(converters.ranks), files=len(files))
     position_of = {rank: position for position, rank in enumerate(converters.ranks)}
     for members in classes:
         here = [rank for rank in members if rank in position_of]
@@ -99,14 +106,22 @@ def _cost_of_conversions(
     groups: dict[int, list[ConvertedTensor]] = {}
     for tensor in wanted.converted:
         groups.setdefault(id(tensor.whole), []).append(tensor)
+    whole_bytes = np.zeros(len(converters.ranks), dtype=np.int64)
     for number, group in enumerate(groups.values()):
         at = position_of[converters.readers[number % len(converters.readers)]]
         source_bytes = source_bytes_of(group[0].whole, wanted.source)
         cost.storage_bytes[at] += source_bytes
         cost.read_bytes[at] += source_bytes
-        cost.reads[at] += len(group[0].whole.group.source_names)
+        source_names = group[0].whole.group.source_names
+        cost.reads[at] += len(source_names)
+        for name in source_names:
+            cost.opened[at, files[wanted.source.tensors[name].file]] = True
+        whole_bytes[at] += source_bytes
         made_bytes = sum(
             torch.Size(tensor.whole.shapes[tensor.name]).numel() * tensor.dtype.itemsize for tensor in group
         )
         cost.staging_bytes[at] = max(cost.staging_bytes[at], source_bytes + made_bytes)
+    if whole_bytes.any():
+        share = whole_bytes / whole_bytes.sum()
+        cost.sent_bytes[:] = (share * cost.network_bytes.sum()).astype(np.int64)
     return cost

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shardwise.plan.division import JobDivision, Sharing
 from shardwise.plan.exchange_plan import plan_exchange
@@ -49,6 +50,8 @@ class JobCost:
         mapped_bytes: Of shards that are pages of the files.
         staging_bytes: Most that the buffers in host memory hold at a time.
         device_staging_bytes: The same in device memory.
+        sent_bytes: Handed to other ranks; of several readers each is taken to hand out as much as it reads of the whole.
+        opened: Of shape (ranks, files): which files of the source a rank reads or maps.
     """
 
     storage_bytes: Counts
@@ -58,12 +61,20 @@ class JobCost:
     mapped_bytes: Counts
     staging_bytes: Counts
     device_staging_bytes: Counts
+    sent_bytes: Counts
+    opened: NDArray[np.bool_]
 
     @classmethod
-    def of_nothing(cls, ranks: int) -> JobCost:
-        """Return zeros, to be added to."""
-        names = cls.__dataclass_fields__
-        return cls(**{name: np.zeros(ranks, dtype=np.int64) for name in names})
+    def of_nothing(cls, ranks: int, *, files: int) -> JobCost:
+        """Return zeros, to be added to.
+
+        Args:
+            ranks: Of the job, or of a part of it.
+            files: Of the source.
+        """
+        names = [name for name in cls.__dataclass_fields__ if name != "opened"]
+        counts = {name: np.zeros(ranks, dtype=np.int64) for name in names}
+        return cls(**counts, opened=np.zeros((ranks, files), dtype=np.bool_))
 
 
 def cost_of_job(
@@ -73,6 +84,7 @@ def cost_of_job(
     classes: Sequence[Sequence[int]],
     *,
     staging: Staging,
+    files: Mapping[str, int],
 ) -> JobCost:
     """Return what each rank reads and receives.
 
@@ -84,8 +96,9 @@ def cost_of_job(
         sight: Of the source.
         classes: As `rank_classes` returned them.
         staging: Sizes of the buffers.
+        files: Number of each file of the source, from 0 on.
     """
-    cost = JobCost.of_nothing(len(sight.ranks))
+    cost = JobCost.of_nothing(len(sight.ranks), files=len(files))
     position_of = {rank: position for position, rank in enumerate(sight.ranks)}
     class_of = {rank: number for number, members in enumerate(classes) for rank in members}
     direct = [wanted[index] for index in division.direct]
@@ -97,6 +110,8 @@ def cost_of_job(
         cost.reads[at] += len(plan.reads)
         cost.read_bytes[at] += sum(read.nbytes for read in plan.reads)
         cost.mapped_bytes[at] += sum(mapped.nbytes for mapped in plan.mapped)
+        names = {read.file for read in plan.reads} | {run.file for each in plan.mapped for run in each.runs}
+        cost.opened[np.ix_(at, np.array([files[name] for name in names], dtype=np.int64))] = True
         through = sorted(
             read.nbytes for read in plan.reads if not (staging.in_place and _fits_in_place(read, dtype_of))
         )
@@ -111,7 +126,7 @@ def cost_of_job(
                 else (),
             )
             if key not in known:
-                known[key] = _cost_of_sharing(wanted, sharing, class_of, staging=staging)
+                known[key] = _cost_of_sharing(wanted, sharing, class_of, staging=staging, files=files)
             add_cost(cost, known[key], np.array([position_of[rank] for rank in sharing.ranks]))
     return cost
 
@@ -129,14 +144,21 @@ def add_cost(cost: JobCost, more: JobCost, at: Counts) -> None:
     cost.reads[at] += more.reads
     cost.read_bytes[at] += more.read_bytes
     cost.mapped_bytes[at] += more.mapped_bytes
+    cost.sent_bytes[at] += more.sent_bytes
+    cost.opened[at] |= more.opened
     cost.staging_bytes[at] = np.maximum(cost.staging_bytes[at], more.staging_bytes)
     cost.device_staging_bytes[at] = np.maximum(cost.device_staging_bytes[at], more.device_staging_bytes)
 
 
 def _cost_of_sharing(
-    wanted: Sequence[WantedTensor], sharing: Sharing, class_of: dict[int, int], *, staging: Staging
+    wanted: Sequence[WantedTensor],
+    sharing: Sharing,
+    class_of: dict[int, int],
+    *,
+    staging: Staging,
+    files: Mapping[str, int],
 ) -> JobCost:
-    cost = JobCost.of_nothing(len(sharing.ranks))
+    cost = JobCost.of_nothing(len(sharing.ranks), files=len(files))
     slices = slices_of(
         wanted,
         sharing.chosen,
@@ -149,6 +171,8 @@ def _cost_of_sharing(
     readers = np.array([position_of[reader] for reader in sharing.readers])
     cost.storage_bytes[readers] = cost.read_bytes[readers] = slices.bytes_of_reader
     cost.reads[readers] = slices.extents_of_reader
+    file_of_strip = np.array([files[strip.stored.file] for strip in slices.strips], dtype=np.int64)
+    cost.opened[readers[slices.reader], file_of_strip[slices.strip]] = True
     if len(sharing.ranks) > 1:
         received_of_class: dict[tuple[int, int | bool], int] = {}
         each = sharing.keep_the_same and len(sharing.ranks) <= _FEW_RANKS
@@ -166,6 +190,10 @@ def _cost_of_sharing(
                 )
                 received_of_class[number] = plan.network_bytes
             cost.network_bytes[position] = received_of_class[number]
+    read_bytes = int(slices.bytes_of_reader.sum())
+    if read_bytes:
+        share = slices.bytes_of_reader / read_bytes
+        cost.sent_bytes[readers] = (share * cost.network_bytes.sum()).astype(np.int64)
     sent = slices.most_sent_bytes if len(sharing.ranks) > 1 else 0
     received = np.full(len(sharing.ranks), slices.most_received_bytes)
     if len(sharing.readers) == 1:

@@ -3,49 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from shardwise.checkpoint import Run, StoredTensor
-from shardwise.errors import CheckpointError
+from shardwise.checkpoint import DescribedSource, StoredTensor
 from shardwise.materialization import entries_of
 
 _FILE_BYTES = 5 * 10**9  # as save_pretrained cuts files
 
 
-class EstimatedSource:
-    """Names, shapes and places of tensors that nobody has stored.
-
-    Args:
-        name: What messages call it.
-        tensors: In the order in which they would be stored.
-    """
-
-    def __init__(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.name = name
-        self.tensors = _placed(tensors)
-
-    def read_into(self, file: str, offset: int, into: memoryview) -> None:
-        """Raise: there is nothing to read."""
-        raise CheckpointError(
-            f"{self.name}: expected a checkpoint, got an estimate of one. Nothing can be read."
-        )
-
-    def mapped(self, runs: Sequence[Run]) -> list[torch.Tensor | None]:
-        """Nothing."""
-        return [None] * len(runs)
-
-    def require_unchanged(self) -> None:
-        """Nothing to compare with."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-def estimated_source(model: nn.Module, *, name: str) -> EstimatedSource:
+def estimated_source(model: nn.Module, *, name: str) -> DescribedSource:
     """Return what a model would be stored as: in its checkpoints' layout where transformers can go back to it, else its own.
 
     Args:
@@ -54,7 +24,7 @@ def estimated_source(model: nn.Module, *, name: str) -> EstimatedSource:
     """
     # Of a tied tensor the first name is stored.
     own = {entry.fqn: entry.tensor.detach() for entry in entries_of(model) if entry.persistent}
-    return EstimatedSource(name, _as_stored(model, own))
+    return DescribedSource(name, _placed(_as_stored(model, own)))
 
 
 def _as_stored(model: Any, tensors: dict[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

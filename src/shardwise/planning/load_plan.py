@@ -34,8 +34,13 @@ class LoadPlan:
         rank_storage_bytes: Most that one rank requests.
         rank_network_bytes: Most that one rank receives.
         rank_reads: Most reads of one rank.
+        rank_files: Most files that one rank opens to read from or to map; the first rank that can read also opens each for its header.
+        node_storage_bytes: Most that the ranks of one node request.
+        node_network_bytes: Most that the ranks of one node receive.
+        rank_sent_bytes: Most that one rank hands to others.
         shard_bytes: Of parameters on one rank, with FSDP2's padding.
         host_peak_bytes: Most by which a rank's anonymous host memory grows, the empty model aside.
+        node_host_peak_bytes: Sum of these of the ranks of one node, at most.
         device_peak_bytes: Most by which a rank's device memory grows; 0 on CPU ranks.
     """
 
@@ -57,8 +62,13 @@ class LoadPlan:
     rank_storage_bytes: int
     rank_network_bytes: int
     rank_reads: int
+    rank_files: int
+    node_storage_bytes: int
+    node_network_bytes: int
+    rank_sent_bytes: int
     shard_bytes: int
     host_peak_bytes: int
+    node_host_peak_bytes: int
     device_peak_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +89,7 @@ class LoadPlan:
             ("moved between ranks", _bytes(self.network_bytes), _bytes(self.rank_network_bytes)),
             ("reads", f"{self.reads:,}", f"{self.rank_reads:,}"),
             ("mean read", _bytes(self.mean_read_bytes), ""),
+            ("files opened", "", f"{self.rank_files:,}"),
             ("shard, with padding", "", _bytes(self.shard_bytes)),
             ("host peak", "", _bytes(self.host_peak_bytes)),
             ("device peak", "", _bytes(self.device_peak_bytes)),

@@ -1,0 +1,171 @@
+"""A plan as tables in a terminal, and as plain lines in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from shardwise.planning import JobPlan, Way
+from shardwise.planning.training_state import TrainingState
+from shardwise.report.units import format_bytes, format_seconds
+
+_NONE = "-"
+_Column = tuple[str, list[str]]
+
+
+def show_plan(plan: JobPlan) -> None:
+    """Print what a job would cost.
+
+    In a terminal that is too narrow, memory, reading and moving are tables of their own.
+
+    Args:
+        plan: Of the job.
+    """
+    console = Console(highlight=False)
+    nodes = -(-plan.load.ranks // plan.ranks_per_node)
+    _say(
+        console,
+        f"{plan.load.title}; {nodes} node{'s' * (nodes > 1)} of {plan.ranks_per_node} rank{'s' * (plan.ranks_per_node > 1)}",
+    )
+    console.print()
+    names: _Column = ("at load", [_name(way) for way in plan.ways])
+    parts = (_memory(plan.ways), _read(plan.ways), _moved(plan.ways))
+    tables = [_table([names, *(column for part in parts for column in part)])]
+    if not console.is_terminal:
+        console.width = max(console.width, _width(console, tables[0]))
+    elif _width(console, tables[0]) > console.width:
+        tables = [_table([names, *part]) for part in parts]
+    for table in [*tables, _training(plan.training, plan.ranks_per_node)]:
+        if not console.is_terminal:  # plain lines
+            table.box = None
+        console.print(table)
+        console.print()
+    for note in _notes(plan):
+        _say(console, note)
+    if plan.verdict is not None:
+        _say(console, f"{plan.load.route} {plan.verdict.text}.")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(text), soft_wrap=True)
+
+
+def _width(console: Console, table: Table) -> int:
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum
+
+
+def _table(columns: Sequence[_Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, (header, _) in enumerate(columns):
+        table.add_column(header, justify="right" if number else "left", no_wrap=True, vertical="bottom")
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _name(way: Way) -> str:
+    return f"{way.name} (taken)" if way.chosen else way.name
+
+
+def _memory(ways: Sequence[Way]) -> list[_Column]:
+    columns: list[_Column] = [
+        ("host,\na rank", [_bytes(way.host_peak_bytes) for way in ways]),
+        ("host,\na node", [_bytes(way.node_host_peak_bytes) for way in ways]),
+        ("device", [_bytes(way.device_peak_bytes) for way in ways]),
+    ]
+    if any(way.fits is not None for way in ways):
+        columns.append(("fits, with\ntraining", ["yes" if way.fits else "NO" for way in ways]))
+    return columns
+
+
+def _read(ways: Sequence[Way]) -> list[_Column]:
+    return [
+        _column("read,\nthe job", (_bytes(way.storage_bytes) for way in ways)),
+        _column("read,\na node", (_bytes(way.node_storage_bytes) for way in ways)),
+        _column("read,\na rank", (_bytes(way.rank_storage_bytes) for way in ways)),
+        _column(
+            "mean\nread", (None if w.mean_read_bytes is None else _bytes(w.mean_read_bytes) for w in ways)
+        ),
+        _column("files,\na rank", (None if w.rank_files is None else f"{w.rank_files:,}" for w in ways)),
+    ]
+
+
+def _moved(ways: Sequence[Way]) -> list[_Column]:
+    columns = [
+        _column("moved,\nthe job", (_bytes(way.network_bytes) for way in ways)),
+        _column("moved,\na node", (_bytes(way.node_network_bytes) for way in ways)),
+        _column("moved,\na rank", (_bytes(way.rank_network_bytes) for way in ways)),
+    ]
+    if any(way.seconds is not None for way in ways):
+        columns.append(
+            _column("seconds", (None if way.seconds is None else format_seconds(way.seconds) for way in ways))
+        )
+    return columns
+
+
+def _column(header: str, figures: Iterable[str | None]) -> _Column:
+    return header, [_NONE if figure is None else figure for figure in figures]
+
+
+def _training(state: TrainingState, ranks_per_node: int) -> Table:
+    on_shards = "host" if state.in_host_memory else "device"
+    on_gathering = "host" if state.gathers_in_host_memory else "device"
+    rows: list[tuple[str, str, int]] = []
+    for name, by_dtype in (
+        ("parameters", state.parameters),
+        ("gradients", state.gradients),
+        (f"optimizer ({state.optimizer})", state.optimizer_states),
+    ):
+        rows += [(f"{name}, {dtype}", on_shards, nbytes) for dtype, nbytes in by_dtype.items()]
+    if state.pinned_bytes:
+        rows.append(("pinning rounds up", on_shards, state.pinned_bytes))
+    if state.buffer_bytes:
+        rows.append(("buffers", on_gathering, state.buffer_bytes))
+    rows.append(("gathered by FSDP2, at most", on_gathering, state.gathered_bytes))
+    rows.append(("optimizer's step, at most", on_shards, state.step_bytes))
+    if state.host_bytes:
+        rows.append(("at most, together", "host", state.host_bytes))
+    if state.device_bytes:
+        rows.append(("at most, together", "device", state.device_bytes))
+    return _table(
+        [
+            ("in training", [name for name, _, _ in rows]),
+            ("in", [where for _, where, _ in rows]),
+            ("a rank", [_bytes(nbytes) for _, _, nbytes in rows]),
+            ("a node", [_bytes(ranks_per_node * nbytes) for _, _, nbytes in rows]),
+        ]
+    )
+
+
+def _notes(plan: JobPlan) -> list[str]:
+    notes = plan.load.notes()
+    notes.append(
+        "Host memory is what has no file behind it, above what imports and the empty model take; pages of mapped files come beside it, and can be "
+        "dropped. What is gathered and what a step makes are not there at one time. Activations are not counted."
+    )
+    accelerate = next((way for way in plan.ways if way.training.parameters != plan.training.parameters), None)
+    if accelerate is not None:
+        state = accelerate.training
+        most = state.host_bytes if state.in_host_memory else state.device_bytes
+        notes.append(f"{accelerate.name}, trains in float32: {_bytes(most)} a rank.")
+    rates = plan.rates
+    if rates.read_bytes_per_second or rates.link_bytes_per_second:
+        said = [
+            f"{rate / 1e9:.3g} GB/s {what}"
+            for rate, what in (
+                (rates.read_bytes_per_second, "from storage to a node"),
+                (rates.link_bytes_per_second, "to or from a rank"),
+            )
+            if rate is not None
+        ]
+        notes.append(f"Seconds at {' and '.join(said)}, without start-up, casts and copies to devices.")
+    return notes
+
+
+def _bytes(count: int) -> str:
+    return "0" if count == 0 else format_bytes(count, unit=None)
