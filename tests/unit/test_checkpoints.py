@@ -95,6 +95,33 @@ def test_one_of_the_same_step_is_set_aside_too(tmp_path: Path) -> None:
     assert names_in(tmp_path / "mine") == ["step-00000005", "step-00000010.abandoned"]
 
 
+def test_what_was_set_aside_goes_when_the_training_has_come_as_far(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20, 30))
+    start = start_at(directory_of(tmp_path, 10))
+    make_way(tmp_path, start=start, agreement=agree("resume"), note=[].append)
+    saver(tmp_path).save(20)  # all are kept
+    assert names_in(tmp_path) == [
+        f"step-000000{name}" for name in ("10", "20", "20.abandoned", "30.abandoned")
+    ]
+    (tmp_path / "step-mine.abandoned").mkdir()  # nothing of ours
+    saver(tmp_path, keep=2).save(25)
+    assert names_in(tmp_path)[:-1] == [f"step-000000{name}" for name in ("20", "25", "30.abandoned")]
+    saver(tmp_path, keep=2).save(30)
+    assert names_in(tmp_path) == [f"step-{name}" for name in ("00000025", "00000030", "mine.abandoned")]
+
+
+def test_one_that_was_set_aside_is_gone_on_from_though_there_is_another_of_its_step(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    make_way(tmp_path, start=start_at(directory_of(tmp_path, 10)), agreement=agree("resume"), note=[].append)
+    saved(tmp_path, (20,))
+    aside = tmp_path / "step-00000020.abandoned"
+    (aside / "mine").touch()
+    start = Start(directory=aside, step=20, ranks=1)
+    make_way(tmp_path, start=start, agreement=agree("resume"), note=[].append)
+    assert (aside / "mine").exists()
+    assert names_in(tmp_path) == ["step-00000010", aside.name, f"{aside.name}.abandoned"]
+
+
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is synced, renamed and removed, in order."""

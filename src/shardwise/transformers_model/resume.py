@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -105,7 +106,7 @@ class PendingSave:
                 name=agreement.numbered("save_async"),
                 timeout=timedelta(seconds=agreement.timeout_seconds),
             )
-        with agreement.phase("copy"):
+        with self._left_if_it_fails(), agreement.phase("copy"):
             self._writing = begin_writing(tensors, self._unfinished, group=self._group)
 
     @property
@@ -121,11 +122,20 @@ class PendingSave:
             PeerError: Another rank failed.
         """
         agreement = self._agree("PendingSave.finish")
-        with agreement.phase("write"):
+        with self._left_if_it_fails(), agreement.phase("write"):
             end_writing(self._writing, self._unfinished, timeout_seconds=agreement.timeout_seconds)
-            dist.destroy_process_group(self._group)
+        dist.destroy_process_group(self._group)  # after the phase: no rank needs it any more
         with agreement.phase("finish"):
             _give_name(self._unfinished, self._directory, agreement=agreement)
+
+    @contextmanager
+    def _left_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._group.abort()  # the thread may still wait in it
+            dist.destroy_process_group(self._group)
+            raise
 
 
 def _prepare(
