@@ -165,10 +165,10 @@ def test_a_state_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
     unfinished.mkdir()
     mesh: Any = None
     training = resume.Training(
-        model=torch.nn.Linear(1, 1), optimizer=None, scheduler=None, scaler=None, mesh=mesh
+        model=torch.nn.Linear(1, 1), optimizer=None, scheduler=None, scaler=None, mesh=mesh, name=None
     )
     resume._write_state(unfinished / resume.STATE_NAME, training, step=1, ranks=1)
-    resume._give_name(unfinished, directory, agreement=agree("save"))
+    resume.give_name(unfinished, directory, agreement=agree("save"))
     assert stored == [
         sync_of(directory / resume.STATE_NAME),
         sync_of(directory),

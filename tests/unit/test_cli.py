@@ -86,7 +86,6 @@ OPTIONS = {
     "verify": {"--against", "--ranks", "--json", "--debug"},
     "export": {
         "--model",
-        "--adapter-config",
         "--merge",
         "--dtype",
         "--max-shard-size",
@@ -177,7 +176,10 @@ def test_the_command_line_itself_needs_no_transformers() -> None:
             ["export", "m", "out", "--model", "m"],
             "export: expected a training's checkpoint with --model, got m without",
         ),
-        (["export", "m", "out", "--merge"], "export: expected a training's checkpoint and --adapter-config"),
+        (
+            ["export", "m", "out", "--merge"],
+            "export: expected a training's checkpoint with --merge, got m without",
+        ),
         (["demo", "--model", "./nowhere"], "model: expected a directory or a hub id, got './nowhere'"),
     ],
 )
