@@ -220,6 +220,8 @@ def test_where_no_checkpoint_is_whole_the_training_does_not_begin_anew(tmp_path:
     )
     assert len(notes) == 2
     assert len(names_in(tmp_path)) == 3
+    with pytest.raises(CheckpointError, match="expected a whole checkpoint: /nowhere is not there"):
+        resumed(tmp_path, "/nowhere", notes)
 
 
 def test_a_refused_training_leaves_what_another_one_is_writing(tmp_path: Path) -> None:
