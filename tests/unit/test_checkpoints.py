@@ -230,6 +230,7 @@ def test_a_refused_training_leaves_what_another_one_is_writing(tmp_path: Path) -
     for given, identity, problem in (
         (None, IDENTITY, "expected no checkpoints"),
         ("auto", {"seed": 6}, "seed 5, got 6"),
+        ("auto", {**IDENTITY, "data_digest": "b"}, "that wrote it: the same tokens of data. Give"),
     ):
         with pytest.raises(ConfigurationError, match=problem):
             find_start(tmp_path, given, identity=identity, agree=agree, note=[].append)

@@ -199,6 +199,16 @@ def test_options_that_cannot_be_read_are_status_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2
 
 
+def test_the_output_of_ranks_that_failed_is_where_the_error_says() -> None:
+    with terminal.temporary_logs() as logs:
+        pass
+    assert not logs.exists()
+    with pytest.raises(CommandError), terminal.temporary_logs() as logs:
+        raise CommandError("failed")
+    assert logs.is_dir()
+    logs.rmdir()
+
+
 @pytest.mark.parametrize("command", [["demo"], ["compare", "m"]])
 def test_inside_a_launcher_it_is_refused(command: list[str]) -> None:
     result = runner.invoke(app, command, env={"RANK": "0", "WORLD_SIZE": "2"})

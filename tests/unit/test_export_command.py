@@ -71,13 +71,32 @@ def test_a_new_model_has_no_name(asked: dict[str, Any], tmp_path: Path) -> None:
     assert "expected --model with" in refused.stderr
 
 
+def test_the_directory_of_a_training_is_no_checkpoint(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    for step in ("step-1", "step-2"):
+        saved(tmp_path / "out" / "checkpoints" / step, torch.nn.Linear(1, 1), name=None)
+    for source in (tmp_path / "out", tmp_path / "out" / "checkpoints"):
+        refused = runner.invoke(app, ["export", str(source), "out"])
+        assert refused.exit_code == 2
+        assert (
+            f"got {source} with 2 in it. Name one, such as {tmp_path}/out/checkpoints/step-2."
+            in refused.stderr
+        )
+    assert not asked
+
+
 def test_an_adapter_s_config_is_in_the_state(asked: dict[str, Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     given = peft.LoraConfig(r=3, target_modules=["0", "1"], lora_alpha=7, rank_pattern={"1": 2})
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    state = saved(tmp_path / "state", peft.get_peft_model(model, given, "mine"), name="a/hub-id")
+    wrapped = peft.get_peft_model(model, given, "mine")
+    given.base_model_name_or_path = "where/it/was"
+    state = saved(tmp_path / "state", wrapped, name="a/hub-id")
     assert runner.invoke(app, ["export", state, "out", "--merge"]).exit_code == 0
     assert (asked["model"], asked["adapters"]) == ("a/hub-id", "merge")
     ((name, text),) = asked["trained_adapters"].items()
     assert name == "mine"
-    assert peft_config_of(text).to_dict() == given.to_dict()
+    found = peft_config_of(text)
+    assert found.base_model_name_or_path is None  # PEFT warns of another name
+    found.base_model_name_or_path = given.base_model_name_or_path
+    assert found.to_dict() == given.to_dict()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
-from shardwise.cli.terminal import errors_reported, terminal_progress
+from shardwise.cli.terminal import errors_reported, temporary_logs, terminal_progress
 
 
 def export_command(
@@ -67,6 +66,8 @@ def export_command(
                 f"export: expected a training's checkpoint with {'--merge' if merge else '--model'}, got {source} without "
                 f"{STATE_NAME}"
             )
+        if state is None:
+            _refuse_folder_of_states(Path(source), STATE_NAME)
         named, adapters = (source, {}) if state is None else _trained_in(state, model, merge=merge)
         arguments = {
             "model": named,
@@ -79,15 +80,25 @@ def export_command(
             "overwrite": overwrite,
             "trust_remote_code": trust_remote_code,
         }
-        with terminal_progress() as progress, tempfile.TemporaryDirectory(prefix="shardwise-logs-") as logs:
-            reports = run_ranks(
-                export_model, arguments, ranks=ranks, log_directory=Path(logs), progress=progress
-            )
+        with terminal_progress() as progress, temporary_logs() as logs:
+            reports = run_ranks(export_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
         report = reports.get(0)  # under a launcher every rank is here with its own, and all are equal
         if report is not None:
             print(report.pop("summary"))
             if json_file is not None:
                 json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_folder_of_states(source: Path, name: str) -> None:
+    """Raise if a training's output directory was given, and not one of its checkpoints."""
+    from shardwise.errors import ConfigurationError
+
+    found = sorted(path.parent for pattern in ("*", "*/*") for path in source.glob(f"{pattern}/{name}"))
+    if found and not (source / "config.json").is_file():
+        raise ConfigurationError(
+            f"export: expected one checkpoint of a training, or a model, got {source} with {len(found)} in it. Name one, such as "
+            f"{found[-1]}."
+        )
 
 
 def _trained_in(state: Path, model: str | None, *, merge: bool) -> tuple[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from shardwise.transformers_model.sealed import RUN_NAME
 
 _PREFIX: Final = "step-"
 _ASIDE: Final = ".abandoned"
+DIGEST_NAME: Final = "data_digest"  # in what a training is
 
 
 def directory_of(folder: Path, step: int) -> Path:
@@ -37,10 +38,12 @@ def require_same_training(run: Mapping[str, Any], identity: Mapping[str, Any], d
         ConfigurationError: Naming what differs.
     """
     stored = run.get("identity", {})
+    names = sorted(name for name in {*identity, *stored} if stored.get(name) != identity.get(name))
     differing = [
-        f"{name} {stored.get(name)!r}, got {identity.get(name)!r}"
-        for name in sorted({*identity, *stored})
-        if stored.get(name) != identity.get(name)
+        "the same tokens of data"
+        if name == DIGEST_NAME
+        else f"{name} {stored.get(name)!r}, got {identity.get(name)!r}"
+        for name in names
     ]
     if differing:
         raise ConfigurationError(

@@ -16,6 +16,7 @@ from shardwise.errors import DivergedError, PeerError, RankError
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
+from shardwise.training.checkpoints import DIGEST_NAME
 from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
@@ -92,7 +93,7 @@ class _Run:
         self._identity = {
             **settings.identity(),
             "steps": self._steps,
-            "data_digest": self._data.summary.digest,
+            DIGEST_NAME: self._data.summary.digest,
         }
         self._saver = Saver(
             self.model,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from shardwise.materialization import Agreement, make_group
-from shardwise.transformers_model.resume import Training, give_name, prepare
+from shardwise.transformers_model.resume import Training, give_name, prepare, removed_if_it_fails
 from shardwise.transformers_model.sharded_files import begin_writing, end_writing
 
 
@@ -49,11 +49,12 @@ class PendingSave:
             PeerError: Another rank failed.
         """
         agreement = self._agree("PendingSave.finish")
-        with self._left_if_it_fails(), agreement.phase("write"):
-            end_writing(self._writing, self._unfinished, timeout_seconds=agreement.timeout_seconds)
-        dist.destroy_process_group(self._group)  # after the phase: no rank needs it any more
-        with agreement.phase("finish"):
-            give_name(self._unfinished, self._directory, agreement=agreement)
+        with removed_if_it_fails(self._unfinished, agreement):
+            with self._left_if_it_fails(), agreement.phase("write"):
+                end_writing(self._writing, self._unfinished, timeout_seconds=agreement.timeout_seconds)
+            dist.destroy_process_group(self._group)  # after the phase: no rank needs it any more
+            with agreement.phase("finish"):
+                give_name(self._unfinished, self._directory, agreement=agreement)
 
     @contextmanager
     def _left_if_it_fails(self) -> Iterator[None]:

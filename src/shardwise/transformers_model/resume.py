@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,22 @@ def save_training(training: Training, directory: Path, *, step: int, agreement: 
     with agreement.phase("prepare"):
         group = _group_of(training.mesh)
         tensors, unfinished = prepare(training, directory, step=step, agreement=agreement)
-    with agreement.phase("write"):
-        write_tensors(tensors, unfinished, group=group)
-    with agreement.phase("finish"):
-        give_name(unfinished, directory, agreement=agreement)
+    with removed_if_it_fails(unfinished, agreement):
+        with agreement.phase("write"):
+            write_tensors(tensors, unfinished, group=group)
+        with agreement.phase("finish"):
+            give_name(unfinished, directory, agreement=agreement)
+
+
+@contextmanager
+def removed_if_it_fails(unfinished: Path, agreement: Agreement) -> Iterator[None]:
+    """Remove what a failed save has written, which would keep a full disk full. The ranks enter and leave together."""
+    try:
+        yield
+    except BaseException:
+        if agreement.rank == agreement.ranks[0]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def prepare(

@@ -52,4 +52,6 @@ def peft_config_of(text: str) -> Any:
         raise MissingDependencyError(
             "an adapter needs peft. Install it with: pip install 'shardwise[peft]'"
         ) from error
-    return PeftConfig.from_peft_type(**{**json.loads(text), "inference_mode": False})
+    # PEFT names the base anew, and warns where that is another name.
+    changed = {"inference_mode": False, "base_model_name_or_path": None}
+    return PeftConfig.from_peft_type(**{**json.loads(text), **changed})
