@@ -224,6 +224,12 @@ def test_where_no_checkpoint_is_whole_the_training_does_not_begin_anew(tmp_path:
         resumed(tmp_path, "/nowhere", notes)
 
 
+def test_where_there_is_no_checkpoint_that_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert resumed(tmp_path / "mistyped", "auto", notes) is None
+    assert notes == [f"no checkpoint in {tmp_path}/mistyped: beginning at the first step"]
+
+
 def test_a_refused_training_leaves_what_another_one_is_writing(tmp_path: Path) -> None:
     saved(tmp_path, (10,))
     (tmp_path / ".step-00000020.unfinished").mkdir()

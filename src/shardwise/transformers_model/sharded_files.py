@@ -192,7 +192,7 @@ def _unwritten(directory: Path, error: CheckpointException) -> DamagedFileError:
     """Return the error of a save. torch says little of a full disk; so what is free there is said here."""
     free = ""
     with suppress(OSError):
-        free = f" (where {shutil.disk_usage(directory).free / 2**20:,.1f} MiB are free)"
+        free = f" (where {shutil.disk_usage(directory.parent).free / 2**20:,.1f} MiB are free)"
     return DamagedFileError(
         f"{directory}: could not be written{free}: {_causes(error)}. Free space there, or save to another file system."
     )
