@@ -42,5 +42,5 @@ trainer = SFTTrainer(
     processing_class=AutoTokenizer.from_pretrained(sys.argv[1]),
 )
 trainer.train()
-sw.export_checkpoint(model, sys.argv[2])
+sw.export_checkpoint(model, sys.argv[2], tokenizer=trainer.processing_class)
 dist.destroy_process_group()

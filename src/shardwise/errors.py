@@ -16,6 +16,7 @@
     │   ├── StalledReadError          a read does not return
     │   └── UnsupportedFormatError    a format, dtype or quantisation that is not read
     ├── DataError                     a file of training data, or a line of it, cannot be used
+    ├── DivergedError                 a training's loss, or the norm of its gradients, is not finite
     ├── OutOfMemoryError              host or device memory for a shard could not be had
     ├── RankError                     ranks do not agree
     │   ├── RankMismatchError         names, shapes, dtypes or values differ between ranks
@@ -95,6 +96,10 @@ class UnsupportedFormatError(CheckpointError):
 
 class DataError(ShardwiseError):
     """A file of training data, or a line of it, cannot be used; the message names the line."""
+
+
+class DivergedError(ShardwiseError):
+    """A training's loss, or the norm of its gradients, is not a finite number."""
 
 
 class OutOfMemoryError(ShardwiseError, MemoryError):

@@ -409,6 +409,15 @@ def test_starts_from_values_are_refused_by_name_on_a_deferred_model(
         assert "load_pretrained(defer=False)" in str(error)
 
 
+def test_a_config_that_peft_refuses_is_named(pool: RankPool, checkpoint: Checkpoint) -> None:
+    options = {"target_modules": {"nope"}}
+    for error in pool.run_to_errors(start_deferred, checkpoint("qwen3_untied"), options, ranks=2):
+        with pytest.raises(
+            sw.ConfigurationError, match=r"adapter 'default': expected .*Target modules .*nope"
+        ):
+            raise error or AssertionError
+
+
 def start_deferred(directory: str, options: Options) -> None:
     from peft import LoraConfig
 

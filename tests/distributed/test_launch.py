@@ -126,8 +126,21 @@ def test_a_rank_that_says_nothing_is_quoted_from_its_log(tmp_path: Path) -> None
 
 def test_a_second_launch_in_one_process_works_after_a_failed_one(tmp_path: Path) -> None:
     with pytest.raises(CommandError):
-        run(leave_on_rank_0, tmp_path / "first")
-    assert run(sum_of_ranks, tmp_path / "second", add=1)[1]["total"] == 3
+        run(leave_on_rank_0, tmp_path)
+    assert run(sum_of_ranks, tmp_path, add=1)[1]["total"] == 3
+
+
+def test_what_an_earlier_run_has_logged_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):  # whichever is looked at first
+        earlier = tmp_path / "logs" / name / "attempt_0" / "0"
+        earlier.mkdir(parents=True)
+        (earlier / "error.json").write_text('{"message": "of another run"}')
+    with pytest.raises(
+        CommandError, match=r"rank 1 of 2 failed first: ValueError: layers.3: cut short\."
+    ) as caught:
+        run(fail_on_rank_1, tmp_path)
+    (logs,) = (path for path in (tmp_path / "logs").iterdir() if len(path.name) > 1)
+    assert str(caught.value).endswith(f"The output of every rank is in {logs}.")
 
 
 @pytest.mark.parametrize(("name", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])

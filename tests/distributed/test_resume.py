@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 
 import shardwise as sw
@@ -226,6 +229,35 @@ def save_apart(directory: str, saved: str) -> None:
     model = facade(directory, "native_fsdp")
     model.forward_only(own(batch(0)))
     model.save(f"{saved}{dist.get_rank()}")
+
+
+def test_a_save_that_fails_leaves_nothing_and_can_be_made_again(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    pool.run(save_badly_then_well, checkpoint("qwen3_tied"), str(tmp_path / "saved"), ranks=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def save_badly_then_well(directory: str, saved: str) -> None:
+    def no_space(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = facade(directory, "native_fsdp")
+    model.forward_only(own(batch(0)))
+    groups = len(dist.distributed_c10d._world.pg_map)
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(FileSystemWriter, "write_data", no_space)
+        for save in (lambda: model.save_async(saved).finish(), lambda: model.save(saved)):
+            with pytest.raises(
+                (sw.DamagedFileError, sw.PeerError),
+                match=r"MiB are free\): rank 1: .*No space left on device",
+            ):
+                save()
+            assert not list(Path(saved).parent.iterdir()) or dist.get_rank() == 1
+    assert len(dist.distributed_c10d._world.pg_map) == groups
+    model.save_async(saved).finish()
+    assert len(dist.distributed_c10d._world.pg_map) == groups
 
 
 def test_an_adapter_s_training_goes_on(pool: RankPool, checkpoint: Checkpoint, tmp_path: Path) -> None:

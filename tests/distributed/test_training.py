@@ -404,6 +404,22 @@ def train_with_the_export_blocked(given: Any, notes: str) -> None:
     train(TrainSettings.from_json(given), report=report)
 
 
+def test_a_training_that_diverges_ends_and_writes_no_more(
+    pool: RankPool, model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {"learning_rate": 1e30, "warmup_steps": 0, "checkpoint_every": 1, "export": True}
+    errors = pool.run_to_errors(train_here, settings(model, text, tmp_path, **options).to_json(), ranks=2)
+    taken = len(metrics_of(tmp_path))
+    for error in errors:
+        with pytest.raises(
+            sw.DivergedError, match=f"step {taken + 1}: expected a finite loss .*nan: the training"
+        ):
+            raise error or AssertionError
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(saved) == [f"step-{step:08d}" for step in range(1, taken + 1)]
+    assert not (tmp_path / "export").exists()
+
+
 def test_the_first_rank_alone_reads_the_tokenizer(
     pool: RankPool, model: Path, text: Path, tmp_path: Path
 ) -> None:

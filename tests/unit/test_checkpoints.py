@@ -95,6 +95,33 @@ def test_one_of_the_same_step_is_set_aside_too(tmp_path: Path) -> None:
     assert names_in(tmp_path / "mine") == ["step-00000005", "step-00000010.abandoned"]
 
 
+def test_what_was_set_aside_goes_when_the_training_has_come_as_far(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20, 30))
+    start = start_at(directory_of(tmp_path, 10))
+    make_way(tmp_path, start=start, agreement=agree("resume"), note=[].append)
+    saver(tmp_path).save(20)  # all are kept
+    assert names_in(tmp_path) == [
+        f"step-000000{name}" for name in ("10", "20", "20.abandoned", "30.abandoned")
+    ]
+    (tmp_path / "step-mine.abandoned").mkdir()  # nothing of ours
+    saver(tmp_path, keep=2).save(25)
+    assert names_in(tmp_path)[:-1] == [f"step-000000{name}" for name in ("20", "25", "30.abandoned")]
+    saver(tmp_path, keep=2).save(30)
+    assert names_in(tmp_path) == [f"step-{name}" for name in ("00000025", "00000030", "mine.abandoned")]
+
+
+def test_one_that_was_set_aside_is_gone_on_from_though_there_is_another_of_its_step(tmp_path: Path) -> None:
+    saved(tmp_path, (10, 20))
+    make_way(tmp_path, start=start_at(directory_of(tmp_path, 10)), agreement=agree("resume"), note=[].append)
+    saved(tmp_path, (20,))
+    aside = tmp_path / "step-00000020.abandoned"
+    (aside / "mine").touch()
+    start = Start(directory=aside, step=20, ranks=1)
+    make_way(tmp_path, start=start, agreement=agree("resume"), note=[].append)
+    assert (aside / "mine").exists()
+    assert names_in(tmp_path) == ["step-00000010", aside.name, f"{aside.name}.abandoned"]
+
+
 @pytest.fixture
 def stored(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is synced, renamed and removed, in order."""
@@ -138,10 +165,10 @@ def test_a_state_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(
     unfinished.mkdir()
     mesh: Any = None
     training = resume.Training(
-        model=torch.nn.Linear(1, 1), optimizer=None, scheduler=None, scaler=None, mesh=mesh
+        model=torch.nn.Linear(1, 1), optimizer=None, scheduler=None, scaler=None, mesh=mesh, name=None
     )
     resume._write_state(unfinished / resume.STATE_NAME, training, step=1, ranks=1)
-    resume._give_name(unfinished, directory, agreement=agree("save"))
+    resume.give_name(unfinished, directory, agreement=agree("save"))
     assert stored == [
         sync_of(directory / resume.STATE_NAME),
         sync_of(directory),
@@ -193,6 +220,14 @@ def test_where_no_checkpoint_is_whole_the_training_does_not_begin_anew(tmp_path:
     )
     assert len(notes) == 2
     assert len(names_in(tmp_path)) == 3
+    with pytest.raises(CheckpointError, match="expected a whole checkpoint: /nowhere is not there"):
+        resumed(tmp_path, "/nowhere", notes)
+
+
+def test_where_there_is_no_checkpoint_that_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert resumed(tmp_path / "mistyped", "auto", notes) is None
+    assert notes == [f"no checkpoint in {tmp_path}/mistyped: beginning at the first step"]
 
 
 def test_a_refused_training_leaves_what_another_one_is_writing(tmp_path: Path) -> None:
@@ -201,6 +236,7 @@ def test_a_refused_training_leaves_what_another_one_is_writing(tmp_path: Path) -
     for given, identity, problem in (
         (None, IDENTITY, "expected no checkpoints"),
         ("auto", {"seed": 6}, "seed 5, got 6"),
+        ("auto", {**IDENTITY, "data_digest": "b"}, "that wrote it: the same tokens of data. Give"),
     ):
         with pytest.raises(ConfigurationError, match=problem):
             find_start(tmp_path, given, identity=identity, agree=agree, note=[].append)

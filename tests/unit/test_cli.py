@@ -97,7 +97,6 @@ OPTIONS = {
     "verify": {"--against", "--ranks", "--json", "--debug"},
     "export": {
         "--model",
-        "--adapter-config",
         "--merge",
         "--dtype",
         "--max-shard-size",
@@ -188,7 +187,10 @@ def test_the_command_line_itself_needs_no_transformers() -> None:
             ["export", "m", "out", "--model", "m"],
             "export: expected a training's checkpoint with --model, got m without",
         ),
-        (["export", "m", "out", "--merge"], "export: expected a training's checkpoint and --adapter-config"),
+        (
+            ["export", "m", "out", "--merge"],
+            "export: expected a training's checkpoint with --merge, got m without",
+        ),
         (["demo", "--model", "./nowhere"], "model: expected a directory or a hub id, got './nowhere'"),
     ],
 )
@@ -206,6 +208,16 @@ def test_wrong_use_is_one_paragraph_and_status_2(
 @pytest.mark.parametrize("arguments", [["compare"], ["compare", "m", "--ranks", "0"], ["train-my-dog"]])
 def test_options_that_cannot_be_read_are_status_2(arguments: list[str]) -> None:
     assert runner.invoke(app, arguments).exit_code == 2
+
+
+def test_the_output_of_ranks_that_failed_is_where_the_error_says() -> None:
+    with terminal.temporary_logs() as logs:
+        pass
+    assert not logs.exists()
+    with pytest.raises(CommandError), terminal.temporary_logs() as logs:
+        raise CommandError("failed")
+    assert logs.is_dir()
+    logs.rmdir()
 
 
 @pytest.mark.parametrize("command", [["demo"], ["compare", "m"]])

@@ -19,6 +19,7 @@ PUBLIC = [
     "ConfigurationError",
     "DamagedFileError",
     "DataError",
+    "DivergedError",
     "ExportReport",
     "LeftOnMetaError",
     "LoadPlan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import shardwise as sw
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, flags=re.MULTILINE))
 # Left out: the model's class and name, which are no options, and what both strategies do not share.
 NO_ROWS = {"self", "model_cls", "pretrained_model_name_or_path", "config_kwargs", "accelerator", "ddp_config"}
@@ -45,3 +47,11 @@ def test_the_examples_are_python() -> None:
     assert len(examples) >= 6
     for example in examples:
         compile(example, "README.md", "exec")
+
+
+def test_what_it_names_is_in_the_source_distribution() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    named = {name for name in re.findall(r"`(?:python )?(\w+)/", README) if (ROOT / name).is_dir()}
+    assert named >= {"benchmarks", "docs", "examples", "recipes"}
+    assert named <= set(included)

@@ -101,6 +101,12 @@ def test_an_adapter_leaves_the_base_in_its_own_dtype(asked: dict[str, Any], tmp_
         ("--lr 0", "learning_rate: expected a number above 0, got 0.0"),
         ("--lr nan", "learning_rate: expected a number above 0, got nan"),
         ("--eval-fraction 1", "eval_fraction: expected 0 or more and less than 1, got 1.0"),
+        ("--eval-every 2", "eval_every: expected rows to evaluate with (eval_fraction), got 2 and none"),
+        ("--seed -1", "seed: expected 0 or more and less than 2**63, got -1"),
+        (
+            "--lora-target q_proj",
+            "--lora-alpha, --lora-dropout, --lora-target: expected --lora-rank with them",
+        ),
         ("--lora-rank 2 --lora-dropout 1", "lora_dropout: expected 0 or more and less than 1, got 1.0"),
     ],
 )

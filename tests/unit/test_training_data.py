@@ -82,6 +82,7 @@ def test_a_long_text_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
         (b'{"text": "a", "messages": []}', 'expected {"text"'),
         (b'{"messages": []}', 'expected {"text"'),
         (b'{"messages": [{"content": "a"}]}', 'expected {"text"'),
+        (b'{"messages": [{"role": "user"}]}', 'expected {"text"'),
         (b'{"text": "\xff"}', "expected UTF-8"),
     ],
 )
@@ -111,6 +112,16 @@ def test_assistant_tokens_are_predicted_where_the_template_marks_them(tmp_path: 
     assert rows_of(path, tmp_path, template=PLAIN).summary.loss_on == "all"
     with pytest.raises(ConfigurationError, match=r"marks what the assistant says .* Use --loss-on all"):
         rows_of(path, tmp_path, template=PLAIN, loss_on="assistant")
+
+
+def test_conversations_without_a_token_to_predict_are_refused(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "ab" * 20}]
+    path = written(tmp_path / "d.jsonl", {"messages": asked})
+    with pytest.raises(DataError, match=r"d\.jsonl: expected tokens to predict, got none: .* --loss-on all"):
+        rows_of(path, tmp_path, template=MARKING)
+    assert rows_of(path, tmp_path, template=MARKING, loss_on="all").predict_any
+    called = [*asked, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
+    assert len(list(read_records(written(path, {"messages": called})))) == 1
 
 
 def test_a_conversation_that_cannot_be_written_out_is_named(tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
-from shardwise.cli.terminal import errors_reported, terminal_progress
+from shardwise.cli.terminal import errors_reported, temporary_logs, terminal_progress
 
 
 def export_command(
@@ -27,13 +26,10 @@ def export_command(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", help="The model that was trained, directory or hub id; for its config alone."
-        ),
-    ] = None,
-    adapter_config: Annotated[
-        str | None,
-        typer.Option(
-            "--adapter-config", help="Directory with the adapter_config.json of the adapter that was trained."
+            "--model",
+            help="The model that was trained, directory or hub id; for its config and tokenizer alone. Default: what the checkpoint "
+            "names.",
+            show_default=False,
         ),
     ] = None,
     merge: Annotated[
@@ -64,25 +60,19 @@ def export_command(
         from shardwise.errors import ConfigurationError
         from shardwise.transformers_model.resume import STATE_NAME
 
-        is_state = (Path(source) / STATE_NAME).is_file()
-        if is_state and model is None:
+        state = Path(source).absolute() if (Path(source) / STATE_NAME).is_file() else None
+        if state is None and (merge or model is not None):
             raise ConfigurationError(
-                f"export: expected --model with {source}, which has a training's tensors and no config, got none. Give the model "
-                "that was trained."
+                f"export: expected a training's checkpoint with {'--merge' if merge else '--model'}, got {source} without "
+                f"{STATE_NAME}"
             )
-        if model is not None and not is_state:
-            raise ConfigurationError(
-                f"export: expected a training's checkpoint with --model, got {source} without {STATE_NAME}"
-            )
-        if (merge or adapter_config is not None) and (not is_state or adapter_config is None):
-            raise ConfigurationError(
-                "export: expected a training's checkpoint and --adapter-config for an adapter, got "
-                f"{source}{' --merge' if merge else ''}{'' if adapter_config is None else ' --adapter-config'}"
-            )
+        if state is None:
+            _refuse_folder_of_states(Path(source), STATE_NAME)
+        named, adapters = (source, {}) if state is None else _trained_in(state, model, merge=merge)
         arguments = {
-            "model": model or source,
-            "state": str(Path(source).absolute()) if is_state else None,
-            "adapter_config": adapter_config,
+            "model": named,
+            "state": None if state is None else str(state),
+            "trained_adapters": adapters,
             "adapters": "merge" if merge else None,
             "directory": str(directory.absolute()),
             "dtype": dtype,
@@ -90,12 +80,46 @@ def export_command(
             "overwrite": overwrite,
             "trust_remote_code": trust_remote_code,
         }
-        with terminal_progress() as progress, tempfile.TemporaryDirectory(prefix="shardwise-logs-") as logs:
-            reports = run_ranks(
-                export_model, arguments, ranks=ranks, log_directory=Path(logs), progress=progress
-            )
+        with terminal_progress() as progress, temporary_logs() as logs:
+            reports = run_ranks(export_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
         report = reports.get(0)  # under a launcher every rank is here with its own, and all are equal
         if report is not None:
             print(report.pop("summary"))
             if json_file is not None:
                 json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_folder_of_states(source: Path, name: str) -> None:
+    """Raise if a training's output directory was given, and not one of its checkpoints."""
+    from shardwise.errors import ConfigurationError
+
+    found = sorted(path.parent for pattern in ("*", "*/*") for path in source.glob(f"{pattern}/{name}"))
+    if found and not (source / "config.json").is_file():
+        raise ConfigurationError(
+            f"export: expected one checkpoint of a training, or a model, got {source} with {len(found)} in it. Name one, such as "
+            f"{found[-1]}."
+        )
+
+
+def _trained_in(state: Path, model: str | None, *, merge: bool) -> tuple[str, dict[str, str]]:
+    """Return the name of the model that was trained, and the config of each adapter."""
+    from shardwise.errors import ConfigurationError
+    from shardwise.transformers_model.resume import read_trained
+
+    trained = read_trained(state)
+    if merge and not trained.adapters:
+        raise ConfigurationError(
+            f"export: expected the training of an adapter with --merge, got {state}, which has none"
+        )
+    name = model or trained.model
+    if name is None:
+        raise ConfigurationError(
+            f"export: expected --model with {state}, which does not name the model that was trained, got none. Give one with its "
+            "config."
+        )
+    if model is None and Path(name).is_absolute() and not Path(name).is_dir():
+        raise ConfigurationError(
+            f"export: expected the model that was trained in {name}, as {state} says, got no directory. Give --model, for its config "
+            "and tokenizer alone."
+        )
+    return name, dict(trained.adapters)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shardwise.errors import ConfigurationError, ShardwiseError
+from shardwise.errors import CommandError, ConfigurationError, ShardwiseError
 
 Progress = Callable[[str], None]
 
@@ -36,6 +39,21 @@ def terminal_progress() -> Iterator[Progress]:
         print(f"[{time.monotonic() - start:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     yield say
+
+
+@contextmanager
+def temporary_logs() -> Iterator[Path]:
+    """Yield a folder for the output of ranks; it stays where they failed, as their error names it."""
+    folder = Path(tempfile.mkdtemp(prefix="shardwise-logs-"))
+    is_kept = False
+    try:
+        yield folder
+    except CommandError:
+        is_kept = True
+        raise
+    finally:
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

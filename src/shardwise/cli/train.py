@@ -19,6 +19,7 @@ from shardwise.cli.terminal import errors_reported
 from shardwise.cli.training_display import training_display
 
 _LOG_FOLDER = "logs"
+_LORA_ALPHA = 16.0
 _GRACE_SECONDS = 60  # to end a step and write a checkpoint in
 
 
@@ -85,8 +86,12 @@ def train_command(
         int | None,
         typer.Option("--lora-rank", min=1, help="Train a LoRA adapter of this rank, not the model."),
     ] = None,
-    lora_alpha: Annotated[float, typer.Option("--lora-alpha")] = 16.0,
-    lora_dropout: Annotated[float, typer.Option("--lora-dropout")] = 0.0,
+    lora_alpha: Annotated[
+        float | None, typer.Option("--lora-alpha", help="Default: 16.", show_default=False)
+    ] = None,
+    lora_dropout: Annotated[
+        float | None, typer.Option("--lora-dropout", help="Default: 0.", show_default=False)
+    ] = None,
     lora_target: Annotated[
         list[str] | None,
         typer.Option("--lora-target", help="A module's name; several times for several. Default: PEFT's."),
@@ -146,12 +151,21 @@ def train_command(
     with errors_reported(debug=debug):
         from shardwise.compare.launch import is_rank, run_ranks
         from shardwise.compare.train_worker import train_model
+        from shardwise.errors import ConfigurationError
         from shardwise.training import LoraSettings, TrainSettings
 
         lora = None
         if lora_rank is not None:
             lora = LoraSettings(
-                rank=lora_rank, alpha=lora_alpha, dropout=lora_dropout, targets=tuple(lora_target or ())
+                rank=lora_rank,
+                alpha=_LORA_ALPHA if lora_alpha is None else lora_alpha,
+                dropout=lora_dropout or 0.0,
+                targets=tuple(lora_target or ()),
+            )
+        elif lora_alpha is not None or lora_dropout is not None or lora_target:
+            raise ConfigurationError(
+                "--lora-alpha, --lora-dropout, --lora-target: expected --lora-rank with them, got none, which would train the whole "
+                "model"
             )
         settings = TrainSettings(
             model=model,
@@ -219,7 +233,8 @@ def _command_to_go_on(argv: Sequence[str]) -> str:
 def _say(outcome: dict[str, Any], directory: Path) -> None:
     if outcome["stopped"]:
         return  # the ranks have said where to go on, also where this process was told to end
-    said = [f"{outcome['step']} steps on {outcome['ranks']} ranks in {outcome['seconds']:.1f} s"]
+    steps, ranks = _counted(outcome["step"], "step"), _counted(outcome["ranks"], "rank")
+    said = [f"{steps} on {ranks} in {outcome['seconds']:.1f} s"]
     if outcome["loss"] is not None:
         said.append(f"loss {outcome['first_loss']:.4f} at the first, {outcome['loss']:.4f} at the last")
     if outcome["eval_loss"] is not None:
@@ -232,3 +247,7 @@ def _say(outcome: dict[str, Any], directory: Path) -> None:
     console = Console(highlight=False)
     for line in lines:
         console.print(Text(line), soft_wrap=True)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

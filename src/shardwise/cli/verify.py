@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
-from shardwise.cli.terminal import STATUS_FAILED, errors_reported, terminal_progress
+from shardwise.cli.terminal import STATUS_FAILED, errors_reported, temporary_logs, terminal_progress
 
 
 def verify_command(
@@ -37,10 +35,8 @@ def verify_command(
         from shardwise.compare.verify_worker import verify_model
 
         arguments = {"model": model, "against": against or model}
-        with terminal_progress() as progress, tempfile.TemporaryDirectory(prefix="shardwise-logs-") as logs:
-            reports = run_ranks(
-                verify_model, arguments, ranks=ranks, log_directory=Path(logs), progress=progress
-            )
+        with terminal_progress() as progress, temporary_logs() as logs:
+            reports = run_ranks(verify_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
         # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
         report = reports.get(0)
         if report is not None:

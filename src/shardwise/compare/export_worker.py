@@ -18,14 +18,15 @@ def export_model(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         arguments: `model` (directory or hub id), `state` (directory of a saved training, or None for the model's own values),
-            `adapter_config` (directory or hub id of the config of the adapter that was trained, or None), `directory`, and the
-            options of `TransformersModel.export`.
+            `trained_adapters` (config of each adapter of the saved training, as JSON, by name), `directory`, and the options of
+            `TransformersModel.export`.
 
     Returns:
         The report as JSON, with its `summary`.
     """
     announce("starting ranks")
     from shardwise.transformers_model import TransformersModel
+    from shardwise.transformers_model.trained import peft_config_of
 
     device = join_group()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
@@ -36,12 +37,8 @@ def export_model(arguments: Mapping[str, Any]) -> dict[str, Any]:
         strategy="native_fsdp",
         trust_remote_code=arguments["trust_remote_code"],
     )
-    if arguments["adapter_config"] is not None:
-        from peft import PeftConfig
-
-        config = PeftConfig.from_pretrained(arguments["adapter_config"])
-        config.inference_mode = False
-        model.add_adapter_to_model("default", config)
+    for name, config in arguments["trained_adapters"].items():
+        model.add_adapter_to_model(name, peft_config_of(config))
     announce(f"writing {arguments['directory']}")
     report = model.export(
         Path(arguments["directory"]),

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -76,7 +77,7 @@ def run_ranks(
             MASTER_PORT in its environment, and makes its own process group.
         arguments: What it is called with; what JSON can hold.
         ranks: Number of processes to start.
-        log_directory: Where each rank's output and error are kept, in one folder per rank.
+        log_directory: Where each rank's output and error are kept, in a folder of this run, in one folder per rank.
         progress: Called, from another thread, with what rank 0 announces.
         grace_seconds: That ranks have to leave when this process is told to, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says otherwise.
 
@@ -138,12 +139,14 @@ def _heard_here(progress: Progress) -> Iterator[None]:
 
 
 def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> None:
+    # Runs may have their logs in one folder: each has its own in it, of a name that tells them apart and when they began.
+    run = f"{time.strftime('%Y-%m-%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
     logs = DefaultLogsSpecs(log_dir=str(log_directory))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
+        run_id=run,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",  # a free port
         local_addr="localhost",  # the machine's own name need not resolve
@@ -156,10 +159,11 @@ def _launch(request: Path, *, ranks: int, log_directory: Path, name: str) -> Non
         elastic_launch(config, sys.executable)("-P", rank_program, str(request))
     except ChildFailedError as error:
         unfinished = [rank for rank in range(ranks) if not result_file(request.parent, rank=rank).exists()]
-        found = first_failure(error, log_directory=log_directory, unfinished=unfinished)
+        (own_logs,) = log_directory.glob(f"{run}_*")
+        found = first_failure(error, log_directory=own_logs, unfinished=unfinished)
         raise CommandError(
             f"{name}: rank {found.rank} of {ranks} failed first: {found.message} "
-            f"The output of every rank is in {log_directory}."
+            f"The output of every rank is in {own_logs}."
         ) from error
     except SignalException as error:
         # Not an error of the ranks: whoever sent it wants this process gone, and not the next mode.

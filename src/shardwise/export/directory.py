@@ -279,7 +279,7 @@ class OutputDirectory:
         if not self._overwrite:
             raise CheckpointError(
                 f"{self.path}: expected a directory that is empty or not there, got one with files. Export to a new one, or pass "
-                "overwrite=True to replace it."
+                "overwrite=True (--overwrite) to replace it."
             )
         inside = sorted(
             path.name

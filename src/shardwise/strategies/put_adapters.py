@@ -195,10 +195,15 @@ def _put(model: nn.Module, config: Any, adapter_name: str, autocast_adapter_dtyp
     with _blank_start(config) if _is_on_meta(model) else nullcontext():
         options = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
         wrapped: nn.Module = model
-        if isinstance(model, peft.PeftModel):
-            model.add_adapter(peft_config=config, **options)
-        else:
-            wrapped = peft.get_peft_model(model, config, **options)
+        try:
+            if isinstance(model, peft.PeftModel):
+                model.add_adapter(peft_config=config, **options)
+            else:
+                wrapped = peft.get_peft_model(model, config, **options)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"adapter {adapter_name!r}: expected a config that PEFT takes for {type(model).__name__}, got one that it refuses: {error}"
+            ) from error
         return wrapped
 
 

@@ -17,6 +17,7 @@ from shardwise.transformers_model.sealed import RUN_NAME
 
 _PREFIX: Final = "step-"
 _ASIDE: Final = ".abandoned"
+DIGEST_NAME: Final = "data_digest"  # in what a training is
 
 
 def directory_of(folder: Path, step: int) -> Path:
@@ -26,7 +27,7 @@ def directory_of(folder: Path, step: int) -> Path:
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the directories of a training's checkpoints, whole or not, the newest first."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    found = [path for path in folder.glob(f"{_PREFIX}*") if _number_of(path).isdigit() and not path.suffix]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -37,10 +38,12 @@ def require_same_training(run: Mapping[str, Any], identity: Mapping[str, Any], d
         ConfigurationError: Naming what differs.
     """
     stored = run.get("identity", {})
+    names = sorted(name for name in {*identity, *stored} if stored.get(name) != identity.get(name))
     differing = [
-        f"{name} {stored.get(name)!r}, got {identity.get(name)!r}"
-        for name in sorted({*identity, *stored})
-        if stored.get(name) != identity.get(name)
+        "the same tokens of data"
+        if name == DIGEST_NAME
+        else f"{name} {stored.get(name)!r}, got {identity.get(name)!r}"
+        for name in names
     ]
     if differing:
         raise ConfigurationError(
@@ -61,6 +64,8 @@ def set_aside(folder: Path, *, start: Path, step: int) -> list[Path]:
     for path in newest_first(folder):
         if _step_of(path) >= step and not path.samefile(start):
             target = path.with_name(f"{path.name}{_ASIDE}")
+            if target.exists() and target.samefile(start):
+                target = target.with_name(f"{target.name}{_ASIDE}")
             remove(target)
             os.replace(path, target)
             aside.append(target)
@@ -74,15 +79,19 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_old(folder: Path, *, keep: int | None, step: int) -> None:
-    """Remove whole checkpoints but the newest, of those up to a step. One rank calls this.
+    """Remove whole checkpoints but the newest, and what was set aside, of those up to a step. One rank calls this.
 
     Args:
         folder: Of the training's checkpoints.
         keep: How many are kept, at least one; None keeps all.
         step: Of the one that has just become whole, which is the newest of this training whatever else is there.
     """
+    if keep is None:
+        return
     whole = [path for path in newest_first(folder) if _step_of(path) <= step and (path / RUN_NAME).is_file()]
-    for path in whole[keep:] if keep is not None else []:
+    numbered = [path for path in folder.glob(f"{_PREFIX}*{_ASIDE}") if _number_of(path).isdigit()]
+    aside = [path for path in numbered if _step_of(path) <= step]
+    for path in [*whole[keep:], *aside]:
         remove(path)
 
 
@@ -97,4 +106,8 @@ def remove(directory: Path) -> None:
 
 
 def _step_of(directory: Path) -> int:
-    return int(directory.name.removeprefix(_PREFIX))
+    return int(_number_of(directory))
+
+
+def _number_of(directory: Path) -> str:
+    return directory.name.partition(".")[0].removeprefix(_PREFIX)

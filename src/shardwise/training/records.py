@@ -100,6 +100,8 @@ def _is_conversation(messages: Any) -> bool:
         isinstance(messages, list)
         and bool(messages)
         and all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages)
+        # A template may make nothing of what is not there, and say nothing; a call of a tool needs no content.
+        and all(each.get("content") is not None or each.get("tool_calls") for each in messages)
     )
 
 

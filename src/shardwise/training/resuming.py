@@ -50,7 +50,7 @@ def find_start(
         resume: As in the settings.
         identity: What the training is.
         agree: Makes the agreement of a call.
-        note: Told what was refused.
+        note: Told what was refused, and that there was nothing.
 
     Raises:
         ConfigurationError: The checkpoint is of another training; or there is one, and `resume` is None.
@@ -92,6 +92,7 @@ def find_start(
             f"--resume auto: expected a whole checkpoint in {folder}, got none: {'; '.join(faults)}. Name another one with --resume, "
             "or remove these to begin anew."
         )
+    note(f"no checkpoint in {folder}: beginning at the first step")
     return None
 
 

@@ -12,10 +12,11 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from shardwise.errors import PeerError, RankError
+from shardwise.errors import DivergedError, PeerError, RankError
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
+from shardwise.training.checkpoints import DIGEST_NAME
 from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
@@ -60,6 +61,7 @@ def train(
         DataError: The data cannot be used.
         CheckpointError: The model or a checkpoint cannot be read; or there is something where the export will go. If the export
             fails at the end, a checkpoint of the last step is there, and a note says where.
+        DivergedError: The training has diverged: a loss, or the norm of the gradients, is not finite.
         RankError: Another rank failed, or did not arrive.
     """
     preemption = Preemption()
@@ -91,7 +93,7 @@ class _Run:
         self._identity = {
             **settings.identity(),
             "steps": self._steps,
-            "data_digest": self._data.summary.digest,
+            DIGEST_NAME: self._data.summary.digest,
         }
         self._saver = Saver(
             self.model,
@@ -157,6 +159,7 @@ class _Run:
                 wants_stop=lambda: self._preemption.is_wanted,
                 has_saved=lambda: self._saver.is_done,
             )
+            self._require_finite(figures)
             self._keep(figures, metrics)
             if figures.is_save_done:
                 self._saver.finish()
@@ -179,6 +182,21 @@ class _Run:
         if evaluates and not self._is_evaluated(step, metrics):
             return True
         return (saves or evaluates or is_last) and self._is_stop_wanted()
+
+    def _require_finite(self, figures: StepFigures) -> None:
+        """Raise if the training has diverged, the same on all ranks, before anything of it is written over what is good."""
+        figured = [figures.loss]
+        if (
+            figures.grad_norm is not None and self._settings.mixed_precision != "fp16"
+        ):  # whose scaler passes over such steps
+            figured.append(figures.grad_norm)
+        if not all(map(math.isfinite, figured)):
+            self._saver.finish()
+            raise DivergedError(
+                f"step {figures.step}: expected a finite loss and norm of the gradients, got {figures.loss} and {figures.grad_norm}: "
+                "the training has diverged, and nothing was saved or exported since. Begin anew, or go on from a checkpoint of before, "
+                "with a lower learning rate, more warm-up steps or other data."
+            )
 
     def _keep(self, figures: StepFigures, metrics: Metrics | None) -> None:
         self._losses.append(figures.loss)

@@ -141,6 +141,12 @@ class TrainSettings:
                 _at_least(name, getattr(self, name), 1)
         _at_least("block_size", self.block_size, 2)  # the last token of a row predicts nothing
         _at_least("warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(f"seed: expected 0 or more and less than 2**63, got {self.seed}")
+        if self.eval_every is not None and not self.eval_fraction:
+            raise ConfigurationError(
+                f"eval_every: expected rows to evaluate with (eval_fraction), got {self.eval_every} and none"
+            )
         _positive("learning_rate", self.learning_rate)
         if self.max_grad_norm is not None:
             _positive("max_grad_norm", self.max_grad_norm)

@@ -82,6 +82,11 @@ class TokenRows:
         targets = torch.from_numpy(np.array(self._targets[rows]))
         return tokens, torch.where(targets, tokens, IGNORED)
 
+    @property
+    def predict_any(self) -> bool:
+        """Whether a token of any row is predicted."""
+        return bool(self._targets[:, 1:].any())
+
     def predicted(self, rows: list[int]) -> int:
         """Return how many tokens of some rows are predicted; the first of a row is not."""
         return int(self._targets[rows, 1:].sum())
@@ -104,7 +109,7 @@ def tokenise(
         The directory inside `directory` that holds the rows.
 
     Raises:
-        DataError: The file, or a line of it, cannot be used; or it makes no row.
+        DataError: The file, or a line of it, cannot be used; or it makes no row, or none with a token to predict.
         ConfigurationError: `assistant` is wanted of a template that does not mark what the assistant says.
     """
     key = _key_of(path, tokenizer, block_size=block_size, loss_on=loss_on, step=step)
@@ -122,6 +127,11 @@ def tokenise(
         raise DataError(
             f"{path}: expected at least one row of {block_size} tokens, got {summary.left_over} tokens in all. Use more text or a "
             "shorter --block-size."
+        )
+    if not TokenRows(unfinished).predict_any:
+        raise DataError(
+            f"{path}: expected tokens to predict, got none: the template marks nothing in these conversations as said by the assistant. "
+            "Look at the roles, or use --loss-on all."
         )
     os.replace(unfinished, final)
     return final

@@ -1,6 +1,6 @@
 """The facade: a transformers model, its optimizer and scheduler, trained and resumed on shards."""
 
 from shardwise.transformers_model.facade import TransformersModel
-from shardwise.transformers_model.resume import PendingSave
+from shardwise.transformers_model.pending_save import PendingSave
 
 __all__ = ["PendingSave", "TransformersModel"]

@@ -23,6 +23,7 @@ from shardwise.transformers_model.checkpointing import set_checkpointing
 from shardwise.transformers_model.engines import engine_of
 from shardwise.transformers_model.exporting import Exporting
 from shardwise.transformers_model.optimization import make_optimizer, make_scheduler
+from shardwise.transformers_model.trained import lasting_name
 
 
 @final
@@ -107,6 +108,7 @@ class TransformersModel(Exporting):
         )
         self._engine = engine_of(self.strategy)
         self._device = device_of(self.strategy.device_mesh)
+        self._name = lasting_name(model_id)
         self._tokenizer = tokenizer
         self._load_tokenizer = partial(
             load_tokenizer,

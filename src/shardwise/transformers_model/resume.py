@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,16 @@ from torch.optim import Optimizer
 
 from shardwise.checkpoint import sync
 from shardwise.errors import CheckpointError, ConfigurationError, DamagedFileError
-from shardwise.materialization import Agreement, entries_of, listed, make_group
+from shardwise.materialization import Agreement, entries_of, listed
 from shardwise.transformers_model.optimizer_state import new_state
 from shardwise.transformers_model.random_state import random_state, set_random_state
 from shardwise.transformers_model.sharded_files import (
-    begin_writing,
-    end_writing,
     read_index,
     read_tensors,
     require_files,
     write_tensors,
 )
+from shardwise.transformers_model.trained import Trained, adapters_of
 
 FORMAT = 1
 STATE_NAME = "training.pt"
@@ -53,6 +52,7 @@ class Training:
         scheduler: Or None.
         scaler: Or None.
         mesh: That the model is sharded on.
+        name: Directory or hub id of the model; None of a new one.
     """
 
     model: nn.Module
@@ -60,6 +60,7 @@ class Training:
     scheduler: Any | None
     scaler: Any | None
     mesh: DeviceMesh
+    name: str | None
 
 
 def save_training(training: Training, directory: Path, *, step: int, agreement: Agreement) -> None:
@@ -79,59 +80,32 @@ def save_training(training: Training, directory: Path, *, step: int, agreement: 
     """
     with agreement.phase("prepare"):
         group = _group_of(training.mesh)
-        tensors, unfinished = _prepare(training, directory, step=step, agreement=agreement)
-    with agreement.phase("write"):
-        write_tensors(tensors, unfinished, group=group)
-    with agreement.phase("finish"):
-        _give_name(unfinished, directory, agreement=agreement)
-
-
-class PendingSave:
-    """A training's state that is written while the training goes on; the directory is there after `finish`."""
-
-    def __init__(
-        self, training: Training, directory: Path, *, step: int, agree: Callable[[str], Agreement]
-    ) -> None:
-        agreement = agree("save_async")
-        self._directory, self._agree = directory, agree
-        with agreement.phase("prepare"):
-            tensors, self._unfinished = _prepare(training, directory, step=step, agreement=agreement)
-        with agreement.phase("connect"):  # all ranks stand here: making a group waits for each
-            # A group of its own: in the default one its thread's collectives would meet those of training.
-            self._group = make_group(
-                agreement.ranks,
-                rank=agreement.rank,
-                backend=str(dist.Backend.GLOO),
-                name=agreement.numbered("save_async"),
-                timeout=timedelta(seconds=agreement.timeout_seconds),
-            )
-        with agreement.phase("copy"):
-            self._writing = begin_writing(tensors, self._unfinished, group=self._group)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether this rank has written its part, so that it need not wait in `finish` but for the others."""
-        return self._writing.done()
-
-    def finish(self) -> None:
-        """Wait until every rank has written its part, and give the directory its name. All ranks call this together, once.
-
-        Raises:
-            CheckpointError: A file could not be written.
-            PeerError: Another rank failed.
-        """
-        agreement = self._agree("PendingSave.finish")
+        tensors, unfinished = prepare(training, directory, step=step, agreement=agreement)
+    with removed_if_it_fails(unfinished, agreement):
         with agreement.phase("write"):
-            end_writing(self._writing, self._unfinished, timeout_seconds=agreement.timeout_seconds)
-            dist.destroy_process_group(self._group)
+            write_tensors(tensors, unfinished, group=group)
         with agreement.phase("finish"):
-            _give_name(self._unfinished, self._directory, agreement=agreement)
+            give_name(unfinished, directory, agreement=agreement)
 
 
-def _prepare(
+@contextmanager
+def removed_if_it_fails(unfinished: Path, agreement: Agreement) -> Iterator[None]:
+    """Remove what a failed save has written, which would keep a full disk full. The ranks enter and leave together."""
+    try:
+        yield
+    except BaseException:
+        if agreement.rank == agreement.ranks[0]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def prepare(
     training: Training, directory: Path, *, step: int, agreement: Agreement
 ) -> tuple[dict[str, torch.Tensor], Path]:
-    """Make the directory that is written into, with what is not a tensor; return the tensors, and the directory."""
+    """Make the directory that is written into, with what is not a tensor; return the tensors, and the directory.
+
+    All ranks call this together, within a phase. The arguments are those of `save_training`.
+    """
     unfinished = directory.parent / f".{directory.name}.unfinished"
     tensors = _model_tensors(training.model) | _optimizer_tensors(training)
     tensors |= _random_tensors(training, agreement)
@@ -147,7 +121,8 @@ def _prepare(
     return tensors, unfinished
 
 
-def _give_name(unfinished: Path, directory: Path, *, agreement: Agreement) -> None:
+def give_name(unfinished: Path, directory: Path, *, agreement: Agreement) -> None:
+    """Give a directory that every rank has written its name. All ranks call this together, within a phase."""
     if agreement.rank == agreement.ranks[0]:
         require_files(unfinished)  # each of which its rank has synced
         sync(unfinished)
@@ -201,6 +176,16 @@ def load_training(training: Training, directory: Path, *, agreement: Agreement) 
             {name.rpartition("/")[2]: tensor for name, tensor in random.items()}, training.mesh.device_type
         )
     return int(state["step"])
+
+
+def read_trained(directory: Path) -> Trained:
+    """Return which model was trained, as its saved training says.
+
+    Raises:
+        CheckpointError: It is not a saved training, or is damaged.
+    """
+    found = _read_state(directory).get("trained", {})
+    return Trained(model=found.get("model"), adapters=found.get("adapters", {}))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -279,6 +264,7 @@ def _write_state(path: Path, training: Training, *, step: int, ranks: int) -> No
         "format": FORMAT,
         "step": step,
         "ranks": ranks,
+        "trained": {"model": training.name, "adapters": adapters_of(training.model)},
         "optimizer": optimizer,
         "scheduler": None
         if training.scheduler is None

@@ -9,7 +9,8 @@ from shardwise.errors import CallOrderError
 from shardwise.materialization import Agreement, reshard
 from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
 from shardwise.strategies.mesh import ranks_of
-from shardwise.transformers_model.resume import PendingSave, Training, load_training, save_training
+from shardwise.transformers_model.pending_save import PendingSave
+from shardwise.transformers_model.resume import Training, load_training, save_training
 from shardwise.transformers_model.stepping import Stepping
 
 
@@ -18,6 +19,7 @@ class Resuming(Stepping):
 
     strategy: AccelerateStrategy | NativeFSDPStrategy
     _is_wrapped: bool
+    _name: str | None  # of the model
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write model, optimizer, scheduler, random numbers and step, each rank its shards, to go on from there.
@@ -107,6 +109,7 @@ class Resuming(Stepping):
             scheduler=self.lr_scheduler,
             scaler=self._engine.gradients.scaler,
             mesh=self.strategy.device_mesh,
+            name=self._name,
         )
 
     def _agree(self, call: str) -> Agreement:

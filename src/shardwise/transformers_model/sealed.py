@@ -82,7 +82,8 @@ def read_run(directory: Path) -> dict[str, Any]:
         if not all(Path(name).name == name and len(files[name]) == 2 for name in files):
             raise ValueError("names or sums of files are not what they should be")
     except _MISSING:
-        raise CheckpointError(f"{directory} is half-written: it has no {RUN_NAME}") from None
+        fault = f"is half-written: it has no {RUN_NAME}" if directory.is_dir() else "is not there"
+        raise CheckpointError(f"{directory} {fault}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: expected the record of a training: {error}") from error
     return dict(run)

@@ -10,7 +10,9 @@ Source: `FileSystemWriter` and `FileSystemReader` in torch/distributed/checkpoin
 from __future__ import annotations
 
 import pickle
+import shutil
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -60,7 +62,7 @@ def write_tensors(
     try:
         save(dict(tensors), storage_writer=filesystem.FileSystemWriter(directory), process_group=group)
     except CheckpointException as error:
-        raise DamagedFileError(f"{directory}: could not be written: {_causes(error)}") from error
+        raise _unwritten(directory, error) from error
 
 
 def begin_writing(
@@ -92,7 +94,7 @@ def end_writing(begun: Future[Any], directory: Path, *, timeout_seconds: float) 
     try:
         begun.result(timeout_seconds)
     except CheckpointException as error:
-        raise DamagedFileError(f"{directory}: could not be written: {_causes(error)}") from error
+        raise _unwritten(directory, error) from error
     except TimeoutError as error:
         raise DamagedFileError(
             f"{directory}: could not be written within {timeout_seconds:g} s. Look at its file system, or pass a longer timeout."
@@ -184,6 +186,16 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _CLASSES and not is_dtype:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
         return super().find_class(module, name)
+
+
+def _unwritten(directory: Path, error: CheckpointException) -> DamagedFileError:
+    """Return the error of a save. torch says little of a full disk; so what is free there is said here."""
+    free = ""
+    with suppress(OSError):
+        free = f" (where {shutil.disk_usage(directory.parent).free / 2**20:,.1f} MiB are free)"
+    return DamagedFileError(
+        f"{directory}: could not be written{free}: {_causes(error)}. Free space there, or save to another file system."
+    )
 
 
 def _causes(error: CheckpointException) -> str:
