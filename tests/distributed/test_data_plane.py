@@ -90,6 +90,30 @@ def test_a_rank_that_cannot_connect_tells_the_cause(pool: RankPool) -> None:
     assert "CheckpointError: cut short" in second
 
 
+def give_up_a_busy_rank() -> tuple[str, float]:
+    """Rank 1 has the group and does something else for longer than rank 0 waits for it."""
+    agreement, started = Agreement((0, 1), timeout_seconds=60, call="test"), time.monotonic()
+    try:
+        with (
+            agreement.phase("exchange"),
+            open_data_plane((0, 1), device=torch.device("cpu"), agreement=agreement) as plane,
+        ):
+            agreement.timeout_seconds = 0.5
+            if dist.get_rank() == 0:
+                exchange_ranks(plane, 2)
+            time.sleep(5.0)
+    except sw.ShardwiseError as error:
+        return str(error), time.monotonic() - started
+    raise AssertionError("the phase was left")
+
+
+def test_a_rank_that_gives_up_does_not_wait_for_the_other_to_let_go_of_the_group(pool: RankPool) -> None:
+    (text, seconds), (of_other, _) = pool.run(give_up_a_busy_rank, ranks=2)
+    assert "no rank made a step for 0.5 s" in text
+    assert "no rank made a step for 0.5 s" in of_other
+    assert seconds < 4.0
+
+
 def bound_default_group() -> tuple[bool, str]:
     """Make a group over a part of the ranks where the default one is bound to a device, as on accelerators."""
     c10d = dist.distributed_c10d

@@ -6,6 +6,7 @@ made for one call and dropped after it.
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,15 @@ import torch.distributed as dist
 
 from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.own_group import make_group
+from shardwise.materialization.call_keys import name_of
+from shardwise.materialization.own_group import let_collectives_take_long, make_group
 from shardwise.materialization.patience import Patience
+from shardwise.materialization.rank_errors import listed_ranks
 from shardwise.materialization.reader_threads import ReaderThreads
 
 _SECONDS_FOR_THE_CAUSE = 3.0
 _SECONDS_BETWEEN_CHECKS = 0.25
+_SECONDS_TO_DISCONNECT = 1.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
 
@@ -146,34 +150,47 @@ def open_data_plane(
     """
     backend = _backend_of(device)
     # A call may have several planes: two of one name would meet each other's addresses in the store.
-    name = agreement.numbered("data " + "-".join(map(str, ranks)))
+    name = agreement.numbered(f"data {name_of(ranks)}")
     timeout = timedelta(seconds=agreement.timeout_seconds)
     try:
         make = partial(make_group, ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)
         # gloo connects when it is made, and would wait for a rank that never comes until the timeout.
         group = _made_on_thread(make, agreement) if backend == dist.Backend.GLOO else make()
+        let_collectives_take_long(group)  # `DataPlane.wait` has more patience, as long as anything moves
     except (RuntimeError, ValueError) as error:
         # A rank that fails as soon as it has the group closes its connections while others still make theirs.
         agreement.hear(within_seconds=_SECONDS_FOR_THE_CAUSE)
         raise RankError(
-            f"rank {agreement.rank}: expected a {backend} group over ranks {list(ranks)}, got {error}. Check the network "
+            f"rank {agreement.rank}: expected a {backend} group over ranks {listed_ranks(ranks)}, got {error}. Check the network "
             "between the ranks (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), and the other ranks' logs."
         ) from error
     buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
     plane = DataPlane(group, device=buffers_on, agreement=agreement)
+    last = [group]
+    del group
     try:
         plane.connect()
         yield plane
     except BaseException as error:
-        group.abort()
+        last[0].abort()
         # gloo closes a group's connections when the last reference to it, or to a transfer on it, goes, and a peer that waits
         # for this rank's data learns of it only then. The frames of an error's traceback would keep the references.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group(last[0])
         plane.close()
-        del group
+        _let_go(last)
+
+
+def _let_go(last: list[dist.ProcessGroup]) -> None:
+    """Let go of the last reference to a group.
+
+    gloo then waits for its own threads, and one that waits for a rank which is busy or stopped ends only when that rank lets go too.
+    """
+    thread = threading.Thread(target=last.clear, name="shardwise-disconnect", daemon=True)
+    thread.start()
+    thread.join(timeout=_SECONDS_TO_DISCONNECT)
 
 
 def _made_on_thread(make: Callable[[], dist.ProcessGroup], agreement: Agreement) -> dist.ProcessGroup:
