@@ -258,12 +258,18 @@ class Agreement:
         # Only the first outcome of a phase counts.
         self._store.set_once(self._outcome_key, json.dumps(outcome))
 
-    def _fail(self, error: BaseException) -> None:
+    def tell(self, error: BaseException) -> None:
+        """Tell the others what this rank fails with in the phase, before it closes what they wait on. It must leave the phase with it."""
         if not isinstance(error, PeerError):
             try:
                 self._settle(self._failure(error))
             except RankError as lost:  # the store's host has ended; the first error is what matters
-                error.add_note(f"The other ranks could not be told: {lost}")
+                note = f"The other ranks could not be told: {lost}"
+                if note not in getattr(error, "__notes__", ()):
+                    error.add_note(note)
+
+    def _fail(self, error: BaseException) -> None:
+        self.tell(error)
         self._leave()
 
     def _failure(self, error: BaseException) -> dict[str, Any]:

@@ -164,6 +164,7 @@ def open_data_plane(
         del connection
         yield plane
     except BaseException as error:
+        agreement.tell(error)  # a closed connection says less, and closing may take its time
         last[0].abort()
         # gloo closes a group's connections when the last reference to it, or to a transfer on it, goes, and a peer that waits
         # for this rank's data learns of it only then. The frames of an error's traceback would keep the references.
