@@ -313,7 +313,7 @@ class Agreement:
             waited = time.monotonic() - started
             if patience.is_over():
                 if not self._is_first_to(f"give up {what}"):
-                    self.hear(within_seconds=_MOST_SECONDS_TO_TELL)
+                    self.hear(within_seconds=self._pace * _MOST_SECONDS_TO_TELL)
                 late = self._late(key_of_rank)
                 self._keys.give_up(late)
                 raise timeout_error(
