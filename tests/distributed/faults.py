@@ -135,6 +135,22 @@ def _other_dtype(arguments: dict[str, Any]) -> None:
 
 FAULTS = (
     Fault(
+        name="one rank passes a timeout that is none",
+        phase="arguments",
+        error="ConfigurationError",
+        message="timeout: expected a time above 0 s",
+        change=lambda arguments: arguments.update(timeout=-1.0),
+        routes=("direct",),
+    ),
+    Fault(
+        name="one rank passes a device that is none",
+        phase="arguments",
+        error="RuntimeError",
+        message="device type at start of device string: abacus",
+        change=lambda arguments: arguments.update(device="abacus"),
+        routes=("direct",),
+    ),
+    Fault(
         name="one rank passes another `missing`",
         phase="check",
         error="RankMismatchError",

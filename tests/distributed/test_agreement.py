@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from shardwise.errors import ConfigurationError, PeerError, RankMismatchError, RankTimeoutError
+from shardwise.errors import ConfigurationError, PeerError, RankError, RankMismatchError, RankTimeoutError
 from shardwise.materialization import Agreement, Comparable, timeout_seconds_of
+from shardwise.materialization.call_keys import name_of
 from shardwise.materialization.call_store import CallStore
 from shardwise.materialization.rank_errors import timeout_error
 from shardwise.testing import RankPool
@@ -373,35 +374,98 @@ def test_of_very_many_late_ranks_some_are_named() -> None:
     )
 
 
+def give_up_together() -> tuple[str, int]:
+    """Return the error and how often this rank asked which ones are late."""
+    together, original = agreement_with_impatience(1.0), Agreement._late
+
+    def slowly(self: Agreement, key_of_rank: Mapping[int, str]) -> list[int]:
+        time.sleep(1.0)
+        return original(self, key_of_rank)
+
+    with mock.patch.object(Agreement, "_late", autospec=True, side_effect=slowly) as asked:
+        try:
+            with together.phase("check"):
+                if dist.get_rank() == 1:
+                    wait_for_a_failure(together)
+        except RankError as error:
+            return str(error), asked.call_count
+    raise AssertionError("the phase was left")
+
+
+def test_of_the_ranks_that_give_up_one_asks_which_are_late(pool: RankPool) -> None:
+    found = pool.run(give_up_together, ranks=4)
+    assert all("ranks that did not arrive: 1 of 4" in text for text, _ in found)
+    assert sum(asked for _, asked in found) == 1
+
+
+def miss_a_call() -> list[str]:
+    """Return the names of the calls that went well."""
+    went_well = []
+    for turn in range(3):
+        if turn > 0 or dist.get_rank() != 1:
+            together = Agreement((0, 1, 2), timeout_seconds=1.0 if turn == 0 else 20.0, call="wrap_model")
+            try:
+                with together.phase("check"):
+                    pass
+                went_well.append(together.name)
+            except RankError:
+                assert turn == 0
+        dist.barrier()
+        if dist.get_rank() == 1:
+            time.sleep(0.3)  # the others have begun anew
+    return went_well
+
+
+def test_a_rank_that_missed_a_call_takes_part_in_the_next(pool: RankPool) -> None:
+    """As where it failed before it came to the call, and all ranks try again together."""
+    first, *others = pool.run(miss_a_call, ranks=3)
+    assert len(first) == 2
+    assert others == [first, first]
+
+
+def test_thousands_of_ranks_have_a_short_name() -> None:
+    """It is a part of each of their keys."""
+    many = list(range(5000))
+    assert name_of([3, 1]) == "3-1"
+    assert len(name_of(many)) < 50
+    assert len({name_of(many), name_of(many[1:]), name_of(many[::-1])}) == 3
+
+
 # --- a rank takes long ---
 
 
-def take_long(late: int) -> tuple[list[str], list[str]]:
+def take_long(late: int) -> tuple[list[str], list[str], int]:
+    """Return what this rank warned of in a phase and while it waited for a text, and for how many ranks' keys it asked."""
     together = agreement_with_impatience(PATIENT_SECONDS)
     together.warn_after_seconds = 0.3
-    with logged() as of_phase, together.phase("read"):
-        if dist.get_rank() == late:
-            time.sleep(1.5)
-    with logged() as of_text, together.phase("talk"):
-        if dist.get_rank() == late:
-            time.sleep(1.5)
-        together.publish("word", "now" if dist.get_rank() == late else None)
-    return of_phase, of_text
+    with mock.patch.object(Agreement, "_late", autospec=True, side_effect=Agreement._late) as asked:
+        with logged() as of_phase, together.phase("read"):
+            if dist.get_rank() == late:
+                time.sleep(1.5)
+        with logged() as of_text, together.phase("talk"):
+            if dist.get_rank() == late:
+                time.sleep(1.5)
+            together.publish("word", "now" if dist.get_rank() == late else None)
+    return of_phase, of_text, asked.call_count
 
 
-@pytest.mark.parametrize(("late", "speaks"), [(0, 1), (2, 0)])
-def test_a_rank_that_takes_long_is_named_once(pool: RankPool, late: int, speaks: int) -> None:
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_that_takes_long_is_named_once(pool: RankPool, late: int) -> None:
     found = pool.run(take_long, late, ranks=3)
-    assert found[speaks][0] == [
-        f"wrap_model, phase 'read': rank {speaks} has waited 0.3 s for the other ranks; ranks that have not arrived: {late} of "
-        "3; it goes on waiting for at most 60 s (timeout=)"
-    ]
-    assert [of_phase for rank, (of_phase, _) in enumerate(found) if rank != speaks] == [[], []]
-    of_text = [line for _, lines in found for line in lines]
-    assert of_text == [
-        "wrap_model, phase 'talk': rank 1 has waited 0.3 s for the source rank's word; it goes on waiting for at most 60 s "
-        "(timeout=)"
-    ]
+    goes_on = "it goes on waiting for at most 60 s (timeout=)"
+    by_rank = [(rank, line) for rank, (of_phase, _, _) in enumerate(found) for line in of_phase]
+    assert len(by_rank) == 1
+    assert by_rank[0][1] == (
+        f"wrap_model, phase 'read': rank {by_rank[0][0]} has waited 0.3 s for the other ranks; ranks that have not arrived: {late} of "
+        f"3; {goes_on}"
+    )
+    by_rank = [(rank, line) for rank, (_, of_text, _) in enumerate(found) for line in of_text]
+    assert len(by_rank) == 1
+    assert by_rank[0][1] == (
+        f"wrap_model, phase 'talk': rank {by_rank[0][0]} has waited 0.3 s for the source rank's word; {goes_on}"
+    )
+    # Of thousands of ranks that wait, one asks the store about each of the others.
+    assert sum(asked for _, _, asked in found) == 2
 
 
 # --- timeouts in words ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,9 @@ from shardwise.materialization.own_group import make_group
 from shardwise.testing import RankPool
 
 pytestmark = pytest.mark.distributed
+
+SECONDS_TO_CLOSE = 2 * data_plane._SECONDS_FOR_THE_CAUSE / 3
+"""Each of two groups; together longer than a rank whose transfer breaks off waits to hear why."""
 
 
 def exchange_ranks(plane: DataPlane, size: int) -> list[int]:
@@ -85,6 +89,64 @@ def fail_while_another_connects() -> str:
 
 def test_a_rank_that_cannot_connect_tells_the_cause(pool: RankPool) -> None:
     first, second = pool.run(fail_while_another_connects, ranks=2)
+    assert first == "CheckpointError: cut short"
+    assert second.startswith("PeerError: test, phase 'exchange': rank 0")
+    assert "CheckpointError: cut short" in second
+
+
+def give_up_a_busy_rank() -> tuple[str, float]:
+    """Rank 1 has the group and does something else for longer than rank 0 waits for it."""
+    agreement, started = Agreement((0, 1), timeout_seconds=60, call="test"), time.monotonic()
+    try:
+        with (
+            agreement.phase("exchange"),
+            open_data_plane((0, 1), device=torch.device("cpu"), agreement=agreement) as plane,
+        ):
+            agreement.timeout_seconds = 0.5
+            if dist.get_rank() == 0:
+                exchange_ranks(plane, 2)
+            time.sleep(5.0)
+    except sw.ShardwiseError as error:
+        return str(error), time.monotonic() - started
+    raise AssertionError("the phase was left")
+
+
+def test_a_rank_that_gives_up_does_not_wait_for_the_other_to_let_go_of_the_group(pool: RankPool) -> None:
+    (text, seconds), (of_other, _) = pool.run(give_up_a_busy_rank, ranks=2)
+    assert "no rank made a step for 0.5 s" in text
+    assert "no rank made a step for 0.5 s" in of_other
+    assert seconds < 4.0
+
+
+def fail_and_close_slowly() -> str:
+    """Rank 0 fails with two groups in its hands, of which the second takes longer to close than the other rank waits for a cause."""
+    agreement, original = Agreement((0, 1), timeout_seconds=60, call="test"), data_plane._let_go
+
+    def slowly(last: list[dist.ProcessGroup]) -> None:
+        original(last)
+        if dist.get_rank() == 0:
+            time.sleep(SECONDS_TO_CLOSE)
+
+    try:
+        with (
+            mock.patch.object(data_plane, "_let_go", slowly),
+            agreement.phase("exchange"),
+            ExitStack() as stack,
+        ):
+            for _ in range(2):
+                plane = stack.enter_context(
+                    open_data_plane((0, 1), device=torch.device("cpu"), agreement=agreement)
+                )
+            if dist.get_rank() == 0:
+                raise sw.CheckpointError("cut short")
+            exchange_ranks(plane, 2)
+    except sw.ShardwiseError as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("the phase was left")
+
+
+def test_a_rank_tells_the_cause_before_it_closes_connections(pool: RankPool) -> None:
+    first, second = pool.run(fail_and_close_slowly, ranks=2)
     assert first == "CheckpointError: cut short"
     assert second.startswith("PeerError: test, phase 'exchange': rank 0")
     assert "CheckpointError: cut short" in second

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import shardwise as sw
 from shardwise.checkpoint.ranged_file import RangedFile
@@ -109,6 +110,28 @@ def test_reads_that_last_longer_than_the_timeout_together_but_not_each(
 ) -> None:
     seconds = pool.run(fill_slowly, files, route, ranks=2)
     assert min(seconds) > 1.2 * TIMEOUT_SECONDS  # the other rank has waited for that long
+
+
+def wait_in_an_exchange(directory: str) -> float:
+    """Fill columns, which are exchanged, after rows, which one rank reads slowly while the other waits for it in a collective."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(TENSORS)))
+    columns = {model[0].weight, model[1].weight}
+    fully_shard(model, shard_placement_fn=lambda parameter: Shard(int(parameter in columns)))
+    started = time.monotonic()
+    with reads_of_one_rank(lambda: time.sleep(SECONDS_PER_READ)):
+        report = sw.materialize(
+            model, directory, dtype=torch.float32, staging_bytes=64 * 1024, timeout=TIMEOUT_SECONDS
+        )
+    assert report.network_bytes > 0
+    for name, value in load_file(Path(directory) / "model.safetensors").items():
+        assert torch.equal(model.get_parameter(name).full_tensor(), value.float()), name
+    return time.monotonic() - started
+
+
+def test_a_rank_waits_in_a_collective_for_one_that_reads_on(pool: RankPool, files: str) -> None:
+    """The group's own timeout would end it."""
+    assert min(pool.run(wait_in_an_exchange, files, ranks=2)) > 1.2 * TIMEOUT_SECONDS
 
 
 def stall(directory: str, route: str) -> tuple[str, str, float, list[str], bool]:

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from shardwise.checkpoint import StoredTensor
+from shardwise.checkpoint import StateDictSource, StoredTensor
 from shardwise.errors import ConfigurationError
+from shardwise.materialization.source_plan import plan_sources
+from shardwise.materialization.wanted import Wanted
 from shardwise.plan import (
     Layout,
     Route,
@@ -283,3 +285,22 @@ def test_replicas_of_a_rank() -> None:
     assert layout.replicas(3) == (2, 3, 8, 9)
     assert layout.replicas(99) == ()
     assert FSDP.replicas(2) == (2,)
+
+
+def test_replicas_compare_what_they_keep_in_every_layout() -> None:
+    """Ranks 0 and 1 keep copies of a tensor over all ranks, and of one that is theirs alone."""
+    over_all = Layout(mesh_shape=(2, 2), mesh_ranks=(0, 2, 1, 3), placements=(Replicate(), Shard(0)))
+    wanted = [
+        *wanted_of(over_all, [(512, 4096)]),
+        *wanted_of(Layout.replicated((0, 1)), [(512, 4096)] * 2)[1:],
+    ]
+    (plan,) = plan_sources(
+        [Wanted(source=StateDictSource({"none": torch.empty(1)}), pieces=tuple(wanted), converted=())],
+        sights=[sight()],
+        route="replicate",
+        rank=0,
+        device=torch.device("cpu"),
+        staging_bytes=STAGING_BYTES,
+        cpu_storage="copy",
+    )
+    assert {ranks: sorted(fqns) for ranks, fqns in plan.replicated.items()} == {(0, 1): ["w0", "w1"]}

@@ -92,14 +92,14 @@ def export_checkpoint(
         UnsupportedFormatError: safetensors lacks a dtype.
         UnsupportedParameterError: A tie that the model's class does not declare.
     """
-    agreement = Agreement(
-        ranks_of_group(group),
-        timeout_seconds=timeout_seconds_of(timeout, group=group),
-        call="export_checkpoint",
-    )
+    own_timeout = timeout_seconds_of(None, group=group)
+    agreement = Agreement(ranks_of_group(group), timeout_seconds=own_timeout, call="export_checkpoint")
+    with agreement.phase("arguments"):
+        agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
+        path = Path(directory).absolute()
     return export_agreed(
         model,
-        Path(directory).absolute(),
+        path,
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,

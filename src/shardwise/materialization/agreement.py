@@ -226,7 +226,7 @@ class Agreement:
         deadline = time.monotonic() + within_seconds
         while time.monotonic() < deadline:
             self.check(now=True)
-            time.sleep(_LONGEST_PAUSE_SECONDS / 10)
+            time.sleep(self._pace * _LONGEST_PAUSE_SECONDS / 10)
 
     def _raise_ended(self, ended: str) -> None:
         """Raise for a rank that has ended, unless it has failed and told why, or has done its part of the call."""
@@ -258,12 +258,18 @@ class Agreement:
         # Only the first outcome of a phase counts.
         self._store.set_once(self._outcome_key, json.dumps(outcome))
 
-    def _fail(self, error: BaseException) -> None:
+    def tell(self, error: BaseException) -> None:
+        """Tell the others what this rank fails with in the phase, before it closes what they wait on. It must leave the phase with it."""
         if not isinstance(error, PeerError):
             try:
                 self._settle(self._failure(error))
             except RankError as lost:  # the store's host has ended; the first error is what matters
-                error.add_note(f"The other ranks could not be told: {lost}")
+                note = f"The other ranks could not be told: {lost}"
+                if note not in getattr(error, "__notes__", ()):
+                    error.add_note(note)
+
+    def _fail(self, error: BaseException) -> None:
+        self.tell(error)
         self._leave()
 
     def _failure(self, error: BaseException) -> dict[str, Any]:
@@ -306,17 +312,22 @@ class Agreement:
         while not self._store.has(keys):
             waited = time.monotonic() - started
             if patience.is_over():
+                if not self._is_first_to(f"give up {what}"):
+                    self.hear(within_seconds=self._pace * _MOST_SECONDS_TO_TELL)
+                late = self._late(key_of_rank)
+                self._keys.give_up(late)
                 raise timeout_error(
                     self._where,
                     what,
                     rank=self.rank,
                     seconds=self.timeout_seconds,
-                    late=self._late(key_of_rank),
+                    late=late,
                     ranks=len(self.ranks),
                 )
             if waited > self.warn_after_seconds and not has_warned:
                 has_warned = True
-                self._warn_of_wait(what, key_of_rank)
+                if self._is_first_to(f"warn of {what}"):
+                    self._warn_of_wait(what, key_of_rank)
             self.check()
             # Short waits stay quick and long ones do not load the store's host.
             time.sleep(
@@ -326,20 +337,20 @@ class Agreement:
                 )
             )
 
+    def _is_first_to(self, do: str) -> bool:
+        """Return whether no other rank has come to this point of the phase: each would ask the store for each, which is their square."""
+        return self._store.add(self._keys.of_call(self._phase, do), 1) == 1
+
     def _warn_of_wait(self, what: str, key_of_rank: Mapping[int, str]) -> None:
-        late = self._late(key_of_rank)
-        # One of the ranks that wait speaks for all of them. Where one rank's text is awaited, that is mostly the first one's.
-        waiting = [rank for rank in key_of_rank if rank not in late] or self.ranks[1:]
-        if self.rank == waiting[0]:
-            _log.warning(
-                "%s: rank %d has waited %g s for %s%s; it goes on waiting for at most %g s (timeout=)",
-                self._where,
-                self.rank,
-                self.warn_after_seconds,
-                what,
-                named_late("ranks that have not arrived", late, of=len(self.ranks)),
-                self.timeout_seconds,
-            )
+        _log.warning(
+            "%s: rank %d has waited %g s for %s%s; it goes on waiting for at most %g s (timeout=)",
+            self._where,
+            self.rank,
+            self.warn_after_seconds,
+            what,
+            named_late("ranks that have not arrived", self._late(key_of_rank), of=len(self.ranks)),
+            self.timeout_seconds,
+        )
 
     def _late(self, key_of_rank: Mapping[int, str]) -> list[int]:
         return [rank for rank, key in key_of_rank.items() if not self._store.has([key])]

@@ -6,6 +6,7 @@ made for one call and dropped after it.
 
 from __future__ import annotations
 
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,16 @@ import torch.distributed as dist
 
 from shardwise.errors import RankError, RankTimeoutError
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.own_group import make_group
+from shardwise.materialization.call_keys import name_of
+from shardwise.materialization.device import current
+from shardwise.materialization.own_group import let_collectives_take_long, make_group
 from shardwise.materialization.patience import Patience
+from shardwise.materialization.rank_errors import listed_ranks
 from shardwise.materialization.reader_threads import ReaderThreads
 
 _SECONDS_FOR_THE_CAUSE = 3.0
 _SECONDS_BETWEEN_CHECKS = 0.25
+_SECONDS_TO_DISCONNECT = 1.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.0001, 0.002
 
 
@@ -45,15 +50,6 @@ class DataPlane:
     def close(self) -> None:
         """Let go of the group; the plane is of no use afterwards."""
         del self.group
-
-    def connect(self) -> None:
-        """Wait until every rank has the group.
-
-        NCCL connects in the first collective, and a rank that is late blocks the others there. gloo connects rank by rank: one
-        that has nothing to send could leave before another has all its connections, which would then find one of them closed.
-        """
-        one = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self.wait(dist.all_reduce(one, group=self.group, async_op=True), what="the connection of all ranks")
 
     def scatter(
         self, into: torch.Tensor, slots: Sequence[torch.Tensor] | None, *, source_rank: int
@@ -146,37 +142,69 @@ def open_data_plane(
     """
     backend = _backend_of(device)
     # A call may have several planes: two of one name would meet each other's addresses in the store.
-    name = agreement.numbered("data " + "-".join(map(str, ranks)))
+    name = agreement.numbered(f"data {name_of(ranks)}")
     timeout = timedelta(seconds=agreement.timeout_seconds)
+    buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
+    make = partial(make_group, ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)
     try:
-        make = partial(make_group, ranks, rank=agreement.rank, backend=backend, name=name, timeout=timeout)
-        # gloo connects when it is made, and would wait for a rank that never comes until the timeout.
-        group = _made_on_thread(make, agreement) if backend == dist.Backend.GLOO else make()
+        group, connection = _made_on_thread(lambda: _connecting(make, buffers_on), agreement)
     except (RuntimeError, ValueError) as error:
         # A rank that fails as soon as it has the group closes its connections while others still make theirs.
         agreement.hear(within_seconds=_SECONDS_FOR_THE_CAUSE)
         raise RankError(
-            f"rank {agreement.rank}: expected a {backend} group over ranks {list(ranks)}, got {error}. Check the network "
+            f"rank {agreement.rank}: expected a {backend} group over ranks {listed_ranks(ranks)}, got {error}. Check the network "
             "between the ranks (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), and the other ranks' logs."
         ) from error
-    buffers_on = torch.device("cpu") if backend == dist.Backend.GLOO else device
     plane = DataPlane(group, device=buffers_on, agreement=agreement)
+    last = [group]
+    del group
     try:
-        plane.connect()
+        # gloo connects rank by rank: one that has nothing to send could leave before another has all its connections.
+        plane.wait(connection, what="the connection of all ranks")
+        del connection
         yield plane
     except BaseException as error:
-        group.abort()
+        agreement.tell(error)  # a closed connection says less, and closing may take its time
+        last[0].abort()
         # gloo closes a group's connections when the last reference to it, or to a transfer on it, goes, and a peer that waits
         # for this rank's data learns of it only then. The frames of an error's traceback would keep the references.
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        dist.destroy_process_group(group)
+        dist.destroy_process_group(last[0])
         plane.close()
-        del group
+        _let_go(last)
 
 
-def _made_on_thread(make: Callable[[], dist.ProcessGroup], agreement: Agreement) -> dist.ProcessGroup:
+def _let_go(last: list[dist.ProcessGroup]) -> None:
+    """Let go of the last reference to a group.
+
+    gloo then waits for its own threads, and one that waits for a rank which is busy or stopped ends only when that rank lets go too.
+    """
+    thread = threading.Thread(target=last.clear, name="shardwise-disconnect", daemon=True)
+    thread.start()
+    thread.join(timeout=_SECONDS_TO_DISCONNECT)
+
+
+def _connecting(
+    make: Callable[[], dist.ProcessGroup], device: torch.device
+) -> tuple[dist.ProcessGroup, dist.Work]:
+    """Make a group and begin its first collective. gloo connects in the one, NCCL in the other; both block until all ranks are there."""
+    with current(device):  # which is not that of another thread
+        group = make()
+        let_collectives_take_long(group)  # `DataPlane.wait` has more patience, as long as anything moves
+        one = torch.zeros(1, dtype=torch.uint8, device=device)
+        try:
+            work: dist.Work = dist.all_reduce(one, group=group, async_op=True)
+        except BaseException:
+            dist.destroy_process_group(group)
+            raise
+        return group, work
+
+
+def _made_on_thread(
+    make: Callable[[], tuple[dist.ProcessGroup, dist.Work]], agreement: Agreement
+) -> tuple[dist.ProcessGroup, dist.Work]:
     """Make a group while this rank listens to the others."""
     threads = ReaderThreads(1, name="shardwise-connect")
     future = threads.submit(make)
@@ -191,12 +219,13 @@ def _made_on_thread(make: Callable[[], dist.ProcessGroup], agreement: Agreement)
         threads.close(within_seconds=0.0)
 
 
-def _drop(future: Future[dist.ProcessGroup]) -> None:
+def _drop(future: Future[tuple[dist.ProcessGroup, dist.Work]]) -> None:
     if future.cancelled() or future.exception() is not None:
         return
     with suppress(RuntimeError, ValueError):  # the job may have ended its groups meanwhile
-        future.result().abort()
-        dist.destroy_process_group(future.result())
+        group, _ = future.result()
+        group.abort()
+        dist.destroy_process_group(group)
 
 
 def _backend_of(device: torch.device) -> str:

@@ -17,6 +17,7 @@ from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.layouts import layout_of as layout_of
+from shardwise.materialization.left_behind import refuse_left_behind
 from shardwise.materialization.out_of_memory import naming_out_of_memory
 from shardwise.materialization.read import Reading, Shards
 from shardwise.materialization.replicas import require_equal_replicas
@@ -72,7 +73,7 @@ def allocate(
         CheckpointError: A file cannot be opened, or has changed.
         OutOfMemoryError: There is no memory for the shards.
         PeerError: Another rank failed.
-        StalledReadError: A file system does not answer.
+        StalledReadError: A file system does not answer, or has not answered yet what an earlier load has asked.
     """
     pages: dict[str, torch.Tensor] = {}
     final: list[SourcePlan] = []
@@ -90,7 +91,9 @@ def allocate(
         allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
         allocate_buffers(model, planned, device)
     entries = entries_of(model, roles=("parameter", "buffer"))
-    return final, {entry.fqn: local_of(entry.tensor) for entry in entries if entry.fqn in planned}
+    targets = {entry.fqn: local_of(entry.tensor) for entry in entries if entry.fqn in planned}
+    refuse_left_behind(targets)
+    return final, targets
 
 
 def _beyond_mappings(plans: Sequence[SourcePlan]) -> set[str]:

@@ -123,10 +123,11 @@ def materialize(
         UnsupportedParameterError: Weak references or a graph hold a parameter on meta; nothing was allocated.
         RankError: Ranks differ, one failed, or one did not arrive.
     """
-    agreement = Agreement(
-        ranks_of_group(group), timeout_seconds=timeout_seconds_of(timeout, group=group), call="materialize"
-    )
-    target = torch.device(device) if device is not None else device_of_model(model)
+    own_timeout = timeout_seconds_of(None, group=group)
+    agreement = Agreement(ranks_of_group(group), timeout_seconds=own_timeout, call="materialize")
+    with agreement.phase("arguments"):  # a rank that refuses one tells the others, who wait for it
+        agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
+        target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target, proportional=False) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
             _check_route(route)

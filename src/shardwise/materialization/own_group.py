@@ -16,10 +16,12 @@ Source: `_new_process_group_helper` and `_get_split_source` in torch/distributed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
+
+_LONG = timedelta(days=100)
 
 
 def make_group(
@@ -50,6 +52,19 @@ def make_group(
     c10d._world.pg_group_ranks[group] = {member: index for index, member in enumerate(ranks)}
     made: dist.ProcessGroup = group
     return made
+
+
+def let_collectives_take_long(group: dist.ProcessGroup) -> None:
+    """Leave it to the caller how long a collective may take.
+
+    A back end gives a collective up, and NCCL's ends the process, when it is not over after the group's timeout: also where the rank
+    that it waits for has read on and on before it came to it.
+
+    Source: `_set_pg_timeout` in torch/distributed/distributed_c10d.py.
+    """
+    for device in group._device_types:
+        with suppress(AttributeError, RuntimeError):  # not every back end can
+            group._get_backend(device)._set_default_timeout(_LONG)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def mismatch_error(
         got: Details of the first rank that differs.
     """
     return RankMismatchError(
-        f"{where}: {same.what} on rank {_listed(differing)} is not that of rank {reference}: "
+        f"{where}: {same.what} on rank {listed_ranks(differing)} is not that of rank {reference}: "
         f"{same.explain(expected, got)}. {same.remedy}"
     )
 
@@ -76,9 +76,10 @@ def timeout_error(
 
 def named_late(what: str, late: Sequence[int], *, of: int) -> str:
     """Return part of a message that names late ranks; empty where there are none."""
-    return f"; {what}: {_listed(late)} of {of}" if late else ""
+    return f"; {what}: {listed_ranks(late)} of {of}" if late else ""
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed_ranks(ranks: Sequence[int]) -> str:
+    """Return the first of some ranks as text, and how many more they are."""
     more = f" and {len(ranks) - _MOST_NAMED:,} more" if len(ranks) > _MOST_NAMED else ""
     return ", ".join(map(str, ranks[:_MOST_NAMED])) + more

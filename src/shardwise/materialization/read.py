@@ -12,6 +12,7 @@ import torch
 from shardwise.checkpoint import Source, read_scattered
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_call import Doing, await_call, calling_threads
+from shardwise.materialization.left_behind import leave_behind
 from shardwise.materialization.placing import ShardMemory, as_memory, elements_in, place_in
 from shardwise.materialization.reader_threads import ReaderThreads
 from shardwise.materialization.staging import StagingRing
@@ -70,14 +71,22 @@ class Reading:
             return
         count = read_threads()
         in_flight: deque[_Request] = deque()
-        with calling_threads(count, name="shardwise-read") as threads:
-            for request in self._requests():
-                while len(in_flight) >= 2 * count or (request.is_staged and not self._ring.available):
-                    self._finish(in_flight.popleft())
-                request.start(threads, self._source, self._ring)
-                in_flight.append(request)
-            while in_flight:
-                self._finish(in_flight.popleft())
+        try:
+            with calling_threads(count, name="shardwise-read") as threads:
+                for request in self._requests():
+                    while len(in_flight) >= 2 * count or (request.is_staged and not self._ring.available):
+                        self._finish(in_flight[0])
+                        in_flight.popleft()
+                    request.start(threads, self._source, self._ring)
+                    in_flight.append(request)
+                while in_flight:
+                    self._finish(in_flight[0])
+                    in_flight.popleft()
+        except BaseException:
+            for request in in_flight:
+                if not request.is_staged:
+                    leave_behind(request.future, self._described(request), request.parts)
+            raise
 
     def _requests(self) -> Iterator[_Request]:
         """Join reads that follow each other in a file and go straight into place, each to its own."""
@@ -97,9 +106,11 @@ class Reading:
         if pending.reads:
             yield pending
 
+    def _described(self, request: _Request) -> str:
+        return f"{self._source.name}, {request.file}: reading {request.nbytes:,} bytes at byte {request.start_byte:,}"
+
     def _finish(self, request: _Request) -> None:
-        what = f"{self._source.name}, {request.file}: reading {request.nbytes:,} bytes at byte {request.start_byte:,}"
-        await_call(request.future, self._agreement, Doing(what))
+        await_call(request.future, self._agreement, Doing(self._described(request)))
         if request.buffer is not None:
             for read in request.reads:
                 for fragment in read.fragments:

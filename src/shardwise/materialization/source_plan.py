@@ -173,6 +173,11 @@ def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging
         rank=rank,
         buffer_bytes=buffer_bytes,
     )
+    replicated: dict[tuple[int, ...], tuple[str, ...]] = {}
+    for sharing in division.sharings:
+        if sharing.keep_the_same:
+            fqns = tuple(pieces[index].fqn for index in sorted(sharing.chosen))
+            replicated[sharing.ranks] = (*replicated.get(sharing.ranks, ()), *fqns)
     arriving = (arriving_directly(direct, pieces), *(each.arriving for each in exchanges))
     require_covered(pieces, arriving, rank=rank, name=source.name)
     for step in steps:
@@ -184,11 +189,7 @@ def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging
         in_memory=sight.in_memory,
         direct=direct,
         exchanges=exchanges,
-        replicated={
-            sharing.ranks: tuple(pieces[index].fqn for index in sorted(sharing.chosen))
-            for sharing in division.sharings
-            if sharing.keep_the_same
-        },
+        replicated=replicated,
         converters=division.converters.ranks,
         steps=steps,
     )

@@ -136,10 +136,10 @@ def verify_shards(
         RankError: A rank failed, or did not arrive.
     """
     ranks = ranks_of_group(group)
-    agreement = Agreement(
-        ranks, timeout_seconds=timeout_seconds_of(timeout, group=group), call="verify_shards"
-    )
+    own_timeout = timeout_seconds_of(None, group=group)
+    agreement = Agreement(ranks, timeout_seconds=own_timeout, call="verify_shards")
     with agreement.phase("check") as check:
+        agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
         reshard(model)
         _refuse_meta(entries_of(model))
         devices = {local_of(e.tensor).device.type for e in entries_of(model) if e.role != "attribute"}
