@@ -1,4 +1,4 @@
-"""What `shardwise plan` predicts beside what is measured: every mode of `shardwise compare`, on 1, 2 and 4 ranks and 2 x 2.
+"""What `shardwise plan` predicts beside what is measured: every mode of `shardwise compare` that is shardwise's own, on 1, 2 and 4 ranks and 2 x 2.
 
     python benchmarks/bench_predicted.py [--parameters N] [--kind dense --kind tied --kind moe] [--mode NAME] [--dtype float32]
 
@@ -29,6 +29,7 @@ from shardwise.compare.worker import measure_mode
 from shardwise.planning import JobPlan, plan_job, predicted_for
 
 _MEBIBYTE = 2**20
+_MODES = tuple(name for name, mode in MODES.items() if mode.strategy != "peer")
 _SHAPES = ((1,), (2,), (4,), (2, 2))
 _MOST_OFF = 0.10
 _MOST_OFF_BYTES = 64 * _MEBIBYTE
@@ -41,7 +42,7 @@ def main() -> int:
     )
     parser.add_argument("--parameters", type=int, default=500_000_000)
     parser.add_argument("--kind", action="append", choices=("dense", "tied", "moe"))
-    parser.add_argument("--mode", action="append", choices=tuple(MODES))
+    parser.add_argument("--mode", action="append", choices=_MODES)
     parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="of the shards")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> int:
                     device="cpu",
                     ranks_per_node=math.prod(shape),
                 )
-                for mode in options.mode or MODES:
+                for mode in options.mode or _MODES:
                     console.print(f"{kind}, ranks {' x '.join(map(str, shape))}, {mode}")
                     runs.append(_run(kind, model, shape, mode, options.dtype, plan))
     _print(runs, console)

@@ -37,9 +37,13 @@ def predicted_for(plan: JobPlan, mode: str) -> Predicted:
         mode: Name of a mode.
 
     Raises:
-        ConfigurationError: There is no such mode, or the plan was made of another route.
+        ConfigurationError: There is no such mode, it is another library's, or the plan was made of another route.
     """
     (found,) = modes_named([mode])
+    if found.strategy == "peer":
+        raise ConfigurationError(
+            f"mode {mode!r}: expected a mode of shardwise, got another library's way, of which nothing is predicted here."
+        )
     name = EVERY_RANK
     if found.memory_efficient_init:
         name = plan.load.route if found.route == "auto" else found.route

@@ -31,8 +31,8 @@ def most_gathered_bytes(units: Sequence[UnitBytes], *, shard_ranks: int, copies_
     unit is copied out, in a backward it is freed at once, and `pre_backward` then gathers the next unit before this one
     computes. `post_backward` frees the parameters and the buffer of the last reduction (one is kept,
     `reduce_scatter_max_input_buffers`), and `foreach_reduce` copies the gradients into a buffer of the reduce dtype, from which
-    a shard is reduced into another one, while a unit's last gradient is still there. Among one shard rank there are no buffers
-    to receive. gloo reduces a copy of the buffer.
+    a shard is reduced into another one; a unit's last gradient is still there, for which all of them are taken here. With one shard
+    rank there are no buffers to receive, and no gradient stays. gloo reduces a copy of the buffer.
 
     Left out: activations; the copy of a shard in the compute dtype, which is 1/N of a unit; second copies of what is sharded on
     another dim than 0; what an allocator keeps of freed blocks.
@@ -60,5 +60,6 @@ def most_gathered_bytes(units: Sequence[UnitBytes], *, shard_ranks: int, copies_
         kept -= unit.gathered_bytes - gathered
         reducing = unit.reduced_bytes
         result = reducing // shard_ranks + (reducing if copies_to_reduce else 0)
-        most = max(most, kept + prefetched + unit.gradient_bytes + reducing + result)
+        left = unit.gradient_bytes if shard_ranks > 1 else 0
+        most = max(most, kept + prefetched + reducing + max(unit.gradient_bytes, left + result))
     return most
