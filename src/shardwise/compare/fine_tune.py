@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.compare.announce import Progress, announce
+from shardwise.compare.heap import keep_freed_memory
 from shardwise.compare.launch import run_ranks
 from shardwise.compare.worker import join_group
 from shardwise.training import TrainSettings, sample_text
@@ -147,6 +149,7 @@ def train_and_answer(arguments: Mapping[str, Any]) -> dict[str, Any]:
         arguments: `settings`.
     """
     announce("fine-tuning on shards: starting ranks")
+    keep_freed_memory()
     from shardwise.training import train
 
     join_group()
@@ -185,6 +188,10 @@ def train_plainly(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from shardwise.training.order import DataOrder
     from shardwise.training.tokens import TokenRows
 
+    keep_freed_memory()
+    torch.set_num_threads(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     settings = TrainSettings.from_json(arguments["settings"])
     started = time.perf_counter()
     announce("fine-tuning in one process")
