@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from shardwise.compare.announce import Progress, announce
+from shardwise.compare.environment import usable_cpus
 from shardwise.compare.heap import keep_freed_memory
 from shardwise.compare.launch import run_ranks
 from shardwise.compare.worker import join_group
@@ -189,9 +189,7 @@ def train_plainly(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from shardwise.training.tokens import TokenRows
 
     keep_freed_memory()
-    torch.set_num_threads(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    torch.set_num_threads(usable_cpus())
     settings = TrainSettings.from_json(arguments["settings"])
     started = time.perf_counter()
     announce("fine-tuning in one process")

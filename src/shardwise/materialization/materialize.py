@@ -46,7 +46,7 @@ from shardwise.materialization.stored_ties import aliased_bytes, require_equal_a
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.materialization.timeouts import timeout_seconds_of
-from shardwise.plan import ROUTES
+from shardwise.plan import check_route
 from shardwise.profiling import LoadReport, profile_memory
 from shardwise.tensors import floating_dtype
 
@@ -130,7 +130,7 @@ def materialize(
         target = torch.device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target, proportional=False) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
-            _check_route(route)
+            check_route(route)
             dtype = floating_dtype(dtype, others=(None, "auto"))
             cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
             _check_direct_io(checkpoint, direct_io=direct_io)
@@ -209,11 +209,6 @@ def materialize(
             converted=filled.converted,
             dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
         )
-
-
-def _check_route(route: str) -> None:
-    if route not in ROUTES:
-        raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
 
 
 def _check_direct_io(checkpoint: Checkpoint | None, *, direct_io: bool) -> None:

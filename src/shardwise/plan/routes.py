@@ -36,6 +36,16 @@ class Route:
     reason: str
 
 
+def check_route(route: str) -> None:
+    """Raise unless a route is one of `ROUTES`.
+
+    Raises:
+        ConfigurationError: With the list.
+    """
+    if route not in ROUTES:
+        raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+
+
 def choose_route(asked: str, wanted: Sequence[WantedTensor], sight: Sight, *, max_read_bytes: int) -> Route:
     """Return the route of a source, the same on all ranks.
 

@@ -10,7 +10,7 @@ import torch
 
 from shardwise.errors import ConfigurationError
 from shardwise.materialization import CpuStorage
-from shardwise.plan import ROUTES
+from shardwise.plan import ROUTES, check_route
 from shardwise.planning.job_plan import JobPlan, Way, need_of, way_of_plain, way_of_route
 from shardwise.planning.load_plan import LoadPlan
 from shardwise.planning.mesh_shape import TENSOR_AXIS, MeshShape, axes_of, shard_ranks_of
@@ -78,8 +78,7 @@ def plan_job(
         ConfigurationError: An argument is unknown or not possible.
         UnsupportedParameterError: FSDP2 cannot shard a parameter.
     """
-    if route not in ROUTES:
-        raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+    check_route(route)
     if mixed_precision == "fp8":
         raise ConfigurationError(
             "mixed_precision: expected 'bf16', 'fp16' or 'no', got 'fp8', whose layers are not planned."

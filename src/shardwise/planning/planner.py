@@ -8,7 +8,7 @@ import torch
 
 from shardwise.errors import ConfigurationError
 from shardwise.materialization import CpuStorage, checked_cpu_storage, default_staging_bytes
-from shardwise.plan import ROUTES
+from shardwise.plan import check_route
 from shardwise.planning.load_plan import LoadPlan
 from shardwise.planning.mesh_shape import MeshShape, axes_of
 from shardwise.planning.outlook import Setting, load_plan_of, outlook_of
@@ -63,8 +63,7 @@ def plan_load(
         ConfigurationError: An argument is unknown or not possible.
         UnsupportedParameterError: FSDP2 cannot shard a parameter.
     """
-    if route not in ROUTES:
-        raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+    check_route(route)
     setting = setting_of(
         mesh_shape,
         device=device,

@@ -34,7 +34,7 @@ from shardwise.materialization import (
     timeout_seconds_of,
     trained_parameters_of,
 )
-from shardwise.plan import ROUTES
+from shardwise.plan import check_route
 from shardwise.profiling import LoadReport
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.awaited import Awaited, refuse_edited
@@ -75,8 +75,7 @@ class Strategy(ABC):
         cpu_storage: CpuStorage,
         direct_io: bool,
     ) -> None:
-        if route not in ROUTES:
-            raise ConfigurationError(f"route: expected one of {', '.join(ROUTES)}, got {route!r}")
+        check_route(route)
         self.device_mesh = mesh
         self.mixed_precision = mixed_precision
         self.fsdp_config = config
