@@ -440,3 +440,32 @@ def find_difference(path: str, dtype: torch.dtype) -> None:
     assert report.summary().startswith(f"{path}: {report.tensors} tensors compared, 1 shard differs\n")
     assert "blocks.1.up.weight (rank 1): 1 element differs from" in report.summary()
     assert "model.safetensors" in report.summary()
+
+
+def test_the_collector_rests_while_the_model_is_built(pool: RankPool, checkpoint: Checkpoint) -> None:
+    """It walks all that a build on meta adds, though all of it stays; it is on again afterwards, and after an error."""
+    pool.run(build_without_collector, checkpoint("qwen3_tied"), ranks=1)
+
+
+def build_without_collector(directory: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    seen = []
+
+    class Watched(AutoModelForCausalLM):
+        @classmethod
+        def from_config(cls, config: Any, **kwargs: Any) -> Any:
+            seen.append(gc.isenabled())
+            if len(seen) > 2:
+                raise ValueError("no such model")
+            return AutoModelForCausalLM.from_config(config, **kwargs)
+
+    strategy = make_strategy("native_fsdp")
+    strategy.load_pretrained(Watched, directory)
+    assert gc.isenabled()
+    strategy.from_config(Watched, directory)
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="no such model"):
+        strategy.from_config(Watched, directory)
+    assert gc.isenabled()
+    assert seen == [False, False, False]

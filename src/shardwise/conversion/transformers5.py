@@ -11,6 +11,7 @@ Source: `transformers.core_model_loading.convert_and_load_state_dict_in_model`, 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from shardwise.conversion.groups import ConversionGroup, Declaration, any_of, renamed_group
+from shardwise.conversion.patterns import compiled_on_use
 from shardwise.conversion.ties import saved_names
 from shardwise.errors import ConfigurationError, UnsupportedVersionError
 
@@ -42,11 +44,7 @@ def declaration_of(
         UnsupportedVersionError: The installed transformers declares it in another way.
     """
     upstream = _upstream(_FOR_LOADING)
-    if conversions is not None:
-        mapping = list(conversions)
-    else:
-        with _in_own_classes(model):
-            mapping = upstream["get_model_conversion_mapping"](model)
+    mapping = list(conversions) if conversions is not None else _mapping_of(model, upstream)
     renamings = [entry for entry in mapping if isinstance(entry, upstream["WeightRenaming"])]
     converters = [entry for entry in mapping if isinstance(entry, upstream["WeightConverter"])]
     rename = _renaming(model.base_model_prefix, expected, renamings, converters, upstream)
@@ -123,8 +121,7 @@ def saved_groups(
     names = saved_names([name for name in shapes if name not in ignored], ties, is_tied=is_tied)
     declared = getattr(model, "_weight_conversions", None)
     if declared is None:  # not loaded: a prefix that a checkpoint might have had is not added
-        with _in_own_classes(model):
-            mapping = upstream["get_model_conversion_mapping"](model, add_legacy=False)
+        mapping = _mapping_of(model, upstream, add_legacy=False)
         declared = [entry for entry in mapping if not isinstance(entry, upstream["PrefixChange"])] or None
     if declared is None:
         return [renamed_group(name, name) for name in names]
@@ -192,6 +189,13 @@ def _upstream(names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
                 f"{transformers.__version__}. Install one of these, or use load_pretrained(defer=False)."
             ) from error
     return found
+
+
+def _mapping_of(model: Any, upstream: Mapping[str, Any], **kwargs: Any) -> list[Any]:
+    """Return transformers' own `WeightRenaming` and `WeightConverter` objects of a model."""
+    with _in_own_classes(model), compiled_on_use(sys.modules["transformers.core_model_loading"]):
+        mapping: list[Any] = upstream["get_model_conversion_mapping"](model, **kwargs)
+    return mapping
 
 
 @contextmanager

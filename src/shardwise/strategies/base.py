@@ -31,6 +31,7 @@ from shardwise.materialization import (
     model_inside,
     nothing_bound,
     refuse_uninitialisable,
+    resting_collector,
     timeout_seconds_of,
     trained_parameters_of,
 )
@@ -211,7 +212,7 @@ class Strategy(ABC):
             RankError: Ranks build different models, another rank failed, or one did not arrive.
         """
         agreement = self._agreement("from_config")
-        with agreement.phase("build") as build:
+        with agreement.phase("build") as build, resting_collector():
             refuse_device_map(config_kwargs)
             dtype = floating_dtype(dtype, others=("auto",))
             model = build_from_config(model_cls, config, dtype=dtype, **config_kwargs)

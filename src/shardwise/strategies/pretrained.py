@@ -28,6 +28,7 @@ from shardwise.materialization import (
     open_source,
     permitted,
     require_equal_aliases,
+    resting_collector,
     warn_of_unexpected,
 )
 from shardwise.strategies.empty_model import build_empty
@@ -92,7 +93,7 @@ def load_deferred(
             direct_io=direct_io,
             configs_into=Path(configs),
         )
-        with agreement.phase("build"):
+        with agreement.phase("build"), resting_collector():
             refuse_device_map(config_kwargs)
             model, chosen = build_empty(
                 model_cls, name, opened.path, opened.source, dtype=dtype, **config_kwargs

@@ -38,6 +38,7 @@ from shardwise.materialization import (
     fill_from_source,
     listed,
     origins_of,
+    resting_collector,
     shown_by_default,
     stored_dtypes,
     take_values,
@@ -175,7 +176,7 @@ def wrap(
     ranks, device = ranks_of(options.mesh), device_of(options.mesh)
     agreement = Agreement(ranks, timeout_seconds=options.timeout_seconds, call="wrap_model")
     with profile_memory(device=device, proportional=False) as profile:
-        with agreement.phase("check") as check:
+        with agreement.phase("check") as check, resting_collector():
             refuse_wrapped(model)
             refuse()
             records, units, structure = _check(model, optimizers, options, checkpointing=shard is None)
@@ -264,7 +265,7 @@ def _shard_and_fill(
     device: torch.device,
 ) -> Cost:
     source_rank = source_rank_of(options.mesh)
-    with agreement.phase("shard"):
+    with agreement.phase("shard"), resting_collector():
         held = _held_by_source(model, deferred, agreement, is_source=agreement.rank == source_rank)
         with phase("to meta"):
             source = take_values(model, keep=agreement.rank == source_rank)
