@@ -19,8 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import LeftOnMetaError
 from shardwise.materialization import entries_of, original_of
+from shardwise.strategies.deferred import Deferred
 from shardwise.strategies.token_rows import token_rows
-from shardwise.strategies.wrap import Deferred
 
 
 def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Deferred:

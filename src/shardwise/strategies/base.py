@@ -55,7 +55,8 @@ from shardwise.strategies.pretrained import (
 from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.put_adapters import add_adapter, load_adapter
 from shardwise.strategies.resized import refuse_means, restore_means, skip_means
-from shardwise.strategies.wrap import WrapOptions, wrap
+from shardwise.strategies.wrap import wrap
+from shardwise.strategies.wrap_options import WrapOptions
 from shardwise.tensors import floating_dtype
 
 

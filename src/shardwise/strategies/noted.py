@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwise.materialization import Binding, Bound, Entry, entries_of
+from shardwise.strategies.deferred import Deferred
 from shardwise.strategies.resized import is_resized_head, output_head, resized
-from shardwise.strategies.wrap import Deferred
 
 
 class Bindings:
