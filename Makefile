@@ -100,10 +100,8 @@ wheel-test: $(STAMP) ## Build the wheel, install it into a fresh environment and
 		grep -i usage script.txt module.txt torchrun.txt
 	@echo "[wheel-test] passed"
 
-bench: $(STAMP) ## Run every benchmark in benchmarks/
-	@for file in benchmarks/bench_*.py; do \
-		echo "[bench] $$file"; $(VENV)/bin/python "$$file" $(BENCH_ARGS) || exit 1; \
-	done
+bench: $(STAMP) ## Run the benchmarks, each beside its floor; figures go to benchmarks/results (BENCH_ARGS="NAME ..." selects)
+	$(VENV)/bin/python benchmarks/run.py $(BENCH_ARGS)
 
 experiment: $(STAMP) $(STAMP_TF4) ## What memory_efficient_init saves, through both strategies, on transformers 4 and 5
 	$(VENV)/bin/python benchmarks/experiment.py $(BENCH_ARGS)

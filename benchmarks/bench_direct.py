@@ -1,32 +1,32 @@
-"""From nothing to a sharded model with values: shardwise, transformers' own sharded load, torch's DCP reader.
+"""From nothing to a sharded model with values: shardwise, and the ways and loaders of other libraries.
 
-    python benchmarks/bench_direct.py [--kind dense | --model DIR] [--ranks 2] [--repeats 3] [--dtype auto] [--cold]
+    python benchmarks/bench_direct.py [--kind dense | --model DIR] [--ranks 2] [--repeats 3] [--dtype auto] [--cold] [--way NAME]
 
-The ways run in turn, each time in fresh processes on one generated Qwen3-shaped checkpoint of 1 B parameters in bf16; the
-floor builds the model on meta and shards it, and reads nothing. With `--kind moe` each of 64 experts has matrices of its own
-on disk, which transformers 5 keeps stacked: torch's DCP reader cannot do that and is left out. Printed are medians over the repeats: seconds until the
-model is ready (every parameter bound to its storage) and until it is resident (every page of every shard touched), the
-highest increase of anonymous host memory on any rank, the bytes that all ranks requested, and those that the kernel
-fetched from disk for them. `--cold` empties the page cache before each run, which needs root.
+The ways run in turn, each time in fresh processes on one generated Qwen3-shaped checkpoint of 1 B parameters in bf16. Of the floors one
+builds the model on meta and shards it, and reads nothing; the others read the same number of bytes and build nothing. With `--kind moe`
+each of 64 experts has matrices of its own on disk, which transformers 5 keeps stacked: ways that cannot do that are left out.
+
+transformers' `DistributedConfig`, torch's DCP reader, `set_model_state_dict` and Accelerate end with shards as shardwise does.
+safetensors' `load_file`, fastsafetensors, runai-model-streamer and InstantTensor hand out whole tensors, of which every rank takes all and
+keeps its rows: *needed GB/s* counts the checkpoint once, whatever they read. What is not installed, or refuses, is a row with its error.
+
+Printed are medians over the repeats: seconds until the model is ready (every parameter bound to its storage) and until it is resident
+(every page of every shard touched), the former against the floor, the latter against the raw read, processor seconds of all ranks, the highest increase of anonymous host
+memory on any rank and the sum of all, the bytes that all ranks requested, and those that the kernel fetched from disk for them. `--cold`
+empties the page cache before each run, which needs root.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 import direct_workers
 from harness import add_model_options, checkpoint_of, write_figures
-from shardwise.compare.launch import run_ranks
-
-_MEBIBYTE = 2**20
+from ways import FLOOR, are_equal, print_ways, run_ways
 
 
 def main() -> None:
@@ -42,89 +42,33 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=tuple(direct_workers.WAYS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=160)
+    left_out = direct_workers.WITHOUT_CONVERSIONS if options.kind == "moe" else ()
     with tempfile.TemporaryDirectory(prefix="bench-direct-") as folder:
         model = checkpoint_of(options, folder, console)
+        runs = run_ways(
+            options.way or [way for way in direct_workers.WAYS if way not in left_out],
+            model,
+            dtype=options.dtype,
+            ranks=options.ranks,
+            repeats=options.repeats,
+            cold=options.cold,
+            logs=Path(folder) / "logs",
+            console=console,
+        )
         checkpoint_bytes = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-        ways = options.way or [
-            way for way in direct_workers.WAYS if options.kind != "moe" or way != "DCP reader"
-        ]
-        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-        for repeat in range(options.repeats):
-            for way, results in runs.items():
-                console.print(f"run {repeat + 1} of {options.repeats}: {way}")
-                if options.cold:
-                    _empty_page_cache()
-                by_rank = run_ranks(
-                    direct_workers.measure,
-                    {"model": model, "dtype": options.dtype, "way": way},
-                    ranks=options.ranks,
-                    log_directory=Path(folder) / f"{way}-{repeat}",
-                    progress=lambda _text: None,
-                )
-                results.append(_summary(by_rank, checkpoint_bytes))
-    _print(runs, console)
-    checksums = {run["checksum"] for way, results in runs.items() if way != "floor" for run in results}
-    console.print(f"all ways ended with equal values: {len(checksums) <= 1}")
+    print_ways(runs, console)
+    equal = are_equal(runs)
+    console.print(f"all ways ended with equal values: {equal}")
     write_figures(
         options.json,
         "direct",
         options,
+        floor=FLOOR,
         checkpoint_bytes=checkpoint_bytes,
         runs=runs,
-        equal=len(checksums) <= 1,
+        equal=equal,
     )
-
-
-def _empty_page_cache() -> None:
-    subprocess.run(["sync"], check=True)
-    Path("/proc/sys/vm/drop_caches").write_text("3\n")
-
-
-def _summary(by_rank: dict[int, Any], checkpoint_bytes: int) -> dict[str, Any]:
-    return {
-        "ready_seconds": max(result["ready_seconds"] for result in by_rank.values()),
-        "resident_seconds": max(result["resident_seconds"] for result in by_rank.values()),
-        "peak_bytes": max(result["host_anon_peak_bytes"] for result in by_rank.values()),
-        "shard_bytes": max(result["shard_bytes"] for result in by_rank.values()),
-        # A report has the bytes of all ranks.
-        "requested_share": by_rank[0]["requested_bytes"] / checkpoint_bytes,
-        "disk_share": sum(result["disk_bytes"] for result in by_rank.values()) / checkpoint_bytes,
-        "phases": by_rank[0]["phases"],
-        "checksum": by_rank[0]["checksum"],
-    }
-
-
-def _print(runs: dict[str, list[dict[str, Any]]], console: Console) -> None:
-    table = Table(
-        "way",
-        "ready, s",
-        "resident, s",
-        "peak, MiB",
-        "shard, MiB",
-        "requested / checkpoint",
-        "from disk / checkpoint",
-    )
-    for way, results in runs.items():
-
-        def median(key: str, results: list[dict[str, Any]] = results) -> float:
-            return statistics.median(run[key] for run in results)
-
-        table.add_row(
-            way,
-            f"{median('ready_seconds'):.2f}",
-            "" if way == "floor" else f"{median('resident_seconds'):.2f}",
-            f"{median('peak_bytes') / _MEBIBYTE:.0f}",
-            f"{median('shard_bytes') / _MEBIBYTE:.0f}",
-            f"{median('requested_share'):.3f}" if way.startswith("shardwise") else "",
-            f"{median('disk_share'):.3f}",
-        )
-    console.print(table)
-    for way, results in runs.items():
-        if results[0]["phases"]:
-            names = list(results[0]["phases"])
-            parts = [f"{n} {statistics.median(r['phases'].get(n, 0) for r in results):.3f}" for n in names]
-            console.print(f"{way}, phases of wrap_model in seconds: {', '.join(parts)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The ways run in turn, each time in fresh processes that have loaded one generate
 copied shards. Printed are medians over the repeats: seconds until the call returns, seconds until everything is on storage
 (`sync`; shardwise's own call includes that), the highest increase of anonymous host memory on any rank. torch's writer
 writes each rank's shards and then puts them together into whole files, which it needs for a directory that loads; it
-knows no conversions, so a mixture of experts is left out for it.
+knows no conversions, so a mixture of experts is left out for it. The floor writes as many bytes, each rank to a file of its own.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ def main() -> None:
                 )
                 results.append(_summary(by_rank))
     _print(runs, console)
-    checksums = [run.pop("checksum") for results in runs.values() for run in results]
+    found = {way: [run.pop("checksum") for run in results] for way, results in runs.items()}
+    checksums = [each for way, of_way in found.items() if way != export_workers.RAW for each in of_way]
     equal = all(each == checksums[0] for each in checksums)
     console.print(f"all ways wrote the same tensors: {equal}")
-    write_figures(options.json, "export", options, runs=runs, equal=equal)
+    floor = "as many bytes written and synced by each rank to a file of its own"
+    write_figures(options.json, "export", options, floor=floor, runs=runs, equal=equal)
 
 
 def _summary(by_rank: dict[int, Any]) -> dict[str, Any]:

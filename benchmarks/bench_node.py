@@ -68,7 +68,8 @@ def main() -> None:
         _print_node(figures["node"], console)
     if "meshes" in parts:
         _print_meshes(figures["meshes"], console)
-    write_figures(options.json, "node", options, **figures)
+    floor = "the ranks' shards, `shards_bytes`, where they are copied; nothing where they are mapped"
+    write_figures(options.json, "node", options, floor=floor, **figures)
 
 
 def checkpoint_of_kind(kind: str, parameters: int, folder: Path) -> Path:
@@ -119,6 +120,7 @@ def _run(kind: str, model: Path, shape: Sequence[int], cpu_storage: str, console
         "rank_peak_bytes": max(result["peak_bytes"] for result in by_rank.values()),
         "wrap_peak_bytes": max(result["wrap_peak_bytes"] for result in by_rank.values()),
         "shard_bytes": max(result["shard_bytes"] for result in by_rank.values()),
+        "shards_bytes": sum(result["shard_bytes"] for result in by_rank.values()),
         "requested_bytes": first["requested_bytes"],
         "network_bytes": first["network_bytes"],
         "route": first["route"],
@@ -140,7 +142,16 @@ def _planned(run: dict[str, Any], model: Path) -> dict[str, Any]:
 
 
 def _print_node(runs: list[dict[str, Any]], console: Console) -> None:
-    table = Table("model", "shards", "ranks", "node's peak, MiB", "bound, MiB", "worst rank, MiB", "flat")
+    table = Table(
+        "model",
+        "shards",
+        "ranks",
+        "node's peak, MiB",
+        "all shards, MiB",
+        "bound, MiB",
+        "worst rank, MiB",
+        "flat",
+    )
     of_few: dict[tuple[str, str], dict[str, Any]] = {}
     for run in sorted(runs, key=lambda each: (each["kind"], each["cpu_storage"], each["shape"])):
         few = of_few.setdefault((run["kind"], run["cpu_storage"]), run)
@@ -152,6 +163,7 @@ def _print_node(runs: list[dict[str, Any]], console: Console) -> None:
             "copied" if run["cpu_storage"] == "copy" else "mapped",
             str(run["shape"][0]),
             _mebibytes(run["node_peak_bytes"]),
+            _mebibytes(run["shards_bytes"]),
             _mebibytes(bound),
             _mebibytes(run["rank_peak_bytes"]),
             str(run["flat"]),

@@ -67,7 +67,9 @@ def main() -> int:
                     console.print(f"{kind}, ranks {' x '.join(map(str, shape))}, {mode}")
                     runs.append(_run(kind, model, shape, mode, options.dtype, plan))
     _print(runs, console)
-    write_figures(options.json, "predicted", options, runs=runs)
+    write_figures(
+        options.json, "predicted", options, floor="what was measured, beside each prediction", runs=runs
+    )
     return 0 if all(run["holds"] for run in runs) else 1
 
 

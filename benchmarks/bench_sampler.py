@@ -85,7 +85,15 @@ def main() -> None:
                 f"{found['more_percent']:+.2f}",
             )
     console.print(table)
-    write_figures(options.json, "sampler", options, load_before=load_before, load_after=load_after, runs=runs)
+    write_figures(
+        options.json,
+        "sampler",
+        options,
+        floor="the same loop without a profile",
+        load_before=load_before,
+        load_after=load_after,
+        runs=runs,
+    )
 
 
 def _python_loop(rounds: int) -> int:

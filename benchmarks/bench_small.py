@@ -1,11 +1,15 @@
 """Many small tensors against the same bytes in large ones: seconds of `materialize`, and the reads that it makes.
 
-    python benchmarks/bench_small.py [--tensors 20000] [--large 64] [--ranks 2] [--repeats 3]
+    python benchmarks/bench_small.py [--tensors 20000] [--large 64] [--ranks 2] [--repeats 3] [--part materialize] [--part model]
 
-The checkpoints are generated, 1 GB each in bf16, and filled in turn in fresh processes, copied and mapped. Rows that the ranks
+*materialize*: the checkpoints are generated, 1 GB each in bf16, and filled in turn in fresh processes, copied and mapped. Rows that the ranks
 divide can be mapped; of others the last rank's shard needs padding, so that many small tensors of them are exchanged even where
 mapping is allowed. The small ones are taken with both kinds of rows. The reads are the calls of the busiest rank. The model is
-built and sharded before the clock starts; what `fully_shard` took for it is printed beside.
+built and sharded before the clock starts; what `fully_shard` took for it is printed beside, and the same bytes in large tensors are the
+floor.
+
+*model*: transformers loads no bag of parameters, so this takes a real class: Qwen3 of as many narrow layers as have that many tensors, each layer a
+unit of `fully_shard`. shardwise, transformers' `DistributedConfig` and the floors bring it up from nothing, as in `bench_direct.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +28,12 @@ from safetensors.torch import save_file
 import small_workers
 from harness import write_figures
 from shardwise.compare.launch import run_ranks
+from small_model import write_narrow_model
+from ways import FLOOR, are_equal, print_ways, run_ways
 
 _COLUMNS = 256
 _ELEMENTS = 500_000_000
+_WAYS = ("floor", "raw read", "shardwise, mapped", "shardwise, copied", "transformers")
 
 
 def main() -> None:
@@ -38,9 +45,41 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--part", action="append", choices=("materialize", "model"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=160)
+    figures: dict[str, Any] = {}
+    if options.part is None or "materialize" in options.part:
+        figures["runs"] = _materialize(options, console)
+    if options.part is None or "model" in options.part:
+        figures |= _model(options, console)
+    floor = "the same bytes in large tensors, of which `materialize` does the same; of the model: "
+    write_figures(options.json, "small", options, floor=floor + FLOOR, **figures)
+
+
+def _model(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="bench-small-") as folder:
+        model = Path(folder) / "model"
+        tensors = write_narrow_model(model, tensors=options.tensors)
+        runs = run_ways(
+            _WAYS,
+            str(model),
+            dtype="auto",
+            ranks=options.ranks,
+            repeats=options.repeats,
+            cold=False,
+            logs=Path(folder) / "logs",
+            console=console,
+        )
+    console.print(f"a model of {tensors:,} tensors:")
+    print_ways(runs, console)
+    equal = are_equal(runs)
+    console.print(f"all ways ended with equal values: {equal}")
+    return {"model_tensors": tensors, "model": runs, "equal": equal}
+
+
+def _materialize(options: argparse.Namespace, console: Console) -> dict[str, list[dict[str, Any]]]:
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-small-") as folder:
         kinds = {}
@@ -87,7 +126,7 @@ def main() -> None:
     for key, results in runs.items():
         parts = ", ".join(f"{name} {value:.2f}" for name, value in results[0]["phases"].items())
         console.print(f"{key}: {parts}", soft_wrap=True)
-    write_figures(options.json, "small", options, runs=runs)
+    return runs
 
 
 def _rows(count: int, *, ranks: int, spare: int) -> int:

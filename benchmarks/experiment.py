@@ -81,6 +81,7 @@ def main() -> None:
                 directory / f"{dtype}.json",
                 "experiment",
                 options,
+                floor="the ranks' shards (`shard_bytes`)",
                 runs=[_figures(run) for run in document["runs"]],
             )
             if not torch.accelerator.is_available():

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from shardwise import NativeFSDPStrategy, export_checkpoint, profile_memory
+from shardwise.materialization.placing import as_memory
 
 
 def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +98,21 @@ def _dcp(model: Any, output: Path) -> dict[str, float]:
     return {}
 
 
+def _raw(model: nn.Module, output: Path) -> dict[str, float]:
+    """Write the bytes of this rank's shards, one after the other, to a file of its own."""
+    output.mkdir(exist_ok=True)
+    with (output / f"rank-{dist.get_rank()}").open("wb", buffering=0) as file:
+        for parameter in {id(p): p for p in model.parameters()}.values():
+            left = as_memory(parameter.to_local())
+            while len(left):
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    return {}
+
+
+RAW = "floor: as many bytes written"
 WAYS = {
+    RAW: _raw,
     "shardwise": _shardwise,
     "save_pretrained of a gathered state dict": _gathered,
     "DCP's Hugging Face writer": _dcp,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from shardwise import NativeFSDPStrategy, profile_memory
+from shardwise.checkpoint import SafetensorsSource
 
 
 def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,6 +28,8 @@ def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=20))
+    if arguments["way"] == SENT:
+        return _send_bytes(arguments["model"], getattr(torch, arguments["dtype"]))
     init_device_mesh("cpu", (dist.get_world_size(),))
     from_files = arguments["way"] == FROM_FILES
     strategy = NativeFSDPStrategy(mixed_precision="no", route="rank0" if from_files else "auto")
@@ -37,7 +42,9 @@ def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
             )
             dist.barrier()
         with profile.phase("transfer"):
-            WAYS[arguments["way"]](strategy, model)
+            fill = WAYS[arguments["way"]]
+            if fill is not None:
+                fill(strategy, model)
             dist.barrier()
     seconds = profile.phase_seconds()
     checksum = sum(parameter.to_local().double().sum().item() for parameter in model.parameters())
@@ -73,8 +80,36 @@ def _set_model_state_dict(strategy: NativeFSDPStrategy, model: nn.Module) -> Non
     del buffers
 
 
+def _send_bytes(directory: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Send each rank as many bytes as its shards have, from one buffer of rank 0's into one of its own."""
+    values = sum(
+        each.nbytes // each.dtype.itemsize
+        for each in SafetensorsSource.open(Path(directory)).tensors.values()
+    )
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    left = values * dtype.itemsize // ranks
+    buffer = torch.zeros(_BUCKET_BYTES, dtype=torch.uint8)
+    dist.barrier()
+    started = time.perf_counter()
+    while left > 0:
+        bucket = buffer[: min(left, _BUCKET_BYTES)]
+        if rank == 0:
+            for work in [dist.isend(bucket, other) for other in range(1, ranks)]:
+                work.wait()
+        else:
+            dist.recv(bucket, 0)
+        left -= len(bucket)
+    dist.barrier()
+    seconds = time.perf_counter() - started
+    dist.destroy_process_group()
+    return {"host_anon_peak_bytes": _BUCKET_BYTES, "seconds": seconds, "load_seconds": 0.0, "checksum": None}
+
+
+SENT = "floor: as many bytes sent"
+_BUCKET_BYTES = 8 * 2**20
 FROM_FILES = "shardwise, from files"
-WAYS: dict[str, Callable[[NativeFSDPStrategy, nn.Module], None]] = {
+WAYS: dict[str, Callable[[NativeFSDPStrategy, nn.Module], None] | None] = {
+    SENT: None,
     FROM_FILES: _shardwise,
     "shardwise, from memory": _shardwise,
     "set_model_state_dict": _set_model_state_dict,

@@ -73,7 +73,8 @@ def read_text(path: Path, *, most_bytes: int, what: str) -> str:
     """
     try:
         with os.fdopen(open_regular(path, flags=0), "rb") as file:
-            content = file.read(most_bytes + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, most_bytes) + 1)  # all that is asked for is allocated at once
     except OSError as error:
         raise unreadable(path, error, what="reading it") from error
     if len(content) > most_bytes:
