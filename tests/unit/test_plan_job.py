@@ -399,6 +399,7 @@ def test_the_command_prints_plain_lines_in_a_pipe(directory: str, tmp_path: Path
         "dp_replicate 2 x dp_shard 4",
         "2 nodes of 4 ranks",
         "Activations are not counted",
+        "Not predicted: transformers' DistributedConfig",
         "seconds",
     ):
         assert words in result.output, words

@@ -148,6 +148,9 @@ def _notes(plan: JobPlan) -> list[str]:
         "Host memory is what has no file behind it, above what imports and the empty model take; pages of mapped files come beside it, and can be "
         "dropped. What is gathered and what a step makes are not there at one time. Activations are not counted."
     )
+    notes.append(
+        "Not predicted: transformers' DistributedConfig and DCP's Hugging Face reader, which `shardwise compare --peers` measures."
+    )
     accelerate = next((way for way in plan.ways if way.training.parameters != plan.training.parameters), None)
     if accelerate is not None:
         state = accelerate.training
