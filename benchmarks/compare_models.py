@@ -16,7 +16,7 @@ from typing import Final
 
 from rich.console import Console
 
-from harness import checkpoint_of, figures_of, save_picture, without_folders, write_figures, write_table
+from harness import checkpoint_of, figures_of, save_picture, to_be_shown, write_figures, write_table
 from shardwise.compare.demo_model import demo_model
 from shardwise.compare.experiment import compare
 from shardwise.compare.modes import MODES, modes_named
@@ -53,7 +53,7 @@ def main() -> None:
                 log_directory=Path(folder) / "logs",
                 progress=console.print,
             )
-        document = without_folders({**comparison.document, "model": _MODELS[name]})
+        document = to_be_shown(comparison.document, model=_MODELS[name])
         render(document, console)
         for line in agreement_lines(document):
             console.print(line, soft_wrap=True)

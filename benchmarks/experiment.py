@@ -21,7 +21,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from harness import figures_of, save_picture, write_figures, write_table
+from harness import figures_of, save_picture, to_be_shown, write_figures, write_table
 from shardwise.compare.experiment import compare
 from shardwise.compare.generated import generate_checkpoint
 from shardwise.compare.modes import modes_named
@@ -75,7 +75,7 @@ def main() -> None:
                 log_directory=directory / "logs",
                 progress=console.print,
             )
-            document = {**comparison.document, "model": f"{label}, stored in {dtype}"}
+            document = to_be_shown(comparison.document, model=f"{label}, shards in {dtype}")
             console.print(f"transformers {transformers.__version__}, {label}, shards in {dtype}")
             render(document, console)
             for name, modes in _PICTURES.items():

@@ -89,15 +89,21 @@ def save_picture(comparison: Mapping[str, Any], path: Path) -> None:
     few.save(path, optimize=True)
 
 
-def without_folders(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a comparison whose errors do not say where the ranks' output was: it is gone by then."""
-    runs = [
-        {**run, "error": run["error"].split(" The output of every rank is in ")[0]}
-        if run.get("error")
-        else run
-        for run in document["runs"]
-    ]
-    return {**document, "runs": runs}
+def to_be_shown(document: Mapping[str, Any], *, model: str) -> dict[str, Any]:
+    """Return a comparison with its model in words, and of errors the reason alone: their folders are gone, and were this machine's."""
+    runs = [{**run, "model": model} for run in document["runs"]]
+    for run in runs:
+        if run.get("error"):
+            run["error"] = _reason(run["error"])
+    return {**document, "model": model, "runs": runs}
+
+
+def _reason(error: str) -> str:
+    said, *_ = error.split(" The output of every rank is in ")
+    first, *lines = said.splitlines()
+    if not lines:
+        return first
+    return f"{first.split(' Its last lines were:')[0]} {lines[-1].split(']: ', 1)[-1]}"
 
 
 def figures_of(document: Mapping[str, Any]) -> dict[str, Any]:
