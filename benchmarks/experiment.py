@@ -15,17 +15,17 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import transformers
 from rich.console import Console
 
-from harness import write_figures
+from harness import figures_of, save_picture, to_be_shown, write_figures, write_table
 from shardwise.compare.experiment import compare
 from shardwise.compare.generated import generate_checkpoint
 from shardwise.compare.modes import modes_named
-from shardwise.report import render, save_figure
+from shardwise.report import render
 
 _MODES: Final = ("accelerate-eager", "accelerate-efficient", "native-eager", "native-efficient")
 _PICTURES: Final = {
@@ -54,7 +54,11 @@ def main() -> None:
     directory = options.output_dir / f"transformers-{transformers.__version__}"
     with tempfile.TemporaryDirectory(prefix="experiment-") as folder:
         for dtype in options.dtype or ("bfloat16", "float32"):
-            label, parameters = _size(options, dtype, Path(folder), console)
+            label, parameters, not_measured = _size(options, dtype, Path(folder))
+            if not torch.accelerator.is_available():
+                not_measured.append("device memory: not measured (this machine has no accelerator)")
+            for line in not_measured:
+                console.print(line)
             model = Path(folder) / f"{parameters}"
             if not model.exists():
                 console.print(f"writing a checkpoint of {label}, bf16")
@@ -71,27 +75,27 @@ def main() -> None:
                 log_directory=directory / "logs",
                 progress=console.print,
             )
-            document = {**comparison.document, "model": f"{label}, stored in {dtype}"}
+            document = to_be_shown(comparison.document, model=f"{label}, shards in {dtype}")
             console.print(f"transformers {transformers.__version__}, {label}, shards in {dtype}")
             render(document, console)
             for name, modes in _PICTURES.items():
                 runs = [run for run in document["runs"] if run["mode"] in modes]
-                save_figure({**document, "runs": runs}, directory / f"{dtype}-{name}.png")
+                save_picture({**document, "runs": runs}, directory / f"{dtype}-{name}.png")
+            write_table(directory / f"{dtype}.md", document, notes=not_measured)
             write_figures(
                 directory / f"{dtype}.json",
                 "experiment",
                 options,
                 floor="the ranks' shards (`shard_bytes`)",
-                runs=[_figures(run) for run in document["runs"]],
+                runs=figures_of(document)["runs"],
             )
-            if not torch.accelerator.is_available():
-                console.print("device memory: not measured (this machine has no accelerator)")
             console.print(f"written to {directory}")
 
 
-def _size(options: argparse.Namespace, dtype: str, folder: Path, console: Console) -> tuple[str, int]:
+def _size(options: argparse.Namespace, dtype: str, folder: Path) -> tuple[str, int, list[str]]:
+    """Return the model in words, its number of parameters, and what this machine does not hold."""
     if options.parameters is not None:
-        return f"{options.parameters / 1e9:.2g} B parameters", options.parameters
+        return f"{options.parameters / 1e9:.2g} B parameters", options.parameters, []
     label, parameters = _LARGE
     itemsize = getattr(torch, dtype).itemsize
     needed = {
@@ -104,19 +108,12 @@ def _size(options: argparse.Namespace, dtype: str, folder: Path, console: Consol
         if wanted > there
     ]
     if not short:
-        return _LARGE
-    console.print(f"{label}, shards in {dtype}: not measured (it takes {' and '.join(short)})")
-    return _SMALL
+        return *_LARGE, []
+    return *_SMALL, [f"{label}, shards in {dtype}: not measured (it takes {' and '.join(short)})"]
 
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _figures(run: dict[str, Any]) -> dict[str, Any]:
-    """A run without its timelines and origins, which are long."""
-    left_out = ("timelines", "step_timelines", "origins")
-    return {key: value for key, value in run.items() if key not in left_out}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tests.distributed.steps import Checkpoint
 pytestmark = pytest.mark.distributed
 
 
-def bring_up(name: str, directory: str) -> tuple[str, int, int]:
+def bring_up(name: str, directory: str) -> tuple[str, int, int, int]:
     from transformers import AutoModelForCausalLM
 
     peer = PEERS[name](init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -29,7 +29,13 @@ def bring_up(name: str, directory: str) -> tuple[str, int, int]:
     report = report_of_peer(
         model, torch.optim.SGD(model.parameters()), profile, mode=name, model_name=directory
     )
-    return report.strategy, report.world_size, len(report.ranks)
+    whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return (
+        report.strategy,
+        report.world_size,
+        len(report.ranks),
+        whole - sum(rank.shard_bytes for rank in report.ranks),
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen3_tied", "qwen3_untied"])
@@ -39,7 +45,7 @@ def test_a_peer_ends_with_the_checkpoint_s_values(
 ) -> None:
     if name == "transformers-distributed" and not transformers_fuses_experts():
         pytest.skip("transformers 4.57 has no such way")
-    assert pool.run(bring_up, name, checkpoint(kind), ranks=2) == [(name, 2, 2)] * 2
+    assert pool.run(bring_up, name, checkpoint(kind), ranks=2) == [(name, 2, 2, 0)] * 2
 
 
 def refuse_on_cpu(name: str) -> str:

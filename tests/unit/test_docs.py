@@ -124,7 +124,9 @@ def test_every_argument_of_an_export_is_described(language: str) -> None:
 
 @cache
 def command(name: str) -> Any:
-    return typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    """Return a command; for what is an option, the command line itself."""
+    found = typer.main.get_command(app)
+    return found if name.startswith("--") else found.commands[name]  # type: ignore[attr-defined]
 
 
 def option_names(name: str) -> set[str]:
@@ -137,10 +139,13 @@ def option_names(name: str) -> set[str]:
 
 
 @by_language
-def test_every_option_of_train_is_described_with_its_default(language: str) -> None:
-    described = rows(section(page("training", language), "train"))
-    assert set(described) == option_names("train") - {"--help"}
-    for each in command("train").params:
+@pytest.mark.parametrize(("name", "described_on"), [("train", "training"), ("plan", "commands")])
+def test_every_option_of_a_command_is_described_with_its_default(
+    name: str, described_on: str, language: str
+) -> None:
+    described = rows(section(page(described_on, language), name))
+    assert set(described) == option_names(name) - {"--help"}
+    for each in command(name).params:
         if each.default not in (None, False, True) and not each.required and each.param_type_name == "option":
             assert described[each.opts[0]][0] == f"`{each.default}`", each.opts[0]
 
@@ -174,7 +179,7 @@ def test_command_lines_have_options_that_there_are() -> None:
     for name, words in command_lines():
         if "shardwise" in words[:5] and words[0] != "pip":
             called = words[words.index("shardwise") + 1 :]
-            given = {word for word in called[1:] if word.startswith("--")}
+            given = {word for word in called if word.startswith("--")}
             assert given <= option_names(called[0]), f"{name}: {words}"
             checked += 1
     assert checked >= 8

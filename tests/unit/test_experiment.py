@@ -316,6 +316,29 @@ def test_logs_of_a_good_comparison_are_not_kept(tmp_path: Path, monkeypatch: pyt
     assert found.document["runs"][0]["repeat_seconds"] == [5.5, 5.5, 5.5]
 
 
+def test_a_mode_that_has_failed_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def fake_run_ranks(worker: Any, arguments: Any, **options: Any) -> Any:
+        started.append(arguments["mode"])
+        if arguments["mode"] == "native-eager":
+            raise CommandError("rank 1 of 2 failed first.")
+        return two_ranks()
+
+    monkeypatch.setattr(experiment, "run_ranks", fake_run_ranks)
+    found = compare(
+        str(tiny_directory(tmp_path)),
+        ranks=2,
+        modes=modes_named(["native-eager", "native-efficient"]),
+        dtype="auto",
+        log_directory=tmp_path / "logs",
+        progress=lambda message: None,
+        repeats=2,
+    )
+    assert started == ["native-eager", "native-efficient", "native-efficient"]
+    assert found.failed_modes == ("native-eager",)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardwise.errors import CheckpointError, ConfigurationError
+from shardwise.planning.cost import Cost
 from shardwise.planning.parameters import PlannedUnit
 from shardwise.planning.plain_ways import (
     Job,
-    PlainCost,
     accelerate_stock,
     every_rank_loads,
     rank0_broadcasts,
@@ -112,7 +112,7 @@ def test_what_holds_for_every_model(shapes: Sequence[tuple[int, bool]], ranks: i
     ]
     here = job(ranks=ranks, ranks_per_node=ranks // 2, on_host=on_host)
     shards = sum(p.shard_bytes for each in units for p in each.parameters)
-    costs: list[PlainCost] = [
+    costs: list[Cost] = [
         every_rank_loads(units, here),
         rank0_broadcasts(units, here),
         accelerate_stock(units, here, upcasts=True),

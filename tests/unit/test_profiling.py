@@ -119,6 +119,27 @@ def test_mapped_file_counts_as_file_bytes_and_not_as_anonymous(tmp_path: Path) -
 
 
 @needs_proc
+def test_what_is_read_often_is_what_is_read_and_shared_memory_is_told_apart_at_the_next_full_reading() -> (
+    None
+):
+    reader = readings.ProcReader(proportional=False)
+    anon, file, shared = reader.read()
+    own, common = touch(TOUCHED_BYTES), mmap.mmap(-1, TOUCHED_BYTES // 2, flags=mmap.MAP_SHARED)
+    np.frombuffer(common, dtype=np.uint8)[:: mmap.PAGESIZE] = 1
+    grown = [after - before for after, before in zip(reader.read_often(), (anon, file, shared), strict=True)]
+    assert np.allclose(grown, (TOUCHED_BYTES, TOUCHED_BYTES // 2, 0), rtol=0, atol=SLACK_BYTES)
+    grown = [after - before for after, before in zip(reader.read(), (anon, file, shared), strict=True)]
+    assert np.allclose(grown, (TOUCHED_BYTES, 0, TOUCHED_BYTES // 2), rtol=0, atol=SLACK_BYTES)
+    assert np.allclose(reader.read_often(), reader.read(), rtol=0, atol=SLACK_BYTES)
+    own.close()
+    common.close()
+    reader.close()
+    reader.close()
+    with pytest.raises(OSError, match="/proc/self/statm"):
+        reader.read_often()
+
+
+@needs_proc
 def test_pss_is_read_at_both_ends_and_follows_anonymous_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_reader, "_PHASE_SHARE", 1.0)  # every reading is affordable
     with profile_memory("cpu", interval_seconds=100.0) as profile:
@@ -157,10 +178,14 @@ def test_a_reading_that_the_system_refuses_is_counted_and_the_next_is_taken() ->
     profile = MemoryProfile(device="cpu", interval_seconds=100.0)
     profile.start()
     read = profile._reader._host.read
-    profile._reader._host = SimpleNamespace(read=_refuse, read_pss=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    profile._reader._host = SimpleNamespace(
+        read=_refuse, read_often=_refuse, read_pss=lambda: None, close=lambda: None
+    )  # type: ignore[assignment]
     with profile.phase("refused"):
         pass
-    profile._reader._host = SimpleNamespace(read=read, read_pss=lambda: None, close=lambda: None)  # type: ignore[assignment]
+    profile._reader._host = SimpleNamespace(
+        read=read, read_often=read, read_pss=lambda: None, close=lambda: None
+    )  # type: ignore[assignment]
     profile.stop()
     assert profile.skipped_readings == 2
     assert len(profile.readings) == 2

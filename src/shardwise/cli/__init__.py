@@ -16,7 +16,6 @@ app = typer.Typer(
     name="shardwise",
     help="Bring pretrained PyTorch models into FSDP2 training form with every rank holding only its own shard.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
+from shardwise.cli.results import write_json
 from shardwise.cli.terminal import errors_reported, temporary_logs, terminal_progress
 
 
@@ -86,7 +86,7 @@ def export_command(
         if report is not None:
             print(report.pop("summary"))
             if json_file is not None:
-                json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_json(report, json_file)
 
 
 def _refuse_folder_of_states(source: Path, name: str) -> None:

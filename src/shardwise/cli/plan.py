@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption
+from shardwise.cli.results import write_json
 from shardwise.cli.terminal import errors_reported
 from shardwise.errors import ConfigurationError
 
@@ -144,7 +144,7 @@ def plan_command(
         )
         show_plan(plan)
         if json_file is not None:
-            json_file.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
+            write_json(plan.to_json(), json_file)
     if plan.verdict is not None and not plan.verdict.fits:
         raise typer.Exit(STATUS_DOES_NOT_FIT)
 

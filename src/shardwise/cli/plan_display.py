@@ -74,9 +74,9 @@ def _name(way: Way) -> str:
 
 def _memory(ways: Sequence[Way]) -> list[_Column]:
     columns: list[_Column] = [
-        ("host,\na rank", [_bytes(way.host_peak_bytes) for way in ways]),
-        ("host,\na node", [_bytes(way.node_host_peak_bytes) for way in ways]),
-        ("device", [_bytes(way.device_peak_bytes) for way in ways]),
+        ("host,\na rank", [_bytes(way.cost.host_peak_bytes) for way in ways]),
+        ("host,\na node", [_bytes(way.cost.node_host_peak_bytes) for way in ways]),
+        ("device", [_bytes(way.cost.device_peak_bytes) for way in ways]),
     ]
     if any(way.fits is not None for way in ways):
         columns.append(("fits, with\ntraining", ["yes" if way.fits else "NO" for way in ways]))
@@ -85,9 +85,9 @@ def _memory(ways: Sequence[Way]) -> list[_Column]:
 
 def _read(ways: Sequence[Way]) -> list[_Column]:
     return [
-        _column("read,\nthe job", (_bytes(way.storage_bytes) for way in ways)),
-        _column("read,\na node", (_bytes(way.node_storage_bytes) for way in ways)),
-        _column("read,\na rank", (_bytes(way.rank_storage_bytes) for way in ways)),
+        _column("read,\nthe job", (_bytes(way.cost.storage_bytes) for way in ways)),
+        _column("read,\na node", (_bytes(way.cost.node_storage_bytes) for way in ways)),
+        _column("read,\na rank", (_bytes(way.cost.rank_storage_bytes) for way in ways)),
         _column(
             "mean\nread", (None if w.mean_read_bytes is None else _bytes(w.mean_read_bytes) for w in ways)
         ),
@@ -97,9 +97,9 @@ def _read(ways: Sequence[Way]) -> list[_Column]:
 
 def _moved(ways: Sequence[Way]) -> list[_Column]:
     columns = [
-        _column("moved,\nthe job", (_bytes(way.network_bytes) for way in ways)),
-        _column("moved,\na node", (_bytes(way.node_network_bytes) for way in ways)),
-        _column("moved,\na rank", (_bytes(way.rank_network_bytes) for way in ways)),
+        _column("moved,\nthe job", (_bytes(way.cost.network_bytes) for way in ways)),
+        _column("moved,\na node", (_bytes(way.cost.node_network_bytes) for way in ways)),
+        _column("moved,\na rank", (_bytes(way.cost.rank_network_bytes) for way in ways)),
     ]
     if any(way.seconds is not None for way in ways):
         columns.append(
@@ -147,6 +147,9 @@ def _notes(plan: JobPlan) -> list[str]:
     notes.append(
         "Host memory is what has no file behind it, above what imports and the empty model take; pages of mapped files come beside it, and can be "
         "dropped. What is gathered and what a step makes are not there at one time. Activations are not counted."
+    )
+    notes.append(
+        "Not predicted: transformers' DistributedConfig and DCP's Hugging Face reader, which `shardwise compare --peers` measures."
     )
     accelerate = next((way for way in plan.ways if way.training.parameters != plan.training.parameters), None)
     if accelerate is not None:

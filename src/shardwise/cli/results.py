@@ -1,9 +1,11 @@
-"""What a comparison leaves on the terminal and on disk."""
+"""What commands leave on the terminal and on disk."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.text import Text
@@ -58,6 +60,18 @@ def show(comparison: Comparison, *, output_directory: Path, json_file: Path | No
     console.print(Text(f"Written: {', '.join(written)}"), soft_wrap=True)
     if comparison.failed_modes:
         console.print(Text(f"Output of the failed ranks: {output_directory / LOG_FOLDER}"), soft_wrap=True)
+
+
+def write_json(document: Mapping[str, Any], path: Path) -> None:
+    """Write what a command found, whole or not at all.
+
+    Args:
+        document: Plain data.
+        path: File to write; missing directories are made.
+    """
+    from shardwise.profiling.whole_file import write_whole
+
+    write_whole(path, json.dumps(document, indent=2) + "\n")
 
 
 def _answer_lines(comparison: Comparison) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
+from shardwise.cli.results import write_json
 from shardwise.cli.terminal import errors_reported
 from shardwise.cli.training_display import training_display
 
@@ -214,7 +214,7 @@ def train_command(
         if 0 in outcomes:
             _say(outcomes[0], output_dir)
             if json_file is not None:
-                json_file.write_text(json.dumps(outcomes[0], indent=2) + "\n", encoding="utf-8")
+                write_json(outcomes[0], json_file)
 
 
 def _command_to_go_on(argv: Sequence[str]) -> str:

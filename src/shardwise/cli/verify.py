@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
+from shardwise.cli.results import write_json
 from shardwise.cli.terminal import STATUS_FAILED, errors_reported, temporary_logs, terminal_progress
 
 
@@ -42,7 +42,7 @@ def verify_command(
         if report is not None:
             print(report.pop("summary"))
             if json_file is not None:
-                json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_json(report, json_file)
         # What a model's class permits its own checkpoint to lack is no difference.
         lacks = against is not None and any(each["absent"] for each in reports.values())
         equal = all(each["is_equal"] for each in reports.values()) and not lacks

@@ -137,6 +137,8 @@ def compare(
     runs: dict[str, list[Outcome]] = {mode.name: [] for mode in modes}
     for repeat in range(repeats):  # the modes in turn: what else the machine does then falls on all of them
         for mode in modes:
+            if any(not run.is_ok for run in runs[mode.name]):
+                continue  # a failed run stands for all
             runs[mode.name].append(
                 _run(
                     {

@@ -28,6 +28,7 @@ from shardwise.materialization import (
     stored_dtypes,
 )
 from shardwise.materialization.agreement import ranks_of_group
+from shardwise.materialization.storage import local_of
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.profiling import LoadReport, MemoryProfile
 
@@ -192,6 +193,7 @@ def report_of_peer(
             strategy=mode,
             route="not shardwise",
             route_reason="another library has loaded the model; what it read and moved is not measured",
+            shard_bytes=_kept_bytes(model),
             storage_bytes=0,
             network_bytes=0,
             retried_reads=0,
@@ -205,6 +207,12 @@ def report_of_peer(
                 "optimizer": stored_dtypes(p for group in optimizer.param_groups for p in group["params"]),
             },
         )
+
+
+def _kept_bytes(model: nn.Module) -> int:
+    """The bytes of the local tensors, those at one address once. Not of their storage: a shard may be a view of a whole mapped tensor."""
+    kept = [local_of(parameter) for parameter in model.parameters()]
+    return sum({local.data_ptr(): local.nbytes for local in kept}.values())
 
 
 def _empty(model_cls: Any, directory: str, dtype: Any) -> nn.Module:

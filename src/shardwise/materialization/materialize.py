@@ -41,7 +41,7 @@ from shardwise.materialization.open_source import Checkpoint, open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
 from shardwise.materialization.staging import default_staging_bytes
-from shardwise.materialization.storage import reshard
+from shardwise.materialization.storage import local_bytes_of, reshard
 from shardwise.materialization.stored_ties import aliased_bytes, require_equal_aliases
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.swapping import refuse_unswappable
@@ -198,6 +198,7 @@ def materialize(
             strategy="materialize",
             route=filled.route,
             route_reason=filled.reason,
+            shard_bytes=local_bytes_of(model),
             storage_bytes=filled.loaded.storage_bytes + compared_bytes,
             network_bytes=filled.loaded.network_bytes,
             retried_reads=filled.loaded.retried_reads,

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.materialization.agreement import Agreement
-from shardwise.materialization.storage import local_bytes_of
 from shardwise.materialization.structure import Entry
 from shardwise.profiling import LoadReport, MemoryProfile, RankReport, own_node
 from shardwise.tensors import dtype_name
@@ -26,6 +25,7 @@ def collect_report(
     strategy: str,
     route: str,
     route_reason: str,
+    shard_bytes: int,
     storage_bytes: int,
     network_bytes: int,
     retried_reads: int,
@@ -44,6 +44,7 @@ def collect_report(
         strategy: What sharded the model.
         route: How the values came.
         route_reason: Why they came that way.
+        shard_bytes: That this rank keeps.
         storage_bytes: That this rank requested.
         network_bytes: That this rank received.
         retried_reads: Of this rank.
@@ -60,7 +61,7 @@ def collect_report(
         node=own_node(),
         host_anon_peak_bytes=profile.anon_peak_bytes,
         device_peak_bytes=profile.device_peak_bytes,
-        shard_bytes=local_bytes_of(model),
+        shard_bytes=shard_bytes,
         storage_bytes=storage_bytes,
         network_bytes=network_bytes,
         retried_reads=retried_reads,

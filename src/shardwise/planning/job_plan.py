@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
+from shardwise.planning.cost import Cost
 from shardwise.planning.load_plan import LoadPlan
-from shardwise.planning.plain_ways import PlainCost
 from shardwise.planning.rates import Rates
 from shardwise.planning.training_state import TrainingState
 from shardwise.planning.verdict import Limits, Need, Verdict
@@ -17,21 +16,12 @@ SCHEMA: Final = "shardwise.plan/1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to bring the model up. Host memory is memory that has no file behind it, above what imports and the empty model take.
+    """One way to bring the model up.
 
     Args:
-        name: A route, or what people call a plain way.
+        cost: At load.
         kind: Whether it is a route of shardwise, or a plain way.
         chosen: Whether `route="auto"`, or the route that was asked for, comes to it.
-        host_peak_bytes: At load, of the rank with the most.
-        node_host_peak_bytes: At load, of the node with the most: the sum of its ranks' peaks.
-        device_peak_bytes: At load, of the rank with the most.
-        storage_bytes: Read from storage in the job; of plain ways once per node that reads.
-        node_storage_bytes: Of the node with the most.
-        rank_storage_bytes: Requested by the rank with the most.
-        network_bytes: Received by all ranks.
-        node_network_bytes: Received by the ranks of the node with the most.
-        rank_network_bytes: Of the rank that receives, or sends, the most.
         reads: Of all ranks; None of plain ways, where other libraries map files.
         mean_read_bytes: Mean size of a read; None of plain ways.
         rank_files: Files that one rank opens, at most; None of plain ways.
@@ -40,24 +30,25 @@ class Way:
         fits: Within the limits; None without them.
     """
 
-    name: str
+    cost: Cost
     kind: Literal["route", "plain"]
     chosen: bool
-    host_peak_bytes: int
-    node_host_peak_bytes: int
-    device_peak_bytes: int
-    storage_bytes: int
-    node_storage_bytes: int
-    rank_storage_bytes: int
-    network_bytes: int
-    node_network_bytes: int
-    rank_network_bytes: int
     reads: int | None
     mean_read_bytes: int | None
     rank_files: int | None
     training: TrainingState
     seconds: float | None
     fits: bool | None
+
+    @property
+    def name(self) -> str:
+        """A route, or what people call a plain way."""
+        return self.cost.name
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the way as plain data, its cost and the rest side by side."""
+        found = asdict(self)
+        return {**found.pop("cost"), **found, "training": self.training.to_json()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +82,7 @@ class JobPlan:
         return {
             "schema": SCHEMA,
             "load": self.load.to_json(),
-            "ways": [{**asdict(way), "training": way.training.to_json()} for way in self.ways],
+            "ways": [way.to_json() for way in self.ways],
             "training": self.training.to_json(),
             "ranks_per_node": self.ranks_per_node,
             "rates": asdict(self.rates),
@@ -136,17 +127,8 @@ def way_of_route(
         rates: For the seconds.
         limits: For whether it fits.
     """
-    need = need_of(
-        node_host_bytes=plan.node_host_peak_bytes,
-        device_bytes=plan.device_peak_bytes,
-        training=training,
-        ranks_per_node=ranks_per_node,
-    )
-    moved = max(plan.rank_network_bytes, plan.rank_sent_bytes)
-    return Way(
+    cost = Cost(
         name=plan.route,
-        kind="route",
-        chosen=chosen,
         host_peak_bytes=plan.host_peak_bytes,
         node_host_peak_bytes=plan.node_host_peak_bytes,
         device_peak_bytes=plan.device_peak_bytes,
@@ -155,21 +137,28 @@ def way_of_route(
         rank_storage_bytes=plan.rank_storage_bytes,
         network_bytes=plan.network_bytes,
         node_network_bytes=plan.node_network_bytes,
-        rank_network_bytes=moved,
+        rank_network_bytes=max(plan.rank_network_bytes, plan.rank_sent_bytes),
+    )
+    return Way(
+        cost=cost,
+        kind="route",
+        chosen=chosen,
         reads=plan.reads,
         mean_read_bytes=plan.mean_read_bytes,
         rank_files=plan.rank_files,
         training=training,
         # What ranks of a node request twice is in its page cache the second time, as it is counted of the plain ways.
         seconds=rates.seconds(
-            read_bytes=min(plan.node_storage_bytes, plan.stored_bytes), moved_bytes=moved, at_once=True
+            read_bytes=min(plan.node_storage_bytes, plan.stored_bytes),
+            moved_bytes=cost.rank_network_bytes,
+            at_once=True,
         ),
-        fits=limits.fits(need) if limits.given else None,
+        fits=_fits(cost, training, ranks_per_node, limits),
     )
 
 
 def way_of_plain(
-    cost: PlainCost, *, training: TrainingState, ranks_per_node: int, rates: Rates, limits: Limits
+    cost: Cost, *, training: TrainingState, ranks_per_node: int, rates: Rates, limits: Limits
 ) -> Way:
     """Return a plain way as a way: it reads, and then sends.
 
@@ -180,15 +169,8 @@ def way_of_plain(
         rates: For the seconds.
         limits: For whether it fits.
     """
-    need = need_of(
-        node_host_bytes=cost.node_host_peak_bytes,
-        device_bytes=cost.device_peak_bytes,
-        training=training,
-        ranks_per_node=ranks_per_node,
-    )
-    of_cost: Mapping[str, Any] = asdict(cost)
     return Way(
-        **of_cost,
+        cost=cost,
         kind="plain",
         chosen=False,
         reads=None,
@@ -198,5 +180,15 @@ def way_of_plain(
         seconds=rates.seconds(
             read_bytes=cost.node_storage_bytes, moved_bytes=cost.rank_network_bytes, at_once=False
         ),
-        fits=limits.fits(need) if limits.given else None,
+        fits=_fits(cost, training, ranks_per_node, limits),
     )
+
+
+def _fits(cost: Cost, training: TrainingState, ranks_per_node: int, limits: Limits) -> bool | None:
+    need = need_of(
+        node_host_bytes=cost.node_host_peak_bytes,
+        device_bytes=cost.device_peak_bytes,
+        training=training,
+        ranks_per_node=ranks_per_node,
+    )
+    return limits.fits(need) if limits.given else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardwise.planning.cost import Cost
 from shardwise.planning.parameters import PlannedParameter, PlannedUnit
 from shardwise.planning.training_state import pinned_bytes_of
 
@@ -41,41 +42,12 @@ class Job:
         return self.ranks_per_node if self.nodes > 1 else self.ranks_per_node - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlainCost:
-    """What a plain way costs: host memory that has no file behind it, bytes from storage and between ranks.
-
-    Args:
-        name: For people.
-        host_peak_bytes: Of the rank with the most.
-        node_host_peak_bytes: Of the node with the most: the sum of its ranks' peaks.
-        device_peak_bytes: Of the rank with the most; 0 on CPU ranks.
-        storage_bytes: Read from storage by all nodes; what ranks of a node read again is in its page cache.
-        node_storage_bytes: The most that one node reads.
-        rank_storage_bytes: The most that one rank asks for.
-        network_bytes: Received by all ranks.
-        node_network_bytes: The most that the ranks of one node receive.
-        rank_network_bytes: The most that one rank receives or hands on.
-    """
-
-    name: str
-    host_peak_bytes: int
-    node_host_peak_bytes: int
-    device_peak_bytes: int
-    storage_bytes: int
-    node_storage_bytes: int
-    rank_storage_bytes: int
-    network_bytes: int
-    node_network_bytes: int
-    rank_network_bytes: int
-
-
 EVERY_RANK = "every rank loads"
 BROADCAST = "rank 0 broadcasts"
 ACCELERATE = "Accelerate, stock"
 
 
-def every_rank_loads(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
+def every_rank_loads(units: Sequence[PlannedUnit], job: Job) -> Cost:
     """`from_pretrained` on every rank, then `fully_shard` unit by unit.
 
     Host: A on every rank, and where shards are in host memory these take its place as unit after unit is sharded; on CPU ranks of
@@ -102,7 +74,7 @@ def every_rank_loads(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
         else:
             device_peak = max(device_peak, device + full + shards)
             device += shards
-    return PlainCost(
+    return Cost(
         name=EVERY_RANK,
         host_peak_bytes=peak + (job.buffer_bytes if job.on_host else 0),
         node_host_peak_bytes=job.ranks_per_node * (peak + (job.buffer_bytes if job.on_host else 0)),
@@ -116,7 +88,7 @@ def every_rank_loads(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
     )
 
 
-def rank0_broadcasts(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
+def rank0_broadcasts(units: Sequence[PlannedUnit], job: Job) -> Cost:
     """Rank 0 loads, and `set_model_state_dict(broadcast_from_rank0=True)` sends each tensor whole to every rank, which cuts it.
 
     Host: A on rank 0; on CPU ranks S more there and S + T elsewhere. Device: S + T. Storage: M. Network: M to each other rank.
@@ -145,7 +117,7 @@ def rank0_broadcasts(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
         )  # torch puts the whole tensor on the device, and moves the slice back
     else:
         device = shards + largest
-    return PlainCost(
+    return Cost(
         name=BROADCAST,
         host_peak_bytes=max(on_rank0, elsewhere if job.ranks > 1 else 0),
         node_host_peak_bytes=max(
@@ -162,7 +134,7 @@ def rank0_broadcasts(units: Sequence[PlannedUnit], job: Job) -> PlainCost:
     )
 
 
-def accelerate_stock(units: Sequence[PlannedUnit], job: Job, *, upcasts: bool) -> PlainCost:
+def accelerate_stock(units: Sequence[PlannedUnit], job: Job, *, upcasts: bool) -> Cost:
     """Accelerate's `cpu_ram_efficient_loading` as it is, beside transformers 5: every rank loads, and rank 0's values are sent.
 
     Host: A' on every rank, all of M' in float32 where mixed precision is on. Device: S' + T' and a shard of it, T' + T'/N. Storage: M
@@ -197,7 +169,7 @@ def accelerate_stock(units: Sequence[PlannedUnit], job: Job, *, upcasts: bool) -
     sent_again = sum(p.shard_numel * itemsize(p) for p in parameters if p.sharded)
     of_rank = moved + sent_again if job.ranks > 1 else 0
     device = 0 if job.on_host else passing + (job.buffer_bytes if job.offload else shards)
-    return PlainCost(
+    return Cost(
         name=ACCELERATE,
         host_peak_bytes=host,
         node_host_peak_bytes=job.ranks_per_node * host,

@@ -55,7 +55,7 @@ def predicted_for(plan: JobPlan, mode: str) -> Predicted:
             f"mode {mode!r}: expected a plan that has {name!r}, got {', '.join(each.name for each in plan.ways)}. Plan with routes=None."
         )
     return Predicted(
-        storage_bytes=0 if way.kind == "plain" else way.storage_bytes,
-        host_peak_bytes=way.host_peak_bytes,
-        device_peak_bytes=way.device_peak_bytes,
+        storage_bytes=0 if way.kind == "plain" else way.cost.storage_bytes,
+        host_peak_bytes=way.cost.host_peak_bytes,
+        device_peak_bytes=way.cost.device_peak_bytes,
     )

@@ -73,10 +73,10 @@ class RowReader:
         Raises:
             OSError: The system refuses.
         """
-        host = self._host.read()
-        # Nine of ten samples end here, a thread that wakes up finds cold caches, and little code is quick then.
+        # Most samples end here, a thread that wakes up finds cold caches, and little code is quick then.
         if all_figures is None and now_seconds < self._costly_due_seconds:
-            return (now_seconds, *host, *_NOTHING)
+            return (now_seconds, *self._host.read_often(), *_NOTHING)
+        host = self._host.read()
         pss = self._pss(now_seconds, all_figures=all_figures)
         # A phase's ends always have these: between them the allocator's own peak is exact, and so is what came in.
         device: tuple[float, float, float] = (NOT_READ, NOT_READ, NOT_READ)

@@ -1,0 +1,126 @@
+"""What all commands have in common: `--json`, `--debug`, exit statuses, a line in the documentation, completion."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from shardwise import planning, report
+from shardwise.cli import app
+from shardwise.compare import experiment, launch
+from shardwise.compare.experiment import Comparison
+from shardwise.errors import CommandError, ConfigurationError
+from tests.documents import page, rows, section
+from tests.unit.comparisons import comparison
+
+runner = CliRunner()
+
+# Arguments with which each comes to its end, where ranks are replaced by what they return.
+COMMANDS = {
+    "demo": "--model m",
+    "compare": "m",
+    "report": "measured.json",
+    "plan": "m --ranks 2",
+    "train": "m text.txt --output-dir out",
+    "verify": "m",
+    "export": "m out",
+}
+NO_JSON = {"report"}  # it reads what the others write
+RETURNED = {"summary": "done", "is_equal": True, "absent": [], "stopped": True}
+
+
+class Work:
+    """Stands for what commands do; it ends well, or raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.error: Exception | None = None
+        found = {
+            **comparison(),
+            "agreement": {"equal": None, "parameters": 0, "buffers": 0, "differences": []},
+        }
+        plan: Any = type("Plan", (), {"verdict": None, "to_json": lambda self: {}})()
+        monkeypatch.setattr(experiment, "compare", self.done(Comparison(document=found)))
+        monkeypatch.setattr(launch, "run_ranks", self.done({0: dict(RETURNED)}))
+        monkeypatch.setattr(planning, "plan_job", self.done(plan))
+        monkeypatch.setattr("shardwise.cli.plan_display.show_plan", lambda plan: None)
+        for name in ("save_page", "save_trace", "save_figure"):
+            monkeypatch.setattr(report, name, self.done(None))
+
+    def done(self, value: Any) -> Callable[..., Any]:
+        def work(*arguments: Any, **options: Any) -> Any:
+            if self.error is not None:
+                raise self.error
+            return value
+
+        return work
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Work:
+    monkeypatch.chdir(tmp_path)
+    Path("measured.json").write_text(json.dumps(comparison()))
+    Path("text.txt").touch()
+    return Work(monkeypatch)
+
+
+def test_these_are_all_commands() -> None:
+    assert set(typer.main.get_command(app).commands) == set(COMMANDS)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_success_is_status_0_and_the_result_is_written_as_json(command: str, work: Work) -> None:
+    line = f"{command} {COMMANDS[command]}"
+    if command not in NO_JSON:
+        line += " --json new/result.json"
+    done = runner.invoke(app, line.split())
+    assert done.exit_code == 0, done.output
+    if command not in NO_JSON:
+        assert isinstance(json.loads(Path("new/result.json").read_text()), dict)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("error", "status"), [(CommandError("lost."), 1), (ConfigurationError("odd."), 2)])
+def test_a_failure_is_one_paragraph_and_with_debug_the_traceback_too(
+    command: str, error: Exception, status: int, work: Work
+) -> None:
+    work.error = error
+    line = f"{command} {COMMANDS[command]}".split()
+    failed = runner.invoke(app, line)
+    assert failed.exit_code == status
+    assert failed.stderr.splitlines()[-1] == f"shardwise: {error}"
+    assert "Traceback" not in failed.stderr
+    told = runner.invoke(app, [*line, "--debug"])
+    assert told.exit_code == status
+    assert "Traceback" in told.stderr
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_each_has_a_row_in_the_documentation(language: str) -> None:
+    described = rows(section(page("commands", language), "all"))
+    assert set(described) >= set(COMMANDS)
+    for command in COMMANDS:
+        assert all(described[command]), command
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("shardwise ve", "verify"), ("shardwise plan --off", "--offload")]
+)
+def test_a_shell_completes_commands_and_options(typed: str, completed: str) -> None:
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    answer = runner.invoke(
+        app, [], prog_name="shardwise", env={"_SHARDWISE_COMPLETE": "complete_bash", **asked}
+    )
+    assert answer.output.split() == [completed]
+
+
+def test_the_completion_of_a_shell_can_be_shown() -> None:
+    shown = runner.invoke(app, ["--show-completion", "bash"], prog_name="shardwise")
+    assert shown.exit_code == 0
+    assert re.search(r"complete .*shardwise", shown.output)
