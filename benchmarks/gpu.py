@@ -34,13 +34,12 @@ import torch
 
 import gpu_checkpoint
 from shardwise.compare.environment import describe_environment
+from shardwise.errors import ShardwiseError
 from shardwise.planning import plan_job, predicted_for
 from shardwise.profiling.whole_file import write_whole
 
 _ROWS: Final = Path(__file__).with_name("gpu_rows.py")
 _MEBIBYTE: Final = 2**20
-_FEWEST_SECONDS: Final = 10
-"""Below which no further row is begun."""
 _GRACE_SECONDS: Final = 20
 _SPARE_BYTES: Final = 4 * 2**30
 """Of host and device memory, for libraries, contexts and whatever else runs."""
@@ -151,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document["generated_in_seconds"] = time.monotonic() - started
         for row in rows:
             left = ends - time.monotonic()
-            if left < _FEWEST_SECONDS:
+            if left < row.limit_seconds / 2:
                 entry = _left_out(row, f"the budget of {options.budget_seconds:g} s was spent")
             elif reason := _does_not_fit(row, model, device="cpu" if on_cpu else "accelerator"):
                 entry = _left_out(row, reason)
@@ -221,15 +220,19 @@ def _does_not_fit(row: Row, model: Path, *, device: str) -> str | None:
     if row.request["kind"] != "mode" or not row.is_own:
         return None
     ranks = row.request["ranks"]
-    plan = plan_job(
-        str(model),
-        mesh_shape=(ranks,),
-        dtype=row.request["dtype"],
-        mixed_precision="no",
-        device=device,
-        ranks_per_node=ranks,
-    )
-    predicted = predicted_for(plan, row.request["mode"])
+    try:
+        plan = plan_job(
+            str(model),
+            mesh_shape=(ranks,),
+            dtype=row.request["dtype"],
+            mixed_precision="no",
+            device=device,
+            ranks_per_node=ranks,
+        )
+        predicted = predicted_for(plan, row.request["mode"])
+    except ShardwiseError as error:  # then the row itself shows what happens
+        print(f"{row.name}: no plan: {error}", flush=True)
+        return None
     needed = {"host": ranks * predicted.host_peak_bytes, "device": ranks * predicted.device_peak_bytes}
     there = {"host": _free_host_bytes(), "device": _free_device_bytes() if device != "cpu" else None}
     for kind, nbytes in needed.items():
@@ -296,11 +299,30 @@ def _write(document: dict[str, Any], path: Path | None) -> None:
         write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
+def share_of_floor(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return how near shardwise's reading into the device came to the slower of the two floors; None where one was not measured.
+
+    Args:
+        rows: Of the document.
+    """
+    found = {row["name"]: row for row in rows if row["status"] == "ok"}
+    floors = [row for row in found.values() if row["request"]["kind"] == "floor"]
+    load = found.get("load, warm: shardwise")
+    if load is None or len(floors) < 2:
+        return None
+    rate: float = max(run["bytes"] / run["phases"]["read"] for run in load["runs"])
+    slower: float = min(row["bytes"] / row["seconds"] for row in floors)
+    return rate / slower
+
+
 def _finish(document: dict[str, Any], path: Path | None) -> None:
+    document["share_of_floor"] = share_of_floor(document["rows"])
     _write(document, path)
     print(f"device: {document['device'] or 'none'}; {document['parameters']:,} parameters, bf16 on disk")
     for entry in document["rows"]:
         print(_line(entry))
+    if document["share_of_floor"] is not None:
+        print(f"shardwise, reading into the device: {document['share_of_floor']:.0%} of the slower floor")
 
 
 def _line(entry: dict[str, Any]) -> str:

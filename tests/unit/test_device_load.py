@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,20 @@ from torch import nn
 from torch.distributed.tensor import Shard
 
 from shardwise import materialize
+from shardwise.checkpoint import StateDictSource
 from shardwise.errors import CheckpointError
-from shardwise.materialization import Agreement, device_placing, exchange, from_files, load, read_ahead
+from shardwise.materialization import (
+    Agreement,
+    device_placing,
+    exchange,
+    from_files,
+    load,
+    read_ahead,
+    scatter,
+)
 from shardwise.materialization.awaited_source import awaited
-from shardwise.plan import plan_exchange
+from shardwise.plan import Bucket, Layout, PlannedTensor, plan_exchange, plan_scatter
+from shardwise.tensors import TensorSpec
 from tests.unit.accelerator_fakes import DEVICE, HOST, FakeAccelerator, FakePinned
 from tests.unit.accelerator_fakes import accelerator as accelerator
 from tests.unit.test_load_plan import empty_shard, wanted_tensors
@@ -144,3 +156,54 @@ class Bytes:
 
     def read_into(self, file: str, offset: int, into: memoryview) -> None:
         into[:] = self._content[offset : offset + len(into)]
+
+
+class Plane:
+    """Carries nothing, and keeps what was handed to it."""
+
+    def __init__(self, packed: Callable[[], torch.Tensor] | None) -> None:
+        self.packed = packed
+        self.buckets: list[torch.Tensor] = []
+
+    def scatter(self, into: torch.Tensor, slots: Sequence[torch.Tensor], *, source_rank: int) -> None:
+        self.buckets.append(self.packed().clone() if self.packed else torch.stack(list(slots)))
+
+    def wait(self, work: None, *, what: str) -> None:
+        pass
+
+
+def test_the_source_rank_packs_in_host_memory_and_copies_whole_buckets(
+    accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[FakePinned] = []
+
+    def pinned(*args: Any, **options: Any) -> FakePinned:
+        made.append(FakePinned(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(scatter, "PinnedMemory", pinned)
+    layout = Layout(mesh_shape=(2,), mesh_ranks=(0, 1), placements=(Shard(0),))
+    tensors = {f"t{index}": torch.randn(7, 5) for index in range(40)}
+    planned = [
+        PlannedTensor(spec=TensorSpec(fqn=fqn, shape=(7, 5), dtype=torch.float32), layout=layout)
+        for fqn in tensors
+    ]
+    plan = plan_scatter(planned, ranks=(0, 1), source_rank=0, staging_bytes=4096, direct_from_bytes=None)
+    buckets = []
+    for device in (HOST, torch.device("meta")):
+        plane = Plane((lambda: made[0].bytes) if device.type == "meta" else None)
+        targets = {fqn: torch.zeros(4, 5) for fqn in tensors}
+        source = StateDictSource(dict(tensors))
+        scatter.Scatter(plan, source=source, targets=targets, rank=0, device=device).run(plane)  # type: ignore[arg-type]
+        assert all(torch.equal(targets[fqn], tensors[fqn][:4]) for fqn in tensors)
+        buckets.append([bucket.flatten() for bucket in plane.buckets])
+    on_host, on_device = buckets
+    assert len(on_host) == len(on_device) == len(plan.buckets) > 2
+    for index, bucket in enumerate(plan.buckets):  # between its pieces a buffer is undefined
+        assert isinstance(bucket, Bucket)
+        for position, pieces in enumerate(bucket.slots):
+            for piece in pieces:
+                start = position * plan.slot_bytes + piece.offset_bytes
+                stop = start + 4 * math.prod(piece.region.shape)
+                assert torch.equal(on_host[index][start:stop], on_device[index][start:stop])
+    assert accelerator.pinned == []

@@ -107,3 +107,21 @@ def test_what_would_not_fit_is_left_out_by_the_plans_word(
     monkeypatch.setattr(gpu, "_free_host_bytes", lambda: 0)
     for name in ("4 ranks, dcp-reader", "load, warm: shardwise"):  # of these no plan is made
         assert gpu._does_not_fit(rows[name], tmp_path / "model", device="cpu") is None
+
+
+def test_the_share_of_the_slower_floor(gpu: ModuleType) -> None:
+    floors = [
+        {
+            "name": f"floor: {name}",
+            "status": "ok",
+            "request": {"kind": "floor"},
+            "bytes": 100,
+            "seconds": seconds,
+        }
+        for name, seconds in (("read", 2.0), ("copy", 1.0))
+    ]
+    runs = [{"bytes": 100, "phases": {"read": 4.0}}, {"bytes": 100, "phases": {"read": 2.5}}]
+    load = {"name": "load, warm: shardwise", "status": "ok", "request": {"kind": "load"}, "runs": runs}
+    assert gpu.share_of_floor([*floors, load]) == pytest.approx(0.8)
+    assert gpu.share_of_floor([floors[0], load]) is None
+    assert gpu.share_of_floor([*floors, {**load, "status": "failed"}]) is None

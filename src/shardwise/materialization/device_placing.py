@@ -26,6 +26,15 @@ class _Lane:
     scratch: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrived:
+    """Bytes on the device, from byte `begin` of their buffer on, and what they hold."""
+
+    content: torch.Tensor
+    begin: int
+    landings: tuple[Landing, ...]
+
+
 class DevicePlacing:
     """Copies of bytes to shards on one device, on streams of its own.
 
@@ -51,7 +60,7 @@ class DevicePlacing:
         self._scratch_bytes = scratch_bytes
         self._lanes: list[_Lane] = []
         self._next = 0
-        self._bytes_of: dict[str, torch.Tensor] = {}
+        self._flat_of: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def place(self, buffer: torch.Tensor, landings: Sequence[Landing]) -> torch.Event | None:
@@ -70,16 +79,16 @@ class DevicePlacing:
                 place_in(self._targets[landing.fqn], landing.piece).copy_(landing.elements(buffer, begin=0))
         if not here:
             return None
-        copies = plan_copies(here, run_of=self._run_of, scratch_bytes=self._scratch_bytes)
+        copies = plan_copies(here, run_of=self._direct_run_of, scratch_bytes=self._scratch_bytes)
         longest = max((copy.nbytes for copy in copies if copy.run is None), default=0)
         lane = self._lane(longest)
-        waiting: list[tuple[Landing, torch.Tensor]] = []
+        waiting: list[_Arrived] = []
         used = 0
         with on_stream(lane.stream):
             for copy in copies:
                 host = buffer[copy.start : copy.stop]
                 if copy.run is not None:
-                    shard = self._bytes(copy.landings[0].fqn)
+                    shard = self._flat(copy.landings[0].fqn).view(torch.uint8)
                     itemsize = copy.landings[0].dtype.itemsize
                     into = shard[copy.run.start * itemsize : copy.run.stop * itemsize]
                     into.copy_(host, non_blocking=True)
@@ -89,9 +98,7 @@ class DevicePlacing:
                     waiting, used = [], 0
                 arrived = lane.scratch[used : used + copy.nbytes]
                 arrived.copy_(host, non_blocking=True)
-                waiting += (
-                    (landing, landing.elements(arrived, begin=copy.start)) for landing in copy.landings
-                )
+                waiting.append(_Arrived(content=arrived, begin=copy.start, landings=copy.landings))
                 used += -(-copy.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
             copied = lane.stream.record_event()
             self._place_from(waiting)
@@ -105,7 +112,7 @@ class DevicePlacing:
             buffer: uint8.
             landings: That it holds; their elements at multiples of their size.
         """
-        self._place_from([(landing, landing.elements(buffer, begin=0)) for landing in landings])
+        self._place_from([_Arrived(content=buffer, begin=0, landings=tuple(landings))])
 
     def close(self) -> None:
         """Let the current stream wait for all that was begun, and wait until host memory and scratch memory are free."""
@@ -136,31 +143,44 @@ class DevicePlacing:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _run_of(self, landing: Landing) -> range | None:
+        """Return which elements of the flat shard a landing is, one after the other; None where it is no run of it."""
         shard = self._targets[landing.fqn]
-        if shard.dtype != landing.dtype or not landing.is_one_run or not shard.is_contiguous():
+        if not landing.is_one_run or not shard.is_contiguous():
             return None
         return landing.piece.run_in(tuple(shard.shape))
 
-    def _bytes(self, fqn: str) -> torch.Tensor:
-        if fqn not in self._bytes_of:
-            self._bytes_of[fqn] = self._targets[fqn].detach().view(-1).view(torch.uint8)
-        return self._bytes_of[fqn]
+    def _direct_run_of(self, landing: Landing) -> range | None:
+        return self._run_of(landing) if self._targets[landing.fqn].dtype == landing.dtype else None
 
-    def _place_from(self, arrived: Sequence[tuple[Landing, torch.Tensor]]) -> None:
-        """Place elements that are on the device, those that are runs of small shards in few calls."""
+    def _flat(self, fqn: str) -> torch.Tensor:
+        if fqn not in self._flat_of:
+            self._flat_of[fqn] = self._targets[fqn].detach().view(-1)
+        return self._flat_of[fqn]
+
+    def _place_from(self, arrived: Sequence[_Arrived]) -> None:
+        """Place elements that are on the device, those that are runs of their shards in few calls."""
         runs: defaultdict[tuple[torch.dtype, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]]
         runs = defaultdict(lambda: ([], []))
-        for landing, elements in arrived:
-            shard = self._targets[landing.fqn]
-            into = place_in(shard, landing.piece)
-            if elements.dtype == into.dtype and into.dtype.itemsize in _WORDS:
-                # Every dtype can be moved as words; kernels are missing for some.
-                elements, into = (each.view(_WORDS[into.dtype.itemsize]) for each in (elements, into))
-            if elements.is_contiguous() and into.is_contiguous():
-                for to, each in zip(runs[elements.dtype, into.dtype], (into, elements), strict=True):
-                    to.append(each.view(-1))
-            else:
-                into.copy_(elements)
+        for each in arrived:
+            typed: dict[torch.dtype, torch.Tensor] = {}  # views are what small tensors cost
+            for landing in each.landings:
+                run = self._run_of(landing)
+                at, past = divmod(landing.offset - each.begin, landing.dtype.itemsize)
+                if run is None or past:
+                    into = place_in(self._targets[landing.fqn], landing.piece)
+                    into.copy_(landing.elements(each.content, begin=each.begin))
+                    continue
+                into, source = self._flat(landing.fqn), landing.dtype
+                if source == into.dtype and source.itemsize in _WORDS:
+                    # Every dtype can be moved as words; kernels are missing for some.
+                    source = _WORDS[source.itemsize]
+                    into = into.view(source)
+                if source not in typed:
+                    whole = len(each.content) // source.itemsize * source.itemsize
+                    typed[source] = each.content[:whole].view(source)
+                places, values = runs[source, into.dtype]
+                places.append(into[run.start : run.stop])
+                values.append(typed[source][at : at + len(run)])
         for places, values in runs.values():
             torch._foreach_copy_(places, values)
 
