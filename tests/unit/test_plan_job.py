@@ -113,7 +113,8 @@ def test_offload_moves_shards_and_training_to_the_host(directory: str) -> None:
     kept, offloaded = (plan_job(directory, mesh_shape=4, offload=offload) for offload in (False, True))
     assert offloaded.load.device_peak_bytes < 0.2 * kept.load.device_peak_bytes
     assert offloaded.load.host_peak_bytes >= kept.load.shard_bytes
-    assert offloaded.load.storage_bytes == kept.load.storage_bytes
+    # On the way to a device reads are longer, and cover some more of the small gaps.
+    assert offloaded.load.storage_bytes == pytest.approx(kept.load.storage_bytes, rel=1e-3)
     assert offloaded.training.device_bytes == kept.training.gathered_bytes
     assert offloaded.training.host_bytes >= 4 * kept.load.shard_bytes
 
@@ -204,6 +205,7 @@ def test_files_are_those_that_each_rank_reads_from(in_files: str, route: str) ->
             route=route,
             rank=rank,
             device=torch.device("cpu"),
+            on_host=True,
             staging_bytes=setting.staging_bytes,
             cpu_storage="copy",
         )

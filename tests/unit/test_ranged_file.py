@@ -30,6 +30,12 @@ def content(tmp_path: Path) -> tuple[Path, bytes]:
     return path, made
 
 
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in the page cache, although it has just been written."""
+    monkeypatch.setattr(RangedFile, "_is_cached", lambda *_: False)
+
+
 def opened(path: Path, *, bounce: BounceBuffers | None = None) -> RangedFile:
     return RangedFile(path, bounce=bounce or BounceBuffers(nbytes=64 * 1024))
 
@@ -47,6 +53,41 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
 
 
 @needs_direct
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is cached")
+def test_what_is_in_the_page_cache_comes_from_there(
+    content: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, expected = content
+    file = opened(path)
+    real, read_from = os.preadv, []
+
+    def noted(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if not flags:
+            read_from.append(fd)
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", noted)
+
+    def read() -> set[int]:
+        read_from.clear()
+        got = bytearray(len(expected))
+        file.read_into(0, memoryview(got))
+        assert bytes(got) == expected
+        return set(read_from)
+
+    os.fsync(file.fileno())
+    assert read() == {file.fileno()}
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if file._is_cached(0, len(expected)):
+        pytest.skip("this file system keeps what it is told to forget")
+    assert read() == {file._direct_fd}
+    os.pread(file.fileno(), len(expected), 0)
+    assert read() == {file.fileno()}
+    file.close()
+
+
+@needs_direct
+@pytest.mark.usefixtures("cold")
 def test_a_file_system_that_refuses_direct_reads_does_so_on_many_threads_at_once(
     content: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +128,7 @@ def test_a_file_system_that_refuses_direct_reads_does_so_on_many_threads_at_once
 
 
 @needs_direct
+@pytest.mark.usefixtures("cold")
 def test_one_bounce_buffer_serves_all_files_of_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +197,7 @@ def test_materialize_reads_past_the_page_cache_where_it_is_told_to(
     assert any(flags_seen) is direct_io
     assert model.weight.eq(1).all()
     mapped = (
-        "model.safetensors" in Path("/proc/self/maps").read_text()
+        str(tmp_path) in Path("/proc/self/maps").read_text()  # and not another test's
         if os.path.exists("/proc/self/maps")
         else None
     )

@@ -50,7 +50,9 @@ def read_ahead(
     if check is not None:
         alone.check = check  # type: ignore[method-assign,assignment]
     with awaited(source, alone, name="memory") as bounded:
-        yield ReadAhead(EXTENTS, source=bounded, pinned=False, done=(done if done is not None else []).append)
+        yield ReadAhead(
+            EXTENTS, source=bounded, pinned_for=None, done=(done if done is not None else []).append
+        )
 
 
 def test_slices_come_in_order_out_of_extents_that_are_read_once() -> None:

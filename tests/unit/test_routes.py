@@ -300,6 +300,7 @@ def test_replicas_compare_what_they_keep_in_every_layout() -> None:
         route="replicate",
         rank=0,
         device=torch.device("cpu"),
+        on_host=True,
         staging_bytes=STAGING_BYTES,
         cpu_storage="copy",
     )

@@ -26,6 +26,12 @@ NBYTES = 50_000
 OFFSET = 4_000  # within a page
 
 
+@pytest.fixture(autouse=True)
+def _cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in the page cache, although it has just been written: direct reads are made."""
+    monkeypatch.setattr(RangedFile, "_is_cached", lambda *_: False)
+
+
 class System:
     """`os.preadv` with errors and short reads, and `time.sleep` that only notes.
 

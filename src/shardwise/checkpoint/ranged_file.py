@@ -72,7 +72,8 @@ class RangedFile:
 
     Args:
         path: Of the file.
-        bounce: Buffers to read past the page cache through, where the file system can; None reads through the page cache.
+        bounce: Buffers to read past the page cache through, where the file system can, what is not in it yet; None reads through the
+            page cache.
 
     Raises:
         CheckpointError: It cannot be opened, or is not a regular file.
@@ -190,10 +191,24 @@ class RangedFile:
             return None
         return fd
 
+    def _is_cached(self, offset: int, nbytes: int) -> bool:
+        """Return whether a range is in the page cache already, by three of its bytes; False where the system does not tell.
+
+        Source: preadv2(2), RWF_NOWAIT. mincore(2) says of files of other users that all of them is there.
+        """
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            for at in (offset, offset + nbytes // 2, offset + nbytes - 1):
+                os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN: it would have to wait for the disk
+            return False
+        return True
+
     def _read_direct(self, offset: int, into: memoryview) -> int | None:
         """Read through an aligned buffer of this thread; None where the file system refuses, or gives nothing that is of use."""
         fd = self._direct_fd
-        if fd is None or self._bounce is None or self._direct_refused:
+        if fd is None or self._bounce is None or self._direct_refused or self._is_cached(offset, len(into)):
             return None
         bounce = self._bounce.own()
         start = offset // _PAGE_BYTES * _PAGE_BYTES

@@ -34,7 +34,7 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         arguments: `model` (a directory), `mode` (its name), `dtype` (torch's name of it, or `auto`), `load_only`
             (whether to leave out everything after the load) and `ask` (whether to ask the model); `mesh_shape`, where it is not one
-            axis: replicas and shards.
+            axis: replicas and shards; `one_device`, where all ranks take the first accelerator.
 
     Returns:
         `rank`, `node`, `report` (a LoadReport: the strategy's, or what is known of a peer), `timeline` (over the load phases), `seconds` (of
@@ -49,7 +49,7 @@ def measure_mode(arguments: Mapping[str, Any]) -> dict[str, Any]:
     mode = MODES[arguments["mode"]]
     directory = Path(arguments["model"])
     dtype = arguments["dtype"] if arguments["dtype"] == "auto" else getattr(torch, arguments["dtype"])
-    device = join_group()
+    device = join_group_on_one_device() if arguments.get("one_device") else join_group()
     strategy = _strategy(mode, device, arguments.get("mesh_shape") or (dist.get_world_size(),))
     config_class = type(AutoConfig.from_pretrained(directory, local_files_only=True))
     if config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -158,6 +158,22 @@ def join_group() -> torch.device:
     dist.init_process_group(
         f"cpu:gloo,{accelerator.type}:{backend}", timeout=_GROUP_TIMEOUT, device_id=device
     )
+    return device
+
+
+def join_group_on_one_device() -> torch.device:
+    """Make the default group over gloo, all ranks on the first accelerator; on the CPU where there is none.
+
+    NCCL takes one rank for each device. What a load moves goes through host memory then, and a training step is not possible.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    os.environ["LOCAL_RANK"] = "0"  # other libraries take the device of this number
+    device = torch.device("cpu")
+    if accelerator is not None:
+        torch.accelerator.set_device_index(0)
+        device = torch.device(accelerator.type, 0)
+        torch.zeros(1, device=device)  # the device's context is not what is measured
+    dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
     return device
 
 

@@ -51,10 +51,10 @@ class Collecting:
         self._agreement = agreement
         self.received_bytes = 0
         on = plane.device if plane is not None else torch.device("cpu")
-        self._send = GrowingBuffer(on, pinned=False, expected_bytes=plan.buffer_bytes)
-        self._receive = GrowingBuffer(on, pinned=False, expected_bytes=plan.buffer_bytes)
+        self._send = GrowingBuffer(on, expected_bytes=plan.buffer_bytes, pinned_for=None)
+        self._receive = GrowingBuffer(on, expected_bytes=plan.buffer_bytes, pinned_for=None)
         self._content = tuple(
-            GrowingBuffer(torch.device("cpu"), pinned=False, expected_bytes=plan.buffer_bytes)
+            GrowingBuffer(torch.device("cpu"), expected_bytes=plan.buffer_bytes, pinned_for=None)
             for _ in range(2)
         )
         self._pending: tuple[Future[None], str] | None = None

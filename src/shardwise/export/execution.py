@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
 from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
-from shardwise.materialization.staging import read_bytes_of, staging_ring
+from shardwise.materialization.staging import RING_BUFFERS, StagingRing, read_bytes_of
 from shardwise.plan import dealt, plan_writes
 
 
@@ -131,8 +131,9 @@ def write_content(
                 )
             for plan, (fqns, _) in zip(plans, [((), []), *groups], strict=True):
                 shards = {**content.shards, **_merged(content, fqns, agreement, plane)}
-                ring = staging_ring(staging_bytes, device)
-                Writing(plan.writes, files=files, shards=shards, ring=ring, agreement=agreement).run()
+                ring = StagingRing(count=RING_BUFFERS, nbytes=read_bytes_of(staging_bytes), device=device)
+                with closing(ring):
+                    Writing(plan.writes, files=files, shards=shards, ring=ring, agreement=agreement).run()
                 del ring
                 give_back_freed()
                 collecting = Collecting(

@@ -104,14 +104,15 @@ def on_thread(call: Callable[[Doing], _Result], agreement: Agreement, *, what: s
 
 
 @contextmanager
-def calling_threads(count: int, *, name: str) -> Iterator[ReaderThreads]:
+def calling_threads(count: int, *, name: str, cpus: frozenset[int] | None = None) -> Iterator[ReaderThreads]:
     """Have threads for calls that are awaited in the body; one that is stuck is left behind.
 
     Args:
         count: Most threads.
         name: Of the threads, before their number.
+        cpus: On which they run; None: on any.
     """
-    threads, seconds = ReaderThreads(count, name=name), SECONDS_FOR_STARTED_CALLS
+    threads, seconds = ReaderThreads(count, name=name, cpus=cpus), SECONDS_FOR_STARTED_CALLS
     try:
         yield threads
     except StalledReadError:

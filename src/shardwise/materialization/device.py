@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -35,11 +36,13 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.accelerator.device_index(device.index)
 
 
-def copies_to(device: torch.device) -> torch.Event:
-    """Return an event that is reached when the copies to a device that this thread has started so far are done.
-
-    A copy runs on the current stream of the device that it goes to, which need not be the current device.
-    """
-    event = torch.Event(device)
-    event.record(torch.accelerator.current_stream(device))
-    return event
+@contextmanager
+def on_stream(stream: torch.Stream) -> Iterator[None]:
+    """Let this thread's work for a device go to a stream of it in the body."""
+    with current(stream.device):  # setting a stream makes its device the current one
+        before = torch.accelerator.current_stream(stream.device)
+        torch.accelerator.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)

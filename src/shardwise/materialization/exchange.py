@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 
 from shardwise.materialization.awaited_source import AwaitedSource
 from shardwise.materialization.data_plane import DataPlane
+from shardwise.materialization.device_placing import DevicePlacing, device_of_targets
+from shardwise.materialization.landings import Landing
 from shardwise.materialization.placing import elements_in, packed_in, place_in
 from shardwise.materialization.read_ahead import GrowingBuffer, ReadAhead
 from shardwise.plan import ExchangePlan, Round, Transfer
+
+_SCRATCH_BYTES = 16 * 2**20
+"""Of device memory, from which pieces are placed."""
 
 
 class Exchange:
@@ -38,13 +44,21 @@ class Exchange:
         self._targets = targets
         self._plane = plane
         self._done = done
-        device = plane.device if plane is not None else torch.device("cpu")
-        self._pinned = device.type != "cpu"
+        on = plane.device if plane is not None else torch.device("cpu")
+        self._destination = device_of_targets(targets)
         most_sent, most_received = plan.slices.most_sent_bytes, plan.slices.most_received_bytes
-        self._send = GrowingBuffer(torch.device("cpu"), pinned=self._pinned, expected_bytes=most_sent)
+        # Pinned for what reads it, which is the device that sends, or the one that is filled.
+        reader = on if on.type != "cpu" else self._destination
+        self._send = GrowingBuffer(torch.device("cpu"), expected_bytes=most_sent, pinned_for=on)
         self._receive = GrowingBuffer(
-            device, pinned=False, expected_bytes=min(most_received, plan.network_bytes)
+            on,
+            expected_bytes=min(most_received, plan.network_bytes),
+            pinned_for=self._destination,
         )
+        self._pinned_for = reader
+        longest = int((plan.slices.stop - plan.slices.start).max(initial=0))
+        self._scratch_bytes = min(_SCRATCH_BYTES, max(longest, most_received))
+        self._placing: DevicePlacing | None = None
 
     def run(self) -> None:
         """Read, exchange and place everything.
@@ -54,12 +68,25 @@ class Exchange:
             PeerError: Another rank failed.
         """
         nothing = torch.empty(0, dtype=torch.uint8)
-        ahead = ReadAhead(
-            list(self._plan.extents()), source=self._source, pinned=self._pinned, done=self._done
-        )
-        for number, turn in enumerate(self._plan.rounds(), start=1):
-            content = ahead.content_of(turn.read) if turn.read is not None else nothing
-            self._run_round(turn, content, what=f"round {number} of {len(self._plan)} of the exchange")
+        with ExitStack() as stack:
+            stack.callback(self._send.close)
+            stack.callback(self._receive.close)
+            ahead = ReadAhead(
+                list(self._plan.extents()),
+                source=self._source,
+                pinned_for=self._pinned_for,
+                done=self._done,
+            )
+            stack.callback(ahead.close)
+            if self._destination.type != "cpu":
+                # One stream: its work ends with each round, before the buffers are written again.
+                self._placing = DevicePlacing(
+                    self._targets, device=self._destination, lanes=1, scratch_bytes=self._scratch_bytes
+                )
+                stack.callback(self._placing.close)
+            for number, turn in enumerate(self._plan.rounds(), start=1):
+                content = ahead.content_of(turn.read) if turn.read is not None else nothing
+                self._run_round(turn, content, what=f"round {number} of {len(self._plan)} of the exchange")
 
     def _run_round(self, turn: Round, content: torch.Tensor, *, what: str) -> None:
         receive = self._receive.first(sum(turn.receive_bytes))
@@ -73,12 +100,13 @@ class Exchange:
                 receive_bytes=turn.receive_bytes,
                 send_bytes=turn.send_bytes,
             )
-        for transfer in turn.kept:  # while the messages travel
-            elements = elements_in(content, transfer.slice_offset, transfer.dtype, transfer.piece)
-            self._place(transfer, elements)
+        copied = [self._place_kept(turn, content)]  # while the messages travel
         if self._plane is not None and work is not None:
             self._plane.wait(work, what=what)
-            self._unpack(turn, receive)
+            copied.append(self._unpack(turn, receive))
+        for event in copied:
+            if event is not None:
+                event.synchronize()
 
     @staticmethod
     def _pack(turn: Round, content: torch.Tensor, send: torch.Tensor) -> None:
@@ -86,13 +114,38 @@ class Exchange:
             packed = packed_in(send, offset, transfer.dtype, transfer.piece)
             packed.copy_(elements_in(content, transfer.slice_offset, transfer.dtype, transfer.piece))
 
-    def _unpack(self, turn: Round, receive: torch.Tensor) -> None:
-        for offset, transfer in placed(turn.incoming, turn.receive_bytes):
-            self._place(transfer, packed_in(receive, offset, transfer.dtype, transfer.piece))
+    def _place_kept(self, turn: Round, content: torch.Tensor) -> torch.Event | None:
+        """Place what this rank reads for itself; return what is reached when `content` may be written again, or None: at once."""
+        if self._placing is not None:
+            kept = [_landing(each, each.slice_offset, is_packed=False) for each in turn.kept]
+            return self._placing.place(content, kept)
+        for transfer in turn.kept:
+            elements = elements_in(content, transfer.slice_offset, transfer.dtype, transfer.piece)
+            self._place(transfer, elements)
+        return None
+
+    def _unpack(self, turn: Round, receive: torch.Tensor) -> torch.Event | None:
+        """Place what has arrived; return the same for `receive`."""
+        arrived = placed(turn.incoming, turn.receive_bytes)
+        if self._placing is None:
+            for offset, transfer in arrived:
+                self._place(transfer, packed_in(receive, offset, transfer.dtype, transfer.piece))
+            return None
+        landings = [_landing(each, offset, is_packed=True) for offset, each in arrived]
+        if receive.device.type == "cpu":
+            return self._placing.place(receive, landings)
+        self._placing.place_from_device(receive, landings)
+        return None
 
     def _place(self, transfer: Transfer, elements: torch.Tensor) -> None:
         with torch.no_grad():
             place_in(self._targets[transfer.fqn], transfer.piece).copy_(elements)
+
+
+def _landing(transfer: Transfer, offset: int, *, is_packed: bool) -> Landing:
+    return Landing(
+        fqn=transfer.fqn, dtype=transfer.dtype, piece=transfer.piece, offset=offset, is_packed=is_packed
+    )
 
 
 def placed(messages: Sequence[Sequence[Transfer]], lengths: Sequence[int]) -> Iterator[tuple[int, Transfer]]:

@@ -25,6 +25,7 @@ from shardwise.materialization.meta import refuse_meta
 from shardwise.materialization.progress import JobProgress
 from shardwise.materialization.sight import agreed_sights
 from shardwise.materialization.source_plan import plan_sources
+from shardwise.materialization.storage import device_of_shards
 from shardwise.materialization.structure import entries_of
 from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.materialization.wanted import wanted_of
@@ -107,6 +108,7 @@ def fill_from_files(
         entries = entries_of(model)
         refuse_unswappable(entries)
         refuse_uninitialisable(model, absent)
+        on_host = device_of_shards(model, options.device).type == "cpu"
         dtype_of = kept_dtypes(entries, bound, options.dtype)
         with resting_collector():
             wanted = wanted_of(
@@ -136,6 +138,7 @@ def fill_from_files(
                 route=options.route,
                 rank=rank,
                 device=options.device,
+                on_host=on_host,
                 staging_bytes=options.staging_bytes,
                 cpu_storage=options.cpu_storage,
             )
@@ -168,6 +171,7 @@ def fill_from_files(
             model,
             plans,
             device=options.device,
+            on_host=on_host,
             staging_bytes=options.staging_bytes,
             dtype_of=dtype_of,
             agreement=agreement,
@@ -189,6 +193,7 @@ def fill_from_files(
             plans,
             targets,
             device=options.device,
+            on_host=on_host,
             staging_bytes=options.staging_bytes,
             agreement=agreement,
             done=progress.add,

@@ -15,6 +15,7 @@ from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_source import awaited, mapped, require_unchanged, stitched
 from shardwise.materialization.convert import convert
 from shardwise.materialization.data_plane import DataPlane, open_data_plane
+from shardwise.materialization.device_placing import LANES, DevicePlacing, device_of_targets
 from shardwise.materialization.exchange import Exchange
 from shardwise.materialization.layouts import layout_of as layout_of
 from shardwise.materialization.left_behind import refuse_left_behind
@@ -22,10 +23,10 @@ from shardwise.materialization.out_of_memory import naming_out_of_memory
 from shardwise.materialization.read import Reading, Shards
 from shardwise.materialization.replicas import require_equal_replicas
 from shardwise.materialization.source_plan import SourcePlan
-from shardwise.materialization.staging import read_bytes_of, staging_ring
+from shardwise.materialization.staging import StagingRing, ring_shape
 from shardwise.materialization.storage import allocate_parameters, around_local, local_of
 from shardwise.materialization.structure import entries_of
-from shardwise.plan import ReadPlan, plan_reads
+from shardwise.plan import ReadPlan, buffers_wanted, plan_reads
 from shardwise.profiling import phase
 
 _MOST_STITCHED_RUNS = 16_384
@@ -52,6 +53,7 @@ def allocate(
     plans: Sequence[SourcePlan],
     *,
     device: torch.device,
+    on_host: bool,
     staging_bytes: int,
     dtype_of: Mapping[str, torch.dtype],
     agreement: Agreement,
@@ -62,6 +64,7 @@ def allocate(
         model: As planned.
         plans: Of this rank.
         device: Of parameters outside of FSDP2.
+        on_host: Whether shards lie in host memory.
         staging_bytes: Bound of the staging buffers.
         dtype_of: In which each shard is kept, by fqn; also of parameters that no plan has.
         agreement: Of the call.
@@ -78,6 +81,7 @@ def allocate(
     pages: dict[str, torch.Tensor] = {}
     final: list[SourcePlan] = []
     beyond = _beyond_mappings(plans)
+    max_read_bytes = ring_shape(staging_bytes, on_host=on_host).nbytes
     for plan in plans:
         unmapped: set[str] = set()
         for item, found in zip(plan.direct.mapped, _map(plan, beyond, dtype_of, agreement), strict=True):
@@ -85,7 +89,7 @@ def allocate(
                 unmapped.add(item.fqn)
             else:
                 pages[item.fqn] = found
-        final.append(_read_instead(plan, unmapped, staging_bytes) if unmapped else plan)
+        final.append(_read_instead(plan, unmapped, max_read_bytes) if unmapped else plan)
     planned = {fqn for plan in plans for fqn in plan.fqns}
     with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
         allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
@@ -132,9 +136,9 @@ def _map(
     return [found.get(item.fqn) for item in plan.direct.mapped]
 
 
-def _read_instead(plan: SourcePlan, unmapped: set[str], staging_bytes: int) -> SourcePlan:
+def _read_instead(plan: SourcePlan, unmapped: set[str], max_read_bytes: int) -> SourcePlan:
     wanted = [dataclasses.replace(t, may_map=False) for t in plan.wanted.pieces if t.fqn in unmapped]
-    extra = plan_reads(wanted, rank=plan.direct.rank, max_read_bytes=read_bytes_of(staging_bytes))
+    extra = plan_reads(wanted, rank=plan.direct.rank, max_read_bytes=max_read_bytes)
     direct = ReadPlan(
         rank=plan.direct.rank,
         mapped=tuple(item for item in plan.direct.mapped if item.fqn not in unmapped),
@@ -164,6 +168,7 @@ def execute(
     targets: Mapping[str, torch.Tensor],
     *,
     device: torch.device,
+    on_host: bool,
     staging_bytes: int,
     agreement: Agreement,
     done: Callable[[int], None],
@@ -174,6 +179,7 @@ def execute(
         plans: Of this rank.
         targets: This rank's shards by fqn.
         device: Of the mesh, on this rank.
+        on_host: Whether shards lie in host memory, as it was planned.
         staging_bytes: Bound of the staging buffers.
         agreement: Of the call.
         done: Told the bytes of each completed read.
@@ -194,20 +200,9 @@ def execute(
         for plan in plans:
             done(plan.direct.mapped_bytes)
         with phase("read"):
-            ring = staging_ring(staging_bytes, device)
-            for plan in plans:
-                shards = Shards(targets)
-                Reading(
-                    plan.direct,
-                    source=plan.source,
-                    ring=ring,
-                    agreement=agreement,
-                    done=done,
-                    place=shards.place,
-                    in_place=shards.in_place,
-                ).run()
-            ring.drain()
-            del ring
+            _read(
+                plans, targets, on_host=on_host, staging_bytes=staging_bytes, agreement=agreement, done=done
+            )
         for plan in plans:
             with awaited(plan.source, agreement, name=plan.source.name) as source:
                 with phase("exchange"):
@@ -230,3 +225,39 @@ def execute(
         network_bytes=sum(plan.network_bytes for plan in plans),
         retried_reads=sum(getattr(plan.source, "retries", 0) for plan in plans) - retried_before,
     )
+
+
+def _read(
+    plans: Sequence[SourcePlan],
+    targets: Mapping[str, torch.Tensor],
+    *,
+    on_host: bool,
+    staging_bytes: int,
+    agreement: Agreement,
+    done: Callable[[int], None],
+) -> None:
+    """Read what this rank reads for itself."""
+    shape = ring_shape(staging_bytes, on_host=on_host)
+    # Pinning takes its time. In host memory nothing is allocated before it is used.
+    count = shape.count
+    if not on_host:
+        count = buffers_wanted([plan.direct for plan in plans], most=shape.count, nbytes=shape.nbytes)
+    destination = device_of_targets(targets)
+    with ExitStack() as stack:
+        ring = StagingRing(count=count, nbytes=shape.nbytes, device=destination)
+        stack.callback(ring.close)
+        placing = None
+        if destination.type != "cpu":
+            placing = DevicePlacing(targets, device=destination, lanes=LANES, scratch_bytes=shape.nbytes)
+            stack.callback(placing.close)  # before the memory that it copies from goes
+        for plan in plans:
+            shards = Shards(targets, placing=placing)
+            Reading(
+                plan.direct,
+                source=plan.source,
+                ring=ring,
+                agreement=agreement,
+                done=done,
+                place=shards.place,
+                in_place=shards.in_place,
+            ).run()

@@ -110,8 +110,8 @@ def materialize(
         progress: Whether the first rank shows a line on standard error; None: if that is a terminal.
         device: Where meta tensors outside of a device mesh go; None is the mesh's, or the model's, or torch's default.
         direct_io: Read a checkpoint's files past the page cache where the file system can (`O_DIRECT`), so that a large one
-            does not push other files out of it. Shards of CPU ranks are then copied. Takes up to 8 MiB beside the staging
-            buffers: 1 MiB for each thread that reads.
+            does not push other files out of it; what is in it already comes from there. Shards of CPU ranks are then copied. Takes up
+            to 8 MiB beside the staging buffers, 16 MiB on accelerators: 1 MiB for each thread that reads.
 
     Returns:
         The report: seconds, bytes and memory peaks of all ranks, and the origin of every tensor.

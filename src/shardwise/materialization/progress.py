@@ -9,16 +9,6 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from shardwise.errors import RankError
 from shardwise.materialization.agreement import Agreement
 
@@ -76,6 +66,16 @@ class JobProgress:
             self._agreement.note("progress", json.dumps([self._read_bytes, self._own_bytes]))
 
     def _draw(self) -> None:
+        from rich.console import Console  # imported where somebody looks
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
         columns = (
             TextColumn("reading"),
             BarColumn(),

@@ -12,6 +12,9 @@ import torch
 from shardwise.checkpoint import Source, read_scattered
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_call import Doing, await_call, calling_threads
+from shardwise.materialization.cpus import device_read_threads, usable_cpus
+from shardwise.materialization.device_placing import DevicePlacing
+from shardwise.materialization.landings import Landing
 from shardwise.materialization.left_behind import leave_behind
 from shardwise.materialization.placing import ShardMemory, as_memory, elements_in, place_in
 from shardwise.materialization.reader_threads import ReaderThreads
@@ -37,7 +40,7 @@ class Reading:
         ring: Staging.
         agreement: Of the call; asked for failures of other ranks while reads are awaited.
         done: Told the bytes of each completed read.
-        place: Takes each fragment and its elements, in a staging buffer that is reused after the call.
+        place: Takes what a read holds out of its staging buffer, which is reused after the event that it returns; None: at once.
         in_place: Returns where the bytes of a read belong as they are, or None; those need no buffer.
     """
 
@@ -49,7 +52,7 @@ class Reading:
         ring: StagingRing,
         agreement: Agreement,
         done: Callable[[int], None],
-        place: Callable[[Fragment, torch.Tensor], None],
+        place: Callable[[Read, torch.Tensor], torch.Event | None],
         in_place: Callable[[Read], memoryview | None] | None,
     ) -> None:
         self._plan = plan
@@ -69,11 +72,18 @@ class Reading:
         """
         if not self._plan.reads:
             return
-        count = read_threads()
+        count, cpus = read_threads(), self._ring.cpus
+        if self._ring.is_pinned:
+            count = device_read_threads(cpus=len(cpus) if cpus else usable_cpus(), environ=os.environ)
         in_flight: deque[_Request] = deque()
         try:
-            with calling_threads(count, name="shardwise-read") as threads:
+            with calling_threads(count, name="shardwise-read", cpus=cpus) as threads:
                 for request in self._requests():
+                    # What has been read is copied while the rest is: the device must not wait for this thread, which may wait for
+                    # a buffer next.
+                    while self._ring.is_pinned and in_flight and in_flight[0].future.done():
+                        self._finish(in_flight[0])
+                        in_flight.popleft()
                     while len(in_flight) >= 2 * count or (request.is_staged and not self._ring.available):
                         self._finish(in_flight[0])
                         in_flight.popleft()
@@ -112,12 +122,8 @@ class Reading:
     def _finish(self, request: _Request) -> None:
         await_call(request.future, self._agreement, Doing(self._described(request)))
         if request.buffer is not None:
-            for read in request.reads:
-                for fragment in read.fragments:
-                    offset = fragment.start - read.start
-                    elements = elements_in(request.buffer, offset, fragment.stored.dtype, fragment.piece)
-                    self._place(fragment, elements)
-            self._ring.give_back(request.buffer)
+            (read,) = request.reads
+            self._ring.give_back(request.buffer, copied=self._place(read, request.buffer))
         self._done(request.nbytes)
 
 
@@ -163,22 +169,65 @@ class _Request:
         self.future = threads.submit(read_scattered, source, self.file, self.start_byte, self.parts)
 
 
+def fragment_by_fragment(
+    place: Callable[[Fragment, torch.Tensor], None],
+) -> Callable[[Read, torch.Tensor], None]:
+    """Return what takes a read's fragments out of its buffer one after the other.
+
+    Args:
+        place: Takes each fragment and its elements, which are gone after the call.
+    """
+
+    def place_all(read: Read, buffer: torch.Tensor) -> None:
+        for fragment in read.fragments:
+            offset = fragment.start - read.start
+            place(fragment, elements_in(buffer, offset, fragment.stored.dtype, fragment.piece))
+
+    return place_all
+
+
+def landings_of(read: Read) -> list[Landing]:
+    """Return what the buffer of a read holds."""
+    return [
+        Landing(
+            fqn=fragment.fqn,
+            dtype=fragment.stored.dtype,
+            piece=fragment.piece,
+            offset=fragment.start - read.start,
+            is_packed=False,
+        )
+        for fragment in read.fragments
+    ]
+
+
 class Shards:
     """This rank's shards as the destination of reads.
 
     Args:
         targets: By tensor name.
+        placing: Of those on a device; None where all are in host memory.
     """
 
-    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, targets: Mapping[str, torch.Tensor], *, placing: DevicePlacing | None) -> None:
         self._targets = targets
+        self._placing = placing
         self._memory = ShardMemory(targets)
+        self._place_here = fragment_by_fragment(self._place_fragment)
 
-    def place(self, fragment: Fragment, elements: torch.Tensor) -> None:
-        """Copy a fragment into its shard, cast to the shard's dtype."""
-        with torch.no_grad():
-            place_in(self._targets[fragment.fqn], fragment.piece).copy_(elements, non_blocking=True)
+    def place(self, read: Read, buffer: torch.Tensor) -> torch.Event | None:
+        """Copy what a read holds into its shards, cast to their dtypes.
+
+        Returns:
+            Reached when the buffer may be written again; None: at once.
+        """
+        if self._placing is not None:
+            return self._placing.place(buffer, landings_of(read))
+        return self._place_here(read, buffer)
 
     def in_place(self, read: Read) -> memoryview | None:
         """Return where a read's bytes belong as they are, if they do."""
         return self._memory.of(read.fragments[0]) if len(read.fragments) == 1 else None
+
+    def _place_fragment(self, fragment: Fragment, elements: torch.Tensor) -> None:
+        with torch.no_grad():
+            place_in(self._targets[fragment.fqn], fragment.piece).copy_(elements)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from shardwise.materialization.awaited_source import AwaitedSource
+from shardwise.materialization.pinned import PinnedMemory
 from shardwise.materialization.placing import as_memory
 from shardwise.plan import Extent, Slice
 
@@ -17,7 +18,7 @@ class ReadAhead:
     Args:
         extents: In the order in which their slices are wanted.
         source: Open; waits for reads that have begun when it is left.
-        pinned: Whether the buffers lie in pinned host memory.
+        pinned_for: A device that copies from the buffers; they lie in pinned host memory then.
         done: Told the bytes of each extent read.
     """
 
@@ -26,7 +27,7 @@ class ReadAhead:
         extents: Sequence[Extent],
         *,
         source: AwaitedSource,
-        pinned: bool,
+        pinned_for: torch.device | None,
         done: Callable[[int], None],
     ) -> None:
         self._extents: Iterator[Extent] = iter(extents)
@@ -34,7 +35,8 @@ class ReadAhead:
         self._done = done
         longest_bytes = max((extent.nbytes for extent in extents), default=0)
         self._buffers = [
-            GrowingBuffer(torch.device("cpu"), pinned=pinned, expected_bytes=longest_bytes) for _ in range(2)
+            GrowingBuffer(torch.device("cpu"), expected_bytes=longest_bytes, pinned_for=pinned_for)
+            for _ in range(2)
         ]
         self._next: tuple[Extent, torch.Tensor, Callable[[], None]] | None = None
         self._current: tuple[Extent, torch.Tensor] | None = None
@@ -54,6 +56,11 @@ class ReadAhead:
             raise RuntimeError(f"the slice at {read.start} of {read.file} is not the next one")
         extent, content = self._current
         return content[read.start - extent.start : read.stop - extent.start]
+
+    def close(self) -> None:
+        """Let go of the buffers, when what was copied from them has arrived."""
+        for buffer in self._buffers:
+            buffer.close()
 
     def _advance(self) -> None:
         if self._next is None:
@@ -85,22 +92,34 @@ class GrowingBuffer:
 
     Args:
         device: Of the bytes.
-        pinned: Whether they lie in pinned host memory.
         expected_bytes: Most that will be wanted; more is possible.
+        pinned_for: A device that copies from or to it; host memory is pinned then. None, or the host itself: it is not.
     """
 
-    def __init__(self, device: torch.device, *, pinned: bool, expected_bytes: int) -> None:
+    def __init__(self, device: torch.device, *, expected_bytes: int, pinned_for: torch.device | None) -> None:
         self._device = device
-        self._pinned = pinned
         self._expected_bytes = expected_bytes
+        is_pinned = pinned_for is not None and pinned_for.type != "cpu" and device.type == "cpu"
+        self._pinned_for = pinned_for if is_pinned else None
+        self._pinned: PinnedMemory | None = None
         self._bytes = self._made(0)
 
     def first(self, nbytes: int) -> torch.Tensor:
         """Return the first bytes of it; what they hold is undefined."""
         if nbytes > len(self._bytes):
-            self._bytes = self._made(0)  # the two never live together
+            self.close()  # the two never live together
             self._bytes = self._made(max(nbytes, self._expected_bytes))
         return self._bytes[:nbytes]
 
+    def close(self) -> None:
+        """Let go of the bytes."""
+        self._bytes = torch.empty(0, dtype=torch.uint8, device=self._device)
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            pinned.close()
+
     def _made(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned, device=self._device)
+        if self._pinned_for is not None and nbytes:
+            self._pinned = PinnedMemory(nbytes, device=self._pinned_for, threads=1, cpus=None)
+            return self._pinned.bytes
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from shardwise.materialization.cpus import keep_to
+
 _Result = TypeVar("_Result")
 _Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
@@ -22,11 +24,13 @@ class ReaderThreads:
     Args:
         count: Most threads.
         name: Of the threads, before their number.
+        cpus: On which they run; None: on any.
     """
 
-    def __init__(self, count: int, *, name: str) -> None:
+    def __init__(self, count: int, *, name: str, cpus: frozenset[int] | None = None) -> None:
         self._count = count
         self._name = name
+        self._cpus = cpus
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
 
@@ -36,7 +40,7 @@ class ReaderThreads:
         self._jobs.put((future, function, args))
         if len(self._threads) < self._count:
             name = f"{self._name}-{len(self._threads)}"
-            thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
+            thread = threading.Thread(target=_work, args=(self._jobs, self._cpus), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
         return future
@@ -62,7 +66,8 @@ class ReaderThreads:
         return not any(thread.is_alive() for thread in self._threads)
 
 
-def _work(jobs: SimpleQueue[_Job | None]) -> None:
+def _work(jobs: SimpleQueue[_Job | None], cpus: frozenset[int] | None) -> None:
+    keep_to(cpus)
     while (job := jobs.get()) is not None:
         future, function, args = job
         if future.set_running_or_notify_cancel():

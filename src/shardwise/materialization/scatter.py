@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from shardwise.checkpoint import StateDictSource
 from shardwise.materialization.data_plane import DataPlane
+from shardwise.materialization.device_placing import device_of_targets
+from shardwise.materialization.pinned import PinnedMemory
 from shardwise.plan import BUCKETS_IN_FLIGHT, Bucket, DirectBucket, Piece, ScatterPlan
 from shardwise.tensors import Region
 
@@ -47,6 +49,12 @@ class Scatter:
         self._ring = [
             torch.empty(slots, plan.slot_bytes, dtype=torch.uint8, device=device) for _ in range(in_flight)
         ]
+        # On the source rank a device's buckets are packed in host memory, and copied as one: a copy for each piece would wait for the
+        # device each time.
+        self._packing: PinnedMemory | None = None
+        if self._is_source and device.type != "cpu" and packed and self._is_on_host():
+            self._packing = PinnedMemory(slots * plan.slot_bytes, device=device, threads=1, cpus=None)
+        self._destination = device_of_targets(targets)
         self._regions: dict[int, Region] = {}
         last = plan.last_bucket_of_tensor if self._is_source else {}
         self._ending_with: dict[int, list[int]] = {}
@@ -60,6 +68,13 @@ class Scatter:
         Args:
             plane: Carries the buckets; None where nothing travels.
         """
+        try:
+            self._run(plane)
+        finally:
+            if self._packing is not None:
+                self._packing.close()
+
+    def _run(self, plane: DataPlane | None) -> None:
         if self._is_source:
             stays = [t for t in range(len(self._plan.tensors)) if t not in self._travels]
             self._keep_own_regions(stays)
@@ -91,10 +106,13 @@ class Scatter:
         buffer = self._ring[index % len(self._ring)]
         if not self._is_source:
             return plane.scatter(buffer[0], None, source_rank=self._plan.source_rank)
+        slots = buffer if self._packing is None else self._packing.bytes.view(buffer.shape)
         for position, pieces in enumerate(bucket.slots):
             for piece in pieces:
                 spec = self._plan.tensors[piece.tensor].spec
-                self._source.read(spec.fqn, piece.region, self._staged(buffer[position], piece))
+                self._source.read(spec.fqn, piece.region, self._staged(slots[position], piece))
+        if slots is not buffer:
+            buffer.copy_(slots)
         work = plane.scatter(buffer[self._position], list(buffer), source_rank=self._plan.source_rank)
         self._keep_own_regions(self._ending_with.get(index, ()))
         return work
@@ -106,7 +124,8 @@ class Scatter:
             for tensor in self._ending_with.get(index, ()):
                 self._source.release(self._plan.tensors[tensor].spec.fqn)
         elif not self._is_source:
-            buffer = self._ring[index % len(self._ring)][0]
+            slot = self._ring[index % len(self._ring)][0]
+            buffer = slot.to(self._destination)  # at once, where it is elsewhere
             for piece in bucket.slots[self._position]:
                 target = self._targets[self._plan.tensors[piece.tensor].spec.fqn]
                 where = piece.region.relative_to(self._region_of(piece.tensor))
@@ -121,6 +140,11 @@ class Scatter:
             if fqn in self._targets:
                 self._source.read(fqn, self._region_of(index), self._targets[fqn])
             self._source.release(fqn)
+
+    def _is_on_host(self) -> bool:
+        return all(
+            self._source.tensor(planned.spec.fqn).device.type == "cpu" for planned in self._plan.tensors
+        )
 
     def _region_of(self, tensor: int) -> Region:
         if tensor not in self._regions:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from shardwise.materialization.convert import ConvertedTensor, plan_conversions, source_bytes_of
+from shardwise.materialization.device_placing import LANES
 from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
-from shardwise.materialization.staging import RING_BUFFERS, read_bytes_of
+from shardwise.materialization.staging import read_bytes_of, ring_shape
 from shardwise.materialization.wanted import Wanted
 from shardwise.plan import (
     JobCost,
@@ -59,13 +60,14 @@ def cost_of_source(
     Raises:
         ConfigurationError: The route is not possible.
     """
-    max_read_bytes = read_bytes_of(staging_bytes)
-    chosen = choose_route(route, wanted.pieces, sight, max_read_bytes=max_read_bytes)
+    shape = ring_shape(staging_bytes, on_host=on_host)
+    chosen = choose_route(route, wanted.pieces, sight, max_read_bytes=read_bytes_of(staging_bytes))
     division = divide(chosen, wanted.pieces, sight)
     classes = rank_classes(wanted.pieces, sight, most_pieces=_MOST_PIECES)
     staging = Staging(
-        ring_buffers=RING_BUFFERS,
-        read_bytes=max_read_bytes,
+        ring_buffers=shape.count,
+        read_bytes=shape.nbytes,
+        scratch_bytes=0 if on_host else LANES * shape.nbytes,
         exchange_bytes=staging_bytes // EXCHANGE_BUFFERS,
         in_place=on_host,
     )

@@ -16,7 +16,7 @@ from shardwise.materialization.convert import (
     source_bytes_of,
 )
 from shardwise.materialization.cpu_storage import CpuStorage
-from shardwise.materialization.staging import read_bytes_of
+from shardwise.materialization.staging import read_bytes_of, ring_shape
 from shardwise.materialization.wanted import Wanted
 from shardwise.plan import (
     ExchangePlan,
@@ -106,6 +106,7 @@ def plan_sources(
     route: str,
     rank: int,
     device: torch.device,
+    on_host: bool,
     staging_bytes: int,
     cpu_storage: CpuStorage,
 ) -> list[SourcePlan]:
@@ -117,6 +118,7 @@ def plan_sources(
         route: That was asked for.
         rank: This rank, global.
         device: Of parameters outside of FSDP2, for the message.
+        on_host: Whether shards lie in host memory.
         staging_bytes: Bound of the staging buffers.
         cpu_storage: Whether shards in host memory may be pages of the file.
 
@@ -128,7 +130,14 @@ def plan_sources(
         ConfigurationError: `cpu_storage="map"` where nothing can be mapped, or a route that is not possible.
     """
     plans = [
-        _plan_source(each, sight=sight, route=route, rank=rank, staging_bytes=staging_bytes)
+        _plan_source(
+            each,
+            sight=sight,
+            route=route,
+            rank=rank,
+            staging_bytes=staging_bytes,
+            on_host=on_host,
+        )
         for each, sight in zip(wanted, sights, strict=True)
     ]
     direct = (each.wanted.pieces for each in plans if each.route.name in ("direct", "replicate"))
@@ -143,15 +152,19 @@ def plan_sources(
     return plans
 
 
-def _plan_source(wanted: Wanted, *, sight: Sight, route: str, rank: int, staging_bytes: int) -> SourcePlan:
+def _plan_source(
+    wanted: Wanted, *, sight: Sight, route: str, rank: int, staging_bytes: int, on_host: bool
+) -> SourcePlan:
     pieces, source = wanted.pieces, wanted.source
-    max_read_bytes = read_bytes_of(staging_bytes)
-    chosen = choose_route(route, pieces, sight, max_read_bytes=max_read_bytes)
+    max_read_bytes = ring_shape(staging_bytes, on_host=on_host).nbytes
+    # All ranks must choose the same, whatever their environment says of chunks.
+    chosen = choose_route(route, pieces, sight, max_read_bytes=read_bytes_of(staging_bytes))
     division = divide(chosen, pieces, sight).of(rank)
     direct = plan_reads(
         [pieces[index] for index in division.direct],
         rank=rank,
         max_read_bytes=max_read_bytes,
+        joins_runs=not on_host,
         node_of=sight.node_of,
     )
     buffer_bytes = staging_bytes // EXCHANGE_BUFFERS

@@ -154,6 +154,16 @@ def allocate_parameters(
             _allocate_plain(entry, device, dtype, pages.get(entry.fqn))
 
 
+def device_of_shards(model: nn.Module, device: torch.device) -> torch.device:
+    """Return where the shards of a model will lie: on the host, where FSDP2's offload policy says so.
+
+    Args:
+        model: Sharded or not.
+        device: Of parameters outside of FSDP2.
+    """
+    return next((_device_of(fsdp_param) for fsdp_param in fsdp_params_of(model)), device)
+
+
 def _device_of(fsdp_param: Any) -> torch.device:
     return torch.device("cpu") if fsdp_param.offload_to_cpu else fsdp_param.device
 

@@ -30,10 +30,15 @@ from shardwise.materialization.data_plane import open_data_plane
 from shardwise.materialization.layouts import agreed_layouts
 from shardwise.materialization.open_source import Checkpoint, RemoteSource, open_source
 from shardwise.materialization.placing import place_in
-from shardwise.materialization.read import Reading
+from shardwise.materialization.read import Reading, fragment_by_fragment
 from shardwise.materialization.sight import is_in_memory
 from shardwise.materialization.source_plan import EXCHANGE_BUFFERS
-from shardwise.materialization.staging import default_staging_bytes, read_bytes_of, staging_ring
+from shardwise.materialization.staging import (
+    RING_BUFFERS,
+    StagingRing,
+    default_staging_bytes,
+    read_bytes_of,
+)
 from shardwise.materialization.storage import local_of, reshard
 from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
@@ -224,10 +229,10 @@ def verify_shards(
         Reading(
             plan,
             source=source,
-            ring=staging_ring(staging, torch.device("cpu")),
+            ring=StagingRing(count=RING_BUFFERS, nbytes=read_bytes_of(staging), device=torch.device("cpu")),
             agreement=agreement,
             done=lambda _: None,
-            place=compare,
+            place=fragment_by_fragment(compare),
             in_place=None,
         ).run()
         storage_bytes = plan.storage_bytes

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shardwise.plan.division import JobDivision, Sharing
 from shardwise.plan.exchange_plan import plan_exchange
-from shardwise.plan.load_plan import Read, plan_reads
+from shardwise.plan.load_plan import Read, buffers_wanted, plan_reads
 from shardwise.plan.sight import Sight
 from shardwise.plan.slices import Counts
 from shardwise.plan.slicing import slices_of
@@ -28,12 +28,14 @@ class Staging:
     Args:
         ring_buffers: Number of buffers that reads go through.
         read_bytes: Size of each, and of the largest read.
+        scratch_bytes: Of device memory that reads are placed from; 0 where shards are in host memory.
         exchange_bytes: Size of each buffer of an exchange.
         in_place: Whether a read can go straight into a shard: host memory, in the stored dtype.
     """
 
     ring_buffers: int
     read_bytes: int
+    scratch_bytes: int
     exchange_bytes: int
     in_place: bool
 
@@ -104,7 +106,13 @@ def cost_of_job(
     direct = [wanted[index] for index in division.direct]
     dtype_of = {tensor.fqn: tensor.dtype for tensor in direct}
     for members in classes if direct else ():
-        plan = plan_reads(direct, rank=members[0], max_read_bytes=staging.read_bytes, node_of=sight.node_of)
+        plan = plan_reads(
+            direct,
+            rank=members[0],
+            max_read_bytes=staging.read_bytes,
+            joins_runs=not staging.in_place,
+            node_of=sight.node_of,
+        )
         at = np.array([position_of[rank] for rank in members])
         cost.storage_bytes[at] += plan.storage_bytes
         cost.reads[at] += len(plan.reads)
@@ -112,10 +120,13 @@ def cost_of_job(
         cost.mapped_bytes[at] += sum(mapped.nbytes for mapped in plan.mapped)
         names = {read.file for read in plan.reads} | {run.file for each in plan.mapped for run in each.runs}
         cost.opened[np.ix_(at, np.array([files[name] for name in names], dtype=np.int64))] = True
-        through = sorted(
-            read.nbytes for read in plan.reads if not (staging.in_place and _fits_in_place(read, dtype_of))
-        )
-        cost.staging_bytes[at] = sum(through[-staging.ring_buffers :])
+        if staging.in_place:
+            through = sorted(read.nbytes for read in plan.reads if not _fits_in_place(read, dtype_of))
+            cost.staging_bytes[at] = sum(through[-staging.ring_buffers :])
+        else:  # pinned at once, whatever each read takes of its buffer
+            buffers = buffers_wanted([plan], most=staging.ring_buffers, nbytes=staging.read_bytes)
+            cost.staging_bytes[at] = buffers * staging.read_bytes
+            cost.device_staging_bytes[at] = staging.scratch_bytes if plan.reads else 0
     for groups in division.sharings:
         known: dict[tuple[tuple[int, ...], tuple[int, ...]], JobCost] = {}
         for sharing in groups:
@@ -204,6 +215,7 @@ def _cost_of_sharing(
     reads = readers[slices.bytes_of_reader > 0]
     cost.staging_bytes[reads] += sent
     cost.device_staging_bytes[reads] += sent
+    cost.device_staging_bytes[:] += staging.scratch_bytes // 2  # of an exchange there is one
     return cost
 
 

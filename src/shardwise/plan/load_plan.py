@@ -101,6 +101,7 @@ def plan_reads(
     rank: int,
     max_read_bytes: int,
     max_gap_bytes: int = MAX_GAP_BYTES,
+    joins_runs: bool = False,
     node_of: Mapping[int, str] | None = None,
 ) -> ReadPlan:
     """Plan what one rank reads so that it holds its parts of all tensors.
@@ -110,6 +111,7 @@ def plan_reads(
         rank: Global rank.
         max_read_bytes: Largest read, in bytes; a staging buffer's size.
         max_gap_bytes: Largest number of unwanted bytes between two fragments of one read.
+        joins_runs: Whether large fragments that follow each other without a gap are one read too, where all pass through buffers.
         node_of: Name of each rank's node; None: all ranks are on nodes of their own.
 
     Returns:
@@ -139,13 +141,37 @@ def plan_reads(
     return ReadPlan(
         rank=rank,
         mapped=tuple(mapped),
-        reads=tuple(coalesce(fragments, max_read_bytes=max_read_bytes, max_gap_bytes=max_gap_bytes)),
+        reads=tuple(
+            coalesce(
+                fragments,
+                max_read_bytes=max_read_bytes,
+                max_gap_bytes=max_gap_bytes,
+                joins_runs=joins_runs,
+            )
+        ),
         shared=frozenset(shared),
     )
 
 
+def buffers_wanted(plans: Sequence[ReadPlan], *, most: int, nbytes: int) -> int:
+    """Return how many buffers a rank's reads keep in use: little is read through few of them.
+
+    Args:
+        plans: Of a rank, all of whose reads pass through buffers.
+        most: Number of buffers that there may be.
+        nbytes: Size of each.
+    """
+    reads = [read for plan in plans for read in plan.reads]
+    filled = -(-sum(read.nbytes for read in reads) // nbytes)
+    return min(most, len(reads), filled + 1)
+
+
 def coalesce(
-    fragments: Sequence[tuple[str, Fragment]], *, max_read_bytes: int, max_gap_bytes: int
+    fragments: Sequence[tuple[str, Fragment]],
+    *,
+    max_read_bytes: int,
+    max_gap_bytes: int,
+    joins_runs: bool = False,
 ) -> Iterator[Read]:
     """Join fragments that lie close together in one file, as long as little is read that nobody wants.
 
@@ -154,6 +180,7 @@ def coalesce(
         max_read_bytes: Largest read, in bytes.
         max_gap_bytes: Largest number of unwanted bytes between two fragments of one read; all of them together are at most
             what `MAX_WASTE` allows.
+        joins_runs: Whether large fragments without a gap between them are joined too.
 
     Yields:
         Reads in file order.
@@ -167,7 +194,10 @@ def coalesce(
             and fragment.start - stop <= max_gap_bytes
             and max(stop, fragment.stop) - start
             <= min(max_read_bytes, MAX_WASTE * (needed + fragment.needed_bytes))
-            and min(stop - start, fragment.stop - fragment.start) < LARGE_FRAGMENT_BYTES
+            and (
+                min(stop - start, fragment.stop - fragment.start) < LARGE_FRAGMENT_BYTES
+                or (joins_runs and fragment.start == stop)
+            )
         )
         if not joins:
             if pending:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from shardwise.report.units import format_bytes
-
 SCHEMA: Final = "shardwise.load_plan/1"
 
 
@@ -130,4 +128,6 @@ class LoadPlan:
 
 
 def _bytes(count: int) -> str:
+    from shardwise.report.units import format_bytes  # its package needs rich, and a plan does not
+
     return format_bytes(count, unit=None)

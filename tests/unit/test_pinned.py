@@ -1,0 +1,97 @@
+"""Pinned memory, with a driver that is not there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shardwise.materialization import pinned
+from shardwise.materialization.pinned import PinnedMemory
+from tests.unit.accelerator_fakes import DEVICE
+
+NBYTES = 9 * 2**20 + 5  # no power of two, no whole number of pages
+
+
+class Driver:
+    """Notes what is registered; the first `refusals` calls fail."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+        self.refuses = False
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        assert flags == 1
+        if self.refuses:
+            return 2
+        self.registered[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(cudart=lambda: made))
+    monkeypatch.setattr(pinned, "current", lambda _: torch.no_grad())
+    return made
+
+
+def memory() -> PinnedMemory:
+    return PinnedMemory(NBYTES, device=DEVICE, threads=2, cpus=None)
+
+
+def test_own_pages_are_registered_in_their_exact_size_and_given_back(driver: Driver) -> None:
+    made = memory()
+    assert driver.registered == {made.bytes.data_ptr(): NBYTES}
+    assert len(made.bytes) == NBYTES
+    held = made.bytes[:10]
+    made.close()
+    assert driver.registered == {}
+    held.fill_(1)  # still memory
+    made.close()
+
+
+def test_memory_that_nobody_closes_is_given_back_with_its_owner(driver: Driver) -> None:
+    made = memory()
+    assert driver.registered
+    del made
+    assert driver.registered == {}
+
+
+def test_where_the_driver_refuses_torch_allocates(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.refuses = True
+    empty, asked = torch.empty, []
+
+    def pinning(*sizes: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append((sizes, pin_memory))
+        return empty(*sizes, **options)
+
+    def zeros(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("CUDA error: the one that was left")
+
+    monkeypatch.setattr(torch, "empty", pinning)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append(True), raising=False)
+    made = memory()
+    assert asked == [((NBYTES,), True)]
+    made.close()
+    assert driver.registered == {}
+    assert emptied == [True]  # torch would keep it
+
+
+def test_a_device_without_such_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace())
+    monkeypatch.setattr(pinned, "current", lambda _: torch.no_grad())
+    asked = []
+    monkeypatch.setattr(
+        torch, "empty", lambda *sizes, **options: asked.append((sizes, options["pin_memory"]))
+    )
+    memory()
+    assert asked == [((NBYTES,), True)]
