@@ -35,10 +35,25 @@ def _no_process_group_is_left() -> Iterator[None]:
         )
 
 
+# What most ranks import sooner or later, once for all of them.
+PRELOAD = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "accelerate",
+    "shardwise.transformers_model",
+    "tests.distributed.models",
+)
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """The processes in which every distributed and regression test of one run has its ranks."""
-    with RankPool(4, preload=("torch", "transformers", "accelerate")) as started:
+    with RankPool(4, preload=PRELOAD) as started:
         yield started
 
 

@@ -103,7 +103,6 @@ def settled(wanted: tuple[list[str], int, int]) -> tuple[list[str], int, int]:
 
 def growth(once: Callable[[], None]) -> tuple[Any, Any]:
     """Return what is there before and after some loads; the first one of a process opens what torch keeps."""
-    gc.unfreeze()  # the pool has put aside what it had imported; ours must be found
     with connected_ranks():
         once()
         every_rank(None)

@@ -1,6 +1,7 @@
 """A pool of local processes that run functions as ranks of gloo process groups.
 
 Starting a process and importing torch takes seconds; a pool pays that once and gives each run a fresh default group.
+On Linux one server pays it for all pools of a process, and its ranks are forks of it: one that was lost is made anew in milliseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -57,7 +58,9 @@ class RankPool:
 
     Args:
         size: Most ranks that a run may have.
-        preload: Modules that each process imports at its start.
+        preload: Modules that each process has imported at its start. On Linux, the first pool of a process decides what the server
+            of all its pools imports, and ranks of later pools import what is missing. None may start a thread or initialise an
+            accelerator.
     """
 
     def __init__(self, size: int, *, preload: Sequence[str] = ("torch", "transformers")) -> None:
@@ -175,13 +178,18 @@ class RankPool:
         return code
 
     def _start(self, ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context.set_forkserver_preload(list(self._preload))
         while len(self._processes) < ranks:
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(there, self._preload, list(sys.path)), daemon=True, name="rank"
+                target=_serve,
+                args=(there, self._preload, list(sys.path), dict(os.environ)),
+                daemon=True,
+                name="rank",
             )
-            process.start()
+            with _one_thread():  # of the server, which is to be forked
+                process.start()
             there.close()
             self._processes.append(process)
             self._connections.append(here)
@@ -204,8 +212,25 @@ def _lost(text: str) -> _Outcome:
     return _Outcome(value=None, error=_LostError(text), traceback=text)
 
 
-def _serve(connection: Connection, preload: tuple[str, ...], path: list[str]) -> None:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _serve(
+    connection: Connection, preload: tuple[str, ...], path: list[str], environment: dict[str, str]
+) -> None:
+    gc.freeze()  # a collection would write to, and so copy, every page that is shared with the server
     sys.path[:] = path
+    os.environ.clear()  # the server's is that of the first pool
+    os.environ.update(environment)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in preload:
         importlib.import_module(name)
