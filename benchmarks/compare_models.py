@@ -60,7 +60,11 @@ def main() -> None:
         write_table(options.output_dir / f"{name}.md", document)
         save_picture(document, options.output_dir / f"{name}.png")
         write_figures(
-            options.output_dir / f"{name}.json", f"compare {name}", options, runs=figures_of(document)["runs"]
+            options.output_dir / f"{name}.json",
+            f"compare {name}",
+            options,
+            floor="the ranks' shards (`shard_bytes`)",
+            runs=figures_of(document)["runs"],
         )
 
 
