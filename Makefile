@@ -25,8 +25,9 @@ FUZZ := build/fuzz
 PIP := -m pip --disable-pip-version-check --quiet
 # Succeeds on a Python that shardwise supports.
 PYTHON_IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-# Each has ranks of its own; they wait for each other and for timeouts, so that two keep two cores busy.
-WORKERS = -n $(TEST_WORKERS) --dist loadfile
+# Each has ranks of its own; they wait for each other and for timeouts, so that two keep two cores busy. The order of
+# files is that of tests/conftest.py.
+WORKERS = -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TF4_TESTS = $(wildcard tests/unit tests/distributed tests/regression)
 
 # Two targets would install into one virtual environment at the same time under `make -j`.

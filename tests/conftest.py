@@ -22,6 +22,12 @@ settings.register_profile("shardwise", derandomize=True, database=None, deadline
 settings.load_profile("shardwise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first and short ones last, so that no worker of a parallel run is left with a long one while others are idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, item.path.parent.name == "unit"))
+
+
 @pytest.fixture(autouse=True)
 def _no_process_group_is_left() -> Iterator[None]:
     """Fail the test that leaves a process group behind, rather than the one that meets it."""

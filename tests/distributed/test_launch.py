@@ -95,52 +95,38 @@ def test_two_ranks_work_together_and_return(
     assert logs == dict.fromkeys(("0", "1"), "to the log, not to the terminal\n")
 
 
-def test_threads_that_the_user_asked_for_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert run(sum_of_ranks, tmp_path, add=0)[0]["threads"] == "2"
-
-
-def test_the_first_failing_rank_is_named_with_its_error(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(
-        CommandError, match=r"fail_on_rank_1: rank 1 of 2 failed first: ValueError: layers.3: cut short\."
-    ) as caught:
-        run(fail_on_rank_1, tmp_path)
-    assert str(tmp_path / "logs") in str(caught.value)
-    assert "Traceback" in next((tmp_path / "logs").rglob("1/stderr.log")).read_text()
-    assert capfd.readouterr().err == ""  # told once, by the error
-
-
 def test_a_killed_rank_is_the_cause_and_not_its_peers(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"rank 1 of 2 failed first: it was ended by SIGKILL\. Most often"):
         run(die_on_rank_1, tmp_path)
 
 
-def test_a_rank_that_says_nothing_is_quoted_from_its_log(tmp_path: Path) -> None:
+def test_a_rank_that_says_nothing_is_quoted_and_a_second_launch_works_with_the_threads_that_the_user_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(
         CommandError, match=r"(?s)rank 0 of 2 failed first: it left with status 7.*the last words"
     ):
         run(leave_on_rank_0, tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    result = run(sum_of_ranks, tmp_path, add=1)[1]
+    assert (result["total"], result["threads"]) == (3, "2")
 
 
-def test_a_second_launch_in_one_process_works_after_a_failed_one(tmp_path: Path) -> None:
-    with pytest.raises(CommandError):
-        run(leave_on_rank_0, tmp_path)
-    assert run(sum_of_ranks, tmp_path, add=1)[1]["total"] == 3
-
-
-def test_what_an_earlier_run_has_logged_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
+def test_the_first_failing_rank_is_named_with_its_error_and_not_one_that_an_earlier_run_has_logged(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b", "c"):  # whichever is looked at first
         earlier = tmp_path / "logs" / name / "attempt_0" / "0"
         earlier.mkdir(parents=True)
         (earlier / "error.json").write_text('{"message": "of another run"}')
     with pytest.raises(
-        CommandError, match=r"rank 1 of 2 failed first: ValueError: layers.3: cut short\."
+        CommandError, match=r"fail_on_rank_1: rank 1 of 2 failed first: ValueError: layers.3: cut short\."
     ) as caught:
         run(fail_on_rank_1, tmp_path)
     (logs,) = (path for path in (tmp_path / "logs").iterdir() if len(path.name) > 1)
     assert str(caught.value).endswith(f"The output of every rank is in {logs}.")
+    assert "Traceback" in next(logs.rglob("1/stderr.log")).read_text()
+    assert capfd.readouterr().err == ""  # told once, by the error
 
 
 @pytest.mark.parametrize(("name", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])

@@ -49,6 +49,10 @@ def load(
     return strategy.last_report.to_json()
 
 
+def load_on_every_route(directory: str, shape: tuple[int, ...], cpu_storage: Any) -> list[dict[str, Any]]:
+    return [load(directory, shape, route, None, cpu_storage) for route in ROUTES]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(4,), (2, 2), (3,)], ids=str)
 @pytest.mark.parametrize("cpu_storage", ["copy", "auto"])
@@ -56,7 +60,8 @@ def test_bytes_are_those_of_a_run(
     pool: RankPool, checkpoints: dict[str, Path], kind: str, shape: tuple[int, ...], cpu_storage: Any
 ) -> None:
     directory = str(checkpoints[kind])
-    for route in ROUTES:
+    reports = pool.run(load_on_every_route, directory, shape, cpu_storage, ranks=math.prod(shape))[0]
+    for route, report in zip(ROUTES, reports, strict=True):
         plan = sw.plan_load(
             directory,
             mesh_shape=shape,
@@ -65,7 +70,6 @@ def test_bytes_are_those_of_a_run(
             ranks_per_node=math.prod(shape),
             cpu_storage=cpu_storage,
         )
-        report = pool.run(load, directory, shape, route, None, cpu_storage, ranks=math.prod(shape))[0]
         got = (report["route"], report["route_reason"], report["storage_bytes"], report["network_bytes"])
         assert (plan.route, plan.route_reason, plan.storage_bytes, plan.network_bytes) == got, route
         by_rank = report["ranks"]
@@ -134,7 +138,7 @@ def bring_up_in(directory: str, shape: tuple[int, ...], modes: list[str]) -> lis
 
 
 @pytest.mark.parametrize("kind", MODE_KINDS)
-@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (4,), (2, 2)], ids=str)
 def test_every_mode_requests_what_is_predicted(
     pool: RankPool, checkpoints: dict[str, Path], kind: str, shape: tuple[int, ...]
 ) -> None:
@@ -163,12 +167,18 @@ def model_of_450_mib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def load_after_a_small_one(
+    small: str, directory: str, shape: tuple[int, ...], route: str, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    load(small, shape, route, dtype, "copy")  # imports modules, which would count
+    return load(directory, shape, route, dtype, "copy")
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("shape", "route"),
     [
         ((1,), "direct"),
-        ((2,), "direct"),
         ((4,), "direct"),
         ((2,), "rank0"),
         ((2,), "striped"),
@@ -187,8 +197,6 @@ def test_the_host_peak_is_within_a_tenth_of_the_measured_one(
 ) -> None:
     directory = str(model_of_450_mib)
     ranks = math.prod(shape)
-    # A first load imports modules, which would count here.
-    pool.run(load, str(checkpoints["qwen3_tied"]), shape, route, dtype, "copy", ranks=ranks)
     plan = sw.plan_load(
         directory,
         mesh_shape=shape,
@@ -198,7 +206,8 @@ def test_the_host_peak_is_within_a_tenth_of_the_measured_one(
         ranks_per_node=ranks,
         cpu_storage="copy",
     )
-    report = pool.run(load, directory, shape, route, dtype, "copy", ranks=ranks)[0]
+    small = str(checkpoints["qwen3_tied"])
+    report = pool.run(load_after_a_small_one, small, directory, shape, route, dtype, ranks=ranks)[0]
     measured = max(rank["host_anon_peak_bytes"] for rank in report["ranks"])
     print(
         shape,

@@ -26,11 +26,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_checkpoint("qwen3_tied", tmp_path_factory.mktemp("recipes") / "model"))
 
 
-def run_line(line: str, folder: Path, *, processes: int = 1, **environ: str) -> list[Ended]:
+def run_line(
+    line: str, folder: Path, *, processes: int = 1, ranks_per_node: int = 2, **environ: str
+) -> list[Ended]:
     """Run a command line of the guide, once for each machine, and require that it is there."""
     guide = (REPOSITORY / "recipes" / "README.md").read_text()
     assert f"{line.split(' CHECKPOINT')[0]} CHECKPOINT" in guide
     filled = line.replace("CHECKPOINT", environ.pop("CHECKPOINT")).replace("HOST", "127.0.0.1")
+    filled = filled.replace("RANKS_PER_NODE=2", f"RANKS_PER_NODE={ranks_per_node}")
     lines = [filled.replace("NODE_RANK=N", f"NODE_RANK={number}") for number in range(processes)]
     commands = [["bash", "-c", each] for each in lines]
     return run_all(
@@ -54,7 +57,8 @@ def test_torchrun_on_two_machines(model: str, tmp_path: Path) -> None:
         "FIRST_NODE=HOST NODES=2 NODE_RANK=N RANKS_PER_NODE=2 "
         "bash recipes/torchrun_nodes.sh examples/native.py CHECKPOINT"
     )
-    ended = run_line(line, tmp_path, processes=2, CHECKPOINT=model, PORT=str(free_port()))
+    # With two on each: test_two_nodes.py.
+    ended = run_line(line, tmp_path, processes=2, ranks_per_node=1, CHECKPOINT=model, PORT=str(free_port()))
     require_good(ended, "loss ")
 
 
@@ -102,7 +106,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 def test_slurm(model: str, tmp_path: Path, slurm: dict[str, str]) -> None:
     command = ["bash", "recipes/slurm.sbatch", "examples/native.py", model]
-    require_good(run_all([command], [environment() | slurm], tmp_path, seconds=SECONDS), "loss ")
+    one_each = environment() | slurm | {"RANKS_PER_NODE": "1"}
+    require_good(run_all([command], [one_each], tmp_path, seconds=SECONDS), "loss ")
 
 
 DIES = """

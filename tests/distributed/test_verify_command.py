@@ -28,7 +28,7 @@ def _collect_launchers() -> Iterator[None]:
 
 def test_equal_is_status_0(checkpoint: Checkpoint, tmp_path: Path) -> None:
     model, report = checkpoint("qwen3_untied"), tmp_path / "report.json"
-    done = runner.invoke(app, ["verify", model, "--ranks", "2", "--json", str(report)])
+    done = runner.invoke(app, ["verify", model, "--ranks", "1", "--json", str(report)])
     assert done.exit_code == 0, done.output
     tensors = len(load_file(Path(model) / "model.safetensors"))
     assert f"{tensors} tensors compared, equal" in done.stdout
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_cannot_be_compared_is_status_1_with_the_reason(
     values = load_file(Path(model) / "model.safetensors")
     values["model.norm.weight"] = torch.zeros(7, dtype=torch.bfloat16)
     save_file(values, tmp_path / "model.safetensors")
-    done = runner.invoke(app, ["verify", model, "--against", str(tmp_path), "--ranks", "2"])
+    done = runner.invoke(app, ["verify", model, "--against", str(tmp_path), "--ranks", "1"])
     assert done.exit_code == 1
     assert "model.norm.weight: expected (32,) bfloat16 from the model, got (7,)" in done.stderr
 

@@ -99,7 +99,7 @@ LAYOUTS = [
 @given(
     layout=st.sampled_from(LAYOUTS),
     more=st.sampled_from(LAYOUTS),
-    shapes=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40)), min_size=1, max_size=3),
+    shapes=st.lists(st.tuples(st.integers(1, 100), st.integers(1, 40)), min_size=1, max_size=3),
     buffer_bytes=st.integers(256, 1000),
     alone=st.booleans(),
     gap=st.sampled_from([0, 10]),
