@@ -178,7 +178,7 @@ class RankPool:
         return code
 
     def _start(self, ranks: int) -> None:
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         context.set_forkserver_preload(list(self._preload))
         while len(self._processes) < ranks:
             here, there = context.Pipe()
