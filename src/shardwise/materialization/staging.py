@@ -25,6 +25,7 @@ _CHUNKS = 16
 _SMALLEST_CHUNK_BYTES, _LARGEST_CHUNK_BYTES = 8 * _MEBIBYTE, 32 * _MEBIBYTE
 _FEWEST_CHUNKS = 4
 _LONGEST_ELEMENT_BYTES = 16
+_ANY_NUMBER = 2**31
 
 
 def default_staging_bytes(device_type: str) -> int:
@@ -108,6 +109,12 @@ class StagingRing:
         """Whether `take` hands out a buffer without waiting for reads that are in progress."""
         return bool(self._free) or bool(self._busy) or self._made < self.count
 
+    @property
+    def threads(self) -> int:
+        """Number of threads that read into pinned buffers."""
+        near = len(self.cpus) if self.cpus is not None else _ANY_NUMBER
+        return device_read_threads(cpus=min(near, usable_cpus()), environ=os.environ)
+
     def take(self) -> torch.Tensor:
         """Return a free buffer: uint8, `nbytes` long. It must be given back."""
         if not self._free and self._made < self.count:
@@ -153,9 +160,8 @@ class StagingRing:
             self._free.append(torch.empty(self.nbytes, dtype=torch.uint8, device="cpu"))
             return
         # At once: pinning waits for the device, and would do so in the middle of the load.
-        threads = device_read_threads(cpus=usable_cpus(), environ=os.environ)
         self._pinned = PinnedMemory(
-            self.count * self.nbytes, device=self._device, threads=threads, cpus=self.cpus
+            self.count * self.nbytes, device=self._device, threads=self.threads, cpus=self.cpus
         )
         self._made = self.count
         self._free.extend(torch.split(self._pinned.bytes, self.nbytes))
