@@ -72,12 +72,14 @@ class FakeAccelerator:
         log: In order.
         pinned: Bytes that are pinned at the moment.
         streams: Made.
+        travelled_bytes: From the host.
     """
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.pinned: list[int] = []
         self.streams = 0
+        self.travelled_bytes = 0
 
 
 @pytest.fixture
@@ -96,6 +98,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> FakeAccelerator:
 
     def copied(self: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         made.log += ["host to device"] * non_blocking
+        made.travelled_bytes += self.nbytes * non_blocking
         return copy(self, source, non_blocking)
 
     foreach = torch._foreach_copy_

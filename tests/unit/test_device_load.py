@@ -87,6 +87,9 @@ def test_values_arrive_through_pinned_memory_that_is_given_back(
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.detach(), stored[name].float()), name
     assert loading.pinned == []
+    # Bytes travel as they are stored, and each of them once.
+    assert sum(tensor.nbytes for tensor in stored.values()) <= loading.travelled_bytes
+    assert loading.travelled_bytes <= 1.02 * sum(tensor.nbytes for tensor in stored.values())
     log = loading.log
     assert log.count("host to device") >= 2 * ROWS * 64 // STAGING_BYTES
     assert max(int(line.split()[1]) for line in log if line.startswith("place")) >= SMALL
