@@ -21,6 +21,7 @@ from shardwise.testing import RankPool
 from tests.distributed.models import (
     PlainNet,
     TiedNet,
+    causal_model,
     check_equal,
     from_checkpoint,
     gathered,
@@ -136,6 +137,45 @@ def load_renamed(directory: str, original: str, way: str) -> None:
     strategy = make_strategy("native_fsdp")
     model = strategy.wrap_model(load(strategy, directory, defer=way == "direct"))
     check_equal(model, from_checkpoint(original))
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_a_tie_that_somebody_broke_is_an_error_that_says_so(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path, kept: str
+) -> None:
+    """Embedding and head were sharded by two calls; the message spoke of a new head, and `missing="init"` gave it random values."""
+    tensors = load_file(Path(checkpoint("qwen3_tied")) / "model.safetensors")
+    (tied,) = {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors)
+    tensors[kept] = tensors.pop(tied)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    pool.run(load_into_untied, str(tmp_path), kept, ranks=2)
+
+
+def load_into_untied(directory: str, kept: str) -> None:
+    (lost,) = {"model.embed_tokens.weight", "lm_head.weight"} - {kept}
+    refusal = (
+        rf"expected {lost} to be the same parameter as {kept}.*got two.*fully_shard\(\[embedding, head\]\)"
+    )
+    for missing in ("error", "init"):
+        with pytest.raises((sw.CheckpointError, sw.PeerError), match=refusal):
+            sw.materialize(sharded_tied_model(apart=True), directory, missing=missing)
+    model = sharded_tied_model(apart=True)
+    report = sw.materialize(model, directory, missing=[lost])
+    assert report.tensors["initialised"] == 1
+    model = sharded_tied_model(apart=False)
+    sw.materialize(model, directory)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def sharded_tied_model(*, apart: bool) -> Any:
+    """Return a tied model on meta, whose embedding and head are sharded by two calls or by one."""
+    with torch.device("meta"):
+        model = causal_model("qwen3_tied")
+    model.tie_weights()
+    embedding, head = model.model.embed_tokens, model.lm_head
+    for modules in ([embedding], [head]) if apart else ([embedding, head],):
+        fully_shard(modules)
+    return fully_shard(model)
 
 
 # --- replicas and seeds ---

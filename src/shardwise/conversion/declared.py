@@ -56,6 +56,7 @@ def declaration_of(
         unexpected=tuple(name for name in names if name not in expected),
         may_be_absent=lambda _: False,
         may_be_unexpected=lambda _: False,
+        tied_to=lambda _: None,
     )
 
 

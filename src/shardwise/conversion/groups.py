@@ -53,12 +53,14 @@ class Declaration:
         unexpected: Names, as the model would call them, that nothing in it takes.
         may_be_absent: Says of a name in the model whether the model's class declares that a checkpoint may lack it.
         may_be_unexpected: The same of a name that nothing in the model takes.
+        tied_to: Says of a name in the model of which other one its class makes it a further name; None where of none.
     """
 
     groups: tuple[ConversionGroup, ...]
     unexpected: tuple[str, ...]
     may_be_absent: Callable[[str], bool]
     may_be_unexpected: Callable[[str], bool]
+    tied_to: Callable[[str], str | None]
 
 
 def any_of(patterns: Iterable[str] | None) -> Callable[[str], bool]:

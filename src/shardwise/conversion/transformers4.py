@@ -59,7 +59,19 @@ def declaration_of(
         unexpected=tuple(target_of.get(name, name) for name in names if name not in taken),
         may_be_absent=any_of(model._keys_to_ignore_on_load_missing),
         may_be_unexpected=_may_be_unexpected(model, buffers),
+        tied_to=_head_and_embedding(model).get,
     )
+
+
+def _head_and_embedding(model: Any) -> dict[str, str]:
+    """Return the name of the head's weight with that of the embedding's, where the config ties the two."""
+    if not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
+        return {}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    name_of = {module: name for name, module in model.named_modules()}
+    if head not in name_of or embedding not in name_of:
+        return {}
+    return {f"{name_of[head]}.weight": f"{name_of[embedding]}.weight"}
 
 
 def pinned_dtypes(model: Any, dtype: torch.dtype, *, stored: bool) -> Callable[[str], torch.dtype | None]:

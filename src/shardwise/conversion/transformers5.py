@@ -72,6 +72,7 @@ def declaration_of(
         unexpected=tuple(unexpected),
         may_be_absent=any_of(model._keys_to_ignore_on_load_missing),
         may_be_unexpected=any_of(_unexpected_patterns(model)),
+        tied_to=getattr(model, "all_tied_weights_keys", {}).get,
     )
 
 

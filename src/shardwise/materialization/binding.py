@@ -93,6 +93,8 @@ class Binding:
         absent: Fqns of parameters and persistent buffers that the checkpoint lacks.
         optional: Those of them that the model's class declares a checkpoint may lack.
         unexpected: Names that nothing in the model takes, without those that its class declares so.
+        untied: Those of `absent` that the model's class makes further names of a tensor that is bound, by fqn, with the
+            name of that one: somebody has broken the tie.
     """
 
     bound: Mapping[str, Bound]
@@ -100,6 +102,7 @@ class Binding:
     absent: tuple[str, ...]
     optional: frozenset[str]
     unexpected: tuple[str, ...]
+    untied: Mapping[str, str]
 
 
 def bind(
@@ -149,6 +152,7 @@ def bind(
             plain,
             source,
             optional=lambda _: False,
+            tied_to=lambda _: None,
             unexpected=tuple(name for name in source.tensors if name not in plain),
         )
     names = {slot.fqn: checkpoint_name_of(slot.fqn) for entry in persistent for slot in entry.slots}
@@ -186,6 +190,7 @@ def bind(
         converted,
         source,
         optional=declared.may_be_absent,
+        tied_to=declared.tied_to,
         unexpected=tuple(name for name in declared.unexpected if not declared.may_be_unexpected(name)),
     )
 
@@ -197,6 +202,7 @@ def _binding(
     source: Source,
     *,
     optional: Callable[[str], bool],
+    tied_to: Callable[[str], str | None],
     unexpected: tuple[str, ...],
 ) -> Binding:
     bound: dict[str, Bound] = {}
@@ -216,12 +222,16 @@ def _binding(
             _require_comparable(alias, found[held[0]])
             if alias.bound.stored:  # one without elements is equal
                 aliases.append(alias)
+    of_name = {names[fqn]: fqn for fqn in bound}
+    further = {tied_to(name): fqn for name, fqn in of_name.items()}  # a file may hold either name
+    tied = {fqn: of_name.get(tied_to(names[fqn]) or "", further.get(names[fqn])) for fqn in absent}
     return Binding(
         bound=bound,
         aliases=tuple(aliases),
         absent=tuple(absent),
         optional=frozenset(fqn for fqn in absent if optional(names[fqn])),
         unexpected=unexpected,
+        untied={fqn: other for fqn, other in tied.items() if other is not None},
     )
 
 
@@ -258,7 +268,7 @@ def check_bound(entries: Sequence[Entry], bound: Mapping[str, Bound]) -> None:
 def nothing_bound(entries: Sequence[Entry]) -> Binding:
     """Return what is on record of a model that has no checkpoint: all of its values are absent from it."""
     names = tuple(entry.fqn for entry in entries if entry.persistent)
-    return Binding(bound={}, aliases=(), absent=names, optional=frozenset(), unexpected=())
+    return Binding(bound={}, aliases=(), absent=names, optional=frozenset(), unexpected=(), untied={})
 
 
 def permitted(
@@ -268,6 +278,7 @@ def permitted(
     name: str,
     optional: Collection[str] = (),
     unexpected: Sequence[str] = (),
+    untied: Mapping[str, str] | None = None,
 ) -> frozenset[str]:
     """Return what may be absent from a checkpoint.
 
@@ -277,6 +288,7 @@ def permitted(
         name: Of the checkpoint, for the message.
         optional: Fqns that may be absent whatever `missing` says.
         unexpected: Names that the checkpoint holds and nothing in the model takes, for the message.
+        untied: Of `absent`, as in `Binding`; only a pattern permits one.
 
     Returns:
         All of `absent`.
@@ -284,9 +296,18 @@ def permitted(
     Raises:
         CheckpointError: Listing the names that no pattern permits.
     """
+    is_word = missing in ("error", "init")
+    patterns = [] if is_word else [missing] if isinstance(missing, str) else list(missing)
+    for fqn, other in (untied or {}).items():
+        if not any(fnmatchcase(fqn, pattern) for pattern in patterns):
+            raise CheckpointError(
+                f"{name}: expected {fqn} to be the same parameter as {other}, which the model's class ties it to, got two, and values "
+                f"of {other} alone: sharding the two apart, to_empty, or an assignment to one of them has broken the tie. Shard both "
+                "modules in one call, fully_shard([embedding, head]); after to_empty or an assignment call model.tie_weights(). "
+                f"missing=[{fqn!r}] makes it a parameter of its own, with new values."
+            )
     if missing == "init":
         return frozenset(absent)
-    patterns = [] if missing == "error" else [missing] if isinstance(missing, str) else list(missing)
     refused = [
         fqn
         for fqn in absent

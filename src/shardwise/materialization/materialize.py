@@ -16,6 +16,7 @@ from torch import nn
 from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.agreement import Agreement, ranks_of_group
+from shardwise.materialization.argument_kinds import check_group, check_kinds, checked_device
 from shardwise.materialization.arguments import (
     argument_lines,
     checkpoint_of,
@@ -123,11 +124,21 @@ def materialize(
         UnsupportedParameterError: Weak references or a graph hold a parameter on meta; nothing was allocated.
         RankError: Ranks differ, one failed, or one did not arrive.
     """
+    check_group(group)
     own_timeout = timeout_seconds_of(None, group=group)
     agreement = Agreement(ranks_of_group(group), timeout_seconds=own_timeout, call="materialize")
     with agreement.phase("arguments"):  # a rank that refuses one tells the others, who wait for it
         agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
-        target = torch.device(device) if device is not None else device_of_model(model)
+        check_kinds(
+            model,
+            checkpoint,
+            missing=missing,
+            rename=rename,
+            conversions=conversions,
+            buffers=buffers,
+            staging_bytes=staging_bytes,
+        )
+        target = checked_device(device) if device is not None else device_of_model(model)
     with profile_memory(device=target, proportional=False) as profile, ExitStack() as stack:
         with agreement.phase("check") as check:
             check_route(route)
@@ -166,7 +177,12 @@ def materialize(
             name = source.name if source is not None else type(model).__name__
             allowed = "init" if source is None else missing
             absent = permitted(
-                binding.absent, allowed, name=name, optional=binding.optional, unexpected=binding.unexpected
+                binding.absent,
+                allowed,
+                name=name,
+                optional=binding.optional,
+                unexpected=binding.unexpected,
+                untied=binding.untied,
             )
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)

@@ -16,6 +16,7 @@ from torch import nn
 from shardwise.checkpoint import Source
 from shardwise.errors import CheckpointError, ConfigurationError, LeftOnMetaError
 from shardwise.materialization.agreement import Agreement, ranks_of_group
+from shardwise.materialization.argument_kinds import check_group, check_kinds
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
 from shardwise.materialization.awaited_source import awaited, require_unchanged
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
@@ -140,11 +141,21 @@ def verify_shards(
         LeftOnMetaError: The model has no values yet.
         RankError: A rank failed, or did not arrive.
     """
+    check_group(group)
     ranks = ranks_of_group(group)
     own_timeout = timeout_seconds_of(None, group=group)
     agreement = Agreement(ranks, timeout_seconds=own_timeout, call="verify_shards")
     with agreement.phase("check") as check:
         agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
+        check_kinds(
+            model,
+            checkpoint,
+            missing="error",
+            rename=rename,
+            conversions=conversions,
+            buffers=None,
+            staging_bytes=staging_bytes,
+        )
         reshard(model)
         _refuse_meta(entries_of(model))
         devices = {local_of(e.tensor).device.type for e in entries_of(model) if e.role != "attribute"}

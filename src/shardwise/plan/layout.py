@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -157,11 +158,10 @@ class Layout:
     @cached_property
     def ranks_of_shards(self) -> tuple[tuple[int, ...], ...]:
         """The ranks that keep each shard, by the coordinates of the axes that shard, outer ones first."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for rank in self.mesh_ranks:
-            kept = zip(self.coordinate(rank) or (), self.placements, strict=True)
-            groups.setdefault(tuple(at for at, p in kept if not isinstance(p, Replicate)), []).append(rank)
-        return tuple(tuple(groups[shard]) for shard in sorted(groups))
+        shards = [axis for axis, p in enumerate(self.placements) if not isinstance(p, Replicate)]
+        copies = [axis for axis, p in enumerate(self.placements) if isinstance(p, Replicate)]
+        by_shard = np.array(self.mesh_ranks).reshape(self.mesh_shape).transpose(*shards, *copies)
+        return tuple(map(tuple, by_shard.reshape(-1, self.copies).tolist()))
 
     def _ranks_along_copies(self, own: tuple[int, ...]) -> Iterator[int]:
         axes = (

@@ -92,7 +92,10 @@ def bounds_of(takers: Sequence[Taker]) -> tuple[int, int]:
 def _sends(layout: Layout, owners: Sequence[int]) -> int:
     """Return to how many of the owners a reader among them sends an element that they keep, at most."""
     everyone = frozenset(owners)
-    copies = max((len(everyone.intersection(ranks)) for ranks in layout.ranks_of_shards), default=0)
+    if everyone.issuperset(layout.mesh_ranks):
+        copies = layout.copies
+    else:
+        copies = max((len(everyone.intersection(ranks)) for ranks in layout.ranks_of_shards), default=0)
     return copies - 1 if copies == len(everyone) else copies  # the reader keeps one of them itself
 
 

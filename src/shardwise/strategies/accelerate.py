@@ -130,12 +130,13 @@ class AccelerateStrategy(Strategy):
             OptimizerError: An optimizer cannot be rebound.
             RankError: Ranks differ, one of them failed, or one did not arrive.
         """
-        for obj in objects:
-            if not isinstance(obj, (Optimizer, LRScheduler, DataLoader)):
-                raise ConfigurationError(
-                    "wrap_model: expected optimizers, schedulers and data loaders after the model, got "
-                    f"{type(obj).__name__}"
-                )
+        with self._refused_together():
+            for obj in objects:
+                if not isinstance(obj, (Optimizer, LRScheduler, DataLoader)):
+                    raise ConfigurationError(
+                        "wrap_model: expected optimizers, schedulers and data loaders after the model, got "
+                        f"{type(obj).__name__}"
+                    )
         optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
         with unchanged_environment():
             if not self.memory_efficient_init and optimizers and self._stock_shards():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, final
 from weakref import WeakKeyDictionary, WeakSet
@@ -351,6 +351,10 @@ class Strategy(ABC):
         """
         agreement = self._agreement("wrap_optimizer")
         with agreement.phase("check"):
+            if not isinstance(optimizer, Optimizer):
+                raise ConfigurationError(
+                    f"wrap_optimizer: expected an optimizer, got {type(optimizer).__name__}."
+                )
             known = set().union(*(trained_parameters_of(model) for model in self._wrapped))
             stale = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
             if stale:
@@ -378,6 +382,15 @@ class Strategy(ABC):
     def _agreement(self, call: str) -> Agreement:
         return Agreement(ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call=call)
 
+    @contextmanager
+    def _refused_together(self) -> Iterator[None]:
+        """Tell the other ranks, which are in the check of their wrap, of an error before this rank has come to its own."""
+        try:
+            yield
+        except Exception:
+            with self._agreement("wrap_model").phase("check"):
+                raise
+
     def _wrap(
         self,
         model: nn.Module,
@@ -386,23 +399,31 @@ class Strategy(ABC):
         *,
         shard: Callable[[], None] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigurationError(
-                f"wrap_model: expected a model first, an nn.Module, got {type(model).__name__}. Call wrap_model(model, *optimizers)."
-            )
-        model = getattr(model, "_orig_mod", model)  # a compiled module calls the one inside, which is sharded
-        inside = model_inside(model)
-        record = self._pretrained.get(inside)
-        refusal = self._refusals.pop(inside, None)
-        if refusal is not None:
-            refusal.remove()
-        edited = self._awaited.take(model)
+        with self._refused_together():
+            if not isinstance(model, nn.Module):
+                raise ConfigurationError(
+                    f"wrap_model: expected a model first, an nn.Module, got {type(model).__name__}. Call wrap_model(model, "
+                    "*optimizers)."
+                )
+            model = getattr(
+                model, "_orig_mod", model
+            )  # a compiled module calls the one inside, which is sharded
+            inside = model_inside(model)
+            record = self._pretrained.get(inside)
+            refusal = self._refusals.pop(inside, None)
+            if refusal is not None:
+                refusal.remove()
+            edited = self._awaited.take(model)
+            restore_means(inside)
+            deferred = with_adapters(self._bindings.take(model), model, always=not self.memory_efficient_init)
+            if inside in self._blank and self.memory_efficient_init:
+                deferred = dataclasses.replace(deferred, blank=True)
+            origins = self._origins.take(model)
 
         def refuse() -> None:
             refuse_edited(edited)
             self._refuse(model)
 
-        restore_means(inside)
         options = WrapOptions(
             strategy=self.name,
             mesh=self.device_mesh,
@@ -414,16 +435,13 @@ class Strategy(ABC):
             route=self.route,
             timeout_seconds=self.timeout_seconds,
         )
-        deferred = with_adapters(self._bindings.take(model), model, always=not self.memory_efficient_init)
-        if inside in self._blank and self.memory_efficient_init:
-            deferred = dataclasses.replace(deferred, blank=True)
         with replaced_parameters_marked(model):
             self.last_report = wrap(
                 model,
                 optimizers,
                 options,
                 name=record.name if record is not None else type(model).__name__,
-                origins=self._origins.take(model),
+                origins=origins,
                 deferred=deferred,
                 refuse=refuse,
                 shard=shard,

@@ -99,12 +99,13 @@ class NativeFSDPStrategy(Strategy):
             OptimizerError: An optimizer cannot be rebound.
             RankError: Ranks differ, one of them failed, or one did not arrive.
         """
-        others = [obj for obj in objects if not isinstance(obj, Optimizer)]
-        if others:
-            raise ConfigurationError(
-                f"wrap_model: expected optimizers after the model, got {type(others[0]).__name__}. Schedulers and data "
-                "loaders need no wrapping here; AccelerateStrategy takes them."
-            )
+        with self._refused_together():
+            others = [obj for obj in objects if not isinstance(obj, Optimizer)]
+            if others:
+                raise ConfigurationError(
+                    f"wrap_model: expected optimizers after the model, got {type(others[0]).__name__}. Schedulers and data "
+                    "loaders need no wrapping here; AccelerateStrategy takes them."
+                )
         self._wrap(model, objects, policy_of(self.mixed_precision))
         return (model, *objects) if objects else model
 
