@@ -75,7 +75,7 @@ def main() -> None:
                 log_directory=directory / "logs",
                 progress=console.print,
             )
-            document = to_be_shown(comparison.document, model=f"{label}, shards in {dtype}")
+            document = to_be_shown(comparison.document, model=f"{label} in {dtype}")
             console.print(f"transformers {transformers.__version__}, {label}, shards in {dtype}")
             render(document, console)
             for name, modes in _PICTURES.items():

@@ -193,6 +193,23 @@ def test_files_that_are_named_are_there() -> None:
                 assert (REPOSITORY / path).is_file(), f"{name}: {path}"
 
 
+@by_language
+def test_what_benchmarks_wrote_is_there_and_small_and_of_no_machine(language: str) -> None:
+    text = page("measured", language)
+    pictures, tables = (
+        re.findall(r"^!\[.+\]\((.+)\)$", text, flags=re.MULTILINE),
+        re.findall(r'^--8<-- "(.+)"$', text, flags=re.MULTILINE),
+    )
+    assert len(pictures) >= 3
+    assert len(tables) >= 3
+    for name in pictures:
+        assert 1_000 < (DOCS / name).stat().st_size < 200_000, name
+    for name in tables:
+        written = (DOCS / name).read_text(encoding="utf-8") + (DOCS / name).with_suffix(".json").read_text()
+        assert "| `native-efficient` |" in written, name
+        assert not re.search(r'[" (]/(tmp|home|root|work|Users)/', written), name
+
+
 def source_texts() -> list[str]:
     """Return every text of the package's source, with `…` where a value is put in."""
     found = []

@@ -5,7 +5,26 @@ from __future__ import annotations
 import math
 from typing import Final
 
-_MOST_INTERVALS: Final = 4  # between two samples
+_MOST_INTERVALS: Final = 8  # between two samples
+_HANDED_OVER_SECONDS: Final = (
+    0.0006  # what a thread that computes in Python loses to each sample; see docs/design.md
+)
+_HANDING_OVER: Final = (
+    0.9,
+    1.5,
+)  # of the interpreter's switch interval: it is that late where the lock was handed over
+
+
+def handing_over_seconds(late_seconds: float, *, switch_seconds: float) -> float:
+    """Return what another thread has lost to a sample that came so late: it was made to hand over the interpreter lock, or nothing.
+
+    Args:
+        late_seconds: From when the sample was due to when it was taken.
+        switch_seconds: The interpreter's switch interval, for which it lets a thread wait that asks for the lock.
+    """
+    least, most = _HANDING_OVER
+    handed_over = least * switch_seconds <= late_seconds <= most * switch_seconds
+    return _HANDED_OVER_SECONDS if handed_over else 0.0
 
 
 def next_sample_seconds(
@@ -20,7 +39,7 @@ def next_sample_seconds(
     Args:
         now_seconds: Time since the profile's start.
         interval_seconds: Width of the grid.
-        thread_seconds: Processor time that the sampling thread has used so far.
+        thread_seconds: Processor time that the sampling thread has used so far, and others have lost to it.
         share: Largest part of the time that it should use, in (0, 1).
     """
     on_grid = (math.floor(now_seconds / interval_seconds) + 1) * interval_seconds

@@ -14,9 +14,12 @@ from shardwise.profiling.readings import host_reader
 from shardwise.profiling.traffic import TrafficReader
 
 _PSS_EVERY: Final = 20  # samples
-_TRAFFIC_EVERY: Final = 10  # samples; counters lose nothing by it
-# The kernel walks every page for the proportional set size, and allocators build a dictionary of statistics.
-_COSTLY_SHARE: Final = 0.0025
+_TRAFFIC_EVERY: Final = 50  # samples; counters lose nothing by it
+# Of a core, so that with the samples themselves it is less than 0.01: the kernel walks every page for the proportional set size,
+# and allocators build a dictionary of statistics.
+_PSS_SHARE: Final = 0.001
+_DEVICE_SHARE: Final = 0.0025
+_TRAFFIC_SHARE: Final = 0.0005
 _PHASE_SHARE: Final = 0.025  # at a phase's ends, which are few and tell most
 _NOTHING: Final = (NOT_READ,) * (len(FIELDS) - 3)
 
@@ -41,9 +44,9 @@ class RowReader:
         self._traffic = TrafficReader()
         parts = (self._host.measures, device_measures, self._traffic.measures)
         self._measures = "; ".join(part for part in parts if part)
-        self._pss_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=_PSS_EVERY * interval_seconds)
-        self._device_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=0.0)
-        self._traffic_pace = CostPace(share=_COSTLY_SHARE, gap_seconds=_TRAFFIC_EVERY * interval_seconds)
+        self._pss_pace = CostPace(share=_PSS_SHARE, gap_seconds=_PSS_EVERY * interval_seconds)
+        self._device_pace = CostPace(share=_DEVICE_SHARE, gap_seconds=0.0)
+        self._traffic_pace = CostPace(share=_TRAFFIC_SHARE, gap_seconds=_TRAFFIC_EVERY * interval_seconds)
         paces = (self._pss_pace, self._traffic_pace)
         self._paces = paces if self._device is None else (*paces, self._device_pace)
         self._costly_due_seconds = 0.0  # since the profile's start

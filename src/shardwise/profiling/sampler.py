@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 
 from shardwise.errors import ConfigurationError
 from shardwise.profiling.columns import MemoryPeaks, ReadingColumns, reading_of, span_peaks
-from shardwise.profiling.pace import next_sample_seconds
+from shardwise.profiling.pace import handing_over_seconds, next_sample_seconds
 from shardwise.profiling.phases import PhaseSpan, activate, active_recorders, deactivate, seconds_by_name
 from shardwise.profiling.readings import MemoryReading
 from shardwise.profiling.row_reader import RowReader
@@ -26,7 +27,9 @@ from shardwise.profiling.traffic import Traffic, span_traffic
 MOST_ROWS: Final = (
     65536  # 5.5 MiB; 11 minutes at 100 readings a second, then half as many a second, and so on
 )
-_THREAD_SHARE: Final = 0.01  # of one core, for everything that the sampler's thread does
+_THREAD_SHARE: Final = (
+    0.01  # of one core, for everything that the sampler's thread does, and what others lose to it
+)
 
 
 class MemoryProfile:
@@ -261,13 +264,15 @@ class MemoryProfile:
         return time.perf_counter() - self._origin_seconds
 
     def _sample(self) -> None:
-        due = self._interval_seconds
+        due, lost_seconds = self._interval_seconds, 0.0
+        switch_seconds = sys.getswitchinterval()
         while not self._running.acquire(timeout=max(0.0, due - self._now())):
+            lost_seconds += handing_over_seconds(self._now() - due, switch_seconds=switch_seconds)
             self._take(all_figures=None)
             due = next_sample_seconds(
                 now_seconds=self._now(),
                 interval_seconds=self._interval_seconds,
-                thread_seconds=time.thread_time(),
+                thread_seconds=time.thread_time() + lost_seconds,
                 share=_THREAD_SHARE,
             )
 
