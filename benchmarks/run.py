@@ -126,6 +126,12 @@ BENCHMARKS = (
         floor="headers read and parsed, or the model on meta, and nothing planned",
     ),
     Benchmark(result="sampler.json", command=("bench_sampler.py",), floor="the same loop without a profile"),
+    Benchmark(
+        result="gpu.json",
+        command=("gpu.py",),
+        floor="pinned copy of as many bytes to the device; warm read of them",
+        needs="accelerator",
+    ),
 )
 
 

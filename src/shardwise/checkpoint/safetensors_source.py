@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from shardwise.checkpoint.index_file import INDEX_NAME, check_file_name, read_index, resolve_inside
+from shardwise.checkpoint.page_cache import fetch_pages
 from shardwise.checkpoint.quantisation import refuse_quantised
 from shardwise.checkpoint.ranged_file import BounceBuffers, RangedFile
 from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length, parse_header
@@ -252,6 +253,12 @@ class SafetensorsSource:
             is_there = all(start + nbytes <= file.identity.size for file, start, nbytes in parts)
             found.append(stitched_pages(parts, runs[0].dtype) if is_there else None)
         return found
+
+    def fetch_pages(self, *, part: int, parts: int) -> None:
+        """Begin to bring one part of all files into the page cache; see `shardwise.checkpoint.page_cache`."""
+        if self._bounce is None:  # else they are read past it
+            files = [(resolve_inside(self._directory, name), file.size) for name, file in self._files.items()]
+            fetch_pages(files, part=part, parts=parts)
 
     def require_unchanged(self) -> None:
         """Raise unless every open file is still what it was; see `Source`."""

@@ -167,6 +167,7 @@ class Strategy(ABC):
                 missing=missing,
                 config_kwargs=config_kwargs,
                 direct_io=self.direct_io,
+                fetch_ahead=self.route not in ("node", "rank0"),  # there one rank reads alone
                 agreement=agreement,
             )
             self._bindings.add_model(model, binding)
