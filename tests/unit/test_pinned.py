@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +32,26 @@ class Driver:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
+        assert is_mapped(address)  # else the address may be somebody else's by now
         del self.registered[address]
         return 0
+
+
+def is_mapped(address: int) -> bool:
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+
+
+def flags_of(address: int) -> list[str]:
+    is_inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, stop = (int(end, 16) for end in first.split("-"))
+            is_inside = start <= address < stop
+        elif first == "VmFlags:" and is_inside:
+            return rest
+    return []
 
 
 @pytest.fixture
@@ -55,6 +75,20 @@ def test_own_pages_are_registered_in_their_exact_size_and_given_back(driver: Dri
     assert driver.registered == {}
     held.fill_(1)  # still memory
     made.close()
+
+
+def test_it_is_unpinned_before_its_pages_go(driver: Driver) -> None:
+    made = memory()
+    address = made.bytes.data_ptr()
+    made.close()
+    assert driver.registered == {}
+    assert not is_mapped(address)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="Linux has it")
+def test_a_child_does_not_share_the_pages(driver: Driver) -> None:
+    made = memory()
+    assert "dc" in flags_of(made.bytes.data_ptr())  # proc(5), VmFlags: do not copy on fork
 
 
 def test_memory_that_nobody_closes_is_given_back_with_its_owner(driver: Driver) -> None:

@@ -52,10 +52,10 @@ class PinnedMemory:
 
     def close(self) -> None:
         """Unpin the memory. No copy out of it may be on its way; who still holds `bytes` can use them as plain memory."""
-        registered, self.bytes = self._unpin is not None, torch.empty(0, dtype=torch.uint8)
-        if registered:
-            self._unpin()
-        elif hasattr(torch.accelerator, "empty_host_cache"):
+        if self._unpin is not None:
+            self._unpin()  # before the pages go, whose address may be another thread's in the next moment
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        if self._unpin is None and hasattr(torch.accelerator, "empty_host_cache"):
             torch.accelerator.empty_host_cache()
 
 
@@ -75,6 +75,9 @@ def _touched(nbytes: int, *, threads: int, cpus: frozenset[int] | None) -> torch
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):  # large pages are made, and pinned, many times quicker
         pages.madvise(mmap.MADV_HUGEPAGE)
+    # After a fork the next write would go to a copy of the page, and the device would go on reading the one it knows.
+    with suppress(AttributeError, OSError):
+        pages.madvise(mmap.MADV_DONTFORK)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     left = list(torch.split(memory, _PART_BYTES))
 
