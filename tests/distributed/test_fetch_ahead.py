@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+import shardwise as sw
 from shardwise.checkpoint import safetensors_source
 from shardwise.testing import RankPool
 from tests.distributed.steps import Checkpoint, load, make_strategy
@@ -22,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two nodes": {},
     "one reader": {"route": "rank0"},
     "past the page cache": {"direct_io": True},
+    "may go on from a state": {},
 }
 
 
@@ -46,6 +48,9 @@ def load_in_each_case(directory: str) -> dict[str, list[tuple[list[str], int, in
             mock.patch.object(safetensors_source, "fetch_pages", noted),
             mock.patch.dict(os.environ, node),
         ):
-            load(make_strategy("native_fsdp", **options), directory, defer=True)
+            if case == "may go on from a state":
+                sw.TransformersModel(directory, strategy="native_fsdp", tokenizer=None)
+            else:
+                load(make_strategy("native_fsdp", **options), directory, defer=True)
         found[case] = calls
     return found
