@@ -80,7 +80,9 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _raising(error: BaseException) -> Callable[..., Any]:
+def raising(error: BaseException) -> Callable[..., Any]:
+    """Return a function that raises an error, whatever it is called with."""
+
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
@@ -89,7 +91,7 @@ def _raising(error: BaseException) -> Callable[..., Any]:
 
 def _disk_error(route: str) -> AbstractContextManager[Any]:
     if route == "state dict":
-        return mock.patch.object(StateDictSource, "read_into", _raising(RuntimeError("no such memory")))
+        return mock.patch.object(StateDictSource, "read_into", raising(RuntimeError("no such memory")))
     return _failing_reads_of_tensors()
 
 
@@ -122,7 +124,7 @@ def _reader(route: str) -> int:
 
 def _no_memory(_: str) -> AbstractContextManager[Any]:
     text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8192 bytes."
-    return mock.patch.object(storage, "_allocate_managed", _raising(RuntimeError(text)))
+    return mock.patch.object(storage, "_allocate_managed", raising(RuntimeError(text)))
 
 
 def _other_model(arguments: dict[str, Any]) -> None:
@@ -145,9 +147,17 @@ FAULTS = (
     Fault(
         name="one rank passes a device that is none",
         phase="arguments",
-        error="RuntimeError",
-        message="device type at start of device string: abacus",
+        error="ConfigurationError",
+        message="device: expected a torch device or its name, got 'abacus'",
         change=lambda arguments: arguments.update(device="abacus"),
+        routes=("direct",),
+    ),
+    Fault(
+        name="one rank passes something else than a model",
+        phase="arguments",
+        error="ConfigurationError",
+        message="model: expected an nn.Module, got",
+        change=lambda arguments: arguments.update(model="a model"),
         routes=("direct",),
     ),
     Fault(
@@ -186,7 +196,7 @@ FAULTS = (
         inject=lambda _: mock.patch.object(
             sys.modules["shardwise.materialization.open_source"],
             "locate",
-            _raising(PermissionError(errno.EACCES, "Permission denied")),
+            raising(PermissionError(errno.EACCES, "Permission denied")),
         ),
         routes=ROUTES[:-1],
     ),
@@ -198,7 +208,7 @@ FAULTS = (
         inject=lambda _: mock.patch.object(
             sys.modules["shardwise.materialization.open_source"],
             "StateDictSource",
-            _raising(sw.CheckpointError("no tensors in it")),
+            raising(sw.CheckpointError("no tensors in it")),
         ),
         on=lambda _: 0,
         routes=("state dict",),
@@ -211,7 +221,7 @@ FAULTS = (
         inject=lambda _: mock.patch.object(
             sw.checkpoint.SafetensorsSource,
             "open",
-            _raising(sw.DamagedFileError("expected a header, got rubbish")),
+            raising(sw.DamagedFileError("expected a header, got rubbish")),
         ),
         on=lambda _: 0,
         routes=ROUTES[:-1],
@@ -222,7 +232,7 @@ FAULTS = (
         error="ChangedFileError",
         message="got another size",
         inject=lambda _: mock.patch.object(
-            SafetensorsSource, "require_as_described", _raising(sw.ChangedFileError("got another size"))
+            SafetensorsSource, "require_as_described", raising(sw.ChangedFileError("got another size"))
         ),
         on=lambda _: 2,
         routes=ROUTES[:-1],
@@ -232,7 +242,7 @@ FAULTS = (
         phase="match names",
         error="KeyError",
         message="no such layer",
-        change=lambda arguments: arguments.update(rename=_raising(KeyError("no such layer"))),
+        change=lambda arguments: arguments.update(rename=raising(KeyError("no such layer"))),
     ),
     Fault(
         name="one rank renames otherwise",
@@ -270,7 +280,7 @@ FAULTS = (
         error="ModelError",
         message="no more random numbers",
         inject=lambda _: mock.patch.object(
-            nn.Linear, "reset_parameters", _raising(RuntimeError("no more random numbers"))
+            nn.Linear, "reset_parameters", raising(RuntimeError("no more random numbers"))
         ),
     ),
     Fault(
@@ -297,7 +307,7 @@ FAULTS = (
         error="RuntimeError",
         message="no place for it",
         inject=lambda _: mock.patch.object(
-            exchange.Exchange, "_unpack", _raising(RuntimeError("no place for it"))
+            exchange.Exchange, "_unpack", raising(RuntimeError("no place for it"))
         ),
         routes=("replicate", "node", "rank0", "striped", "state dict"),
     ),
@@ -317,7 +327,7 @@ FAULTS = (
         inject=lambda _: mock.patch.object(
             sys.modules["shardwise.materialization.materialize"],
             "collect_report",
-            _raising(RuntimeError("cannot count")),
+            raising(RuntimeError("cannot count")),
         ),
     ),
 )
@@ -363,7 +373,7 @@ def run_fault(directory: str, number: int, route: str) -> Seen:
     """Run one fault on this rank, then load again without it and check the values."""
     fault, rank = FAULTS[number], dist.get_rank()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
-    before = _resources()
+    before = resources()
     arguments = _arguments(directory, route, mesh)
     has_it = rank == fault.on(route)
     if has_it:
@@ -386,7 +396,7 @@ def run_fault(directory: str, number: int, route: str) -> Seen:
         assert torch.equal(model.get_parameter(name).full_tensor(), value), name
     assert model.fresh.weight.full_tensor().isfinite().all()
     dist.barrier()
-    return Seen(error=error, text=text, seconds=seconds, leaked=_leaked(before))
+    return Seen(error=error, text=text, seconds=seconds, leaked=leaked(before))
 
 
 def _arguments(directory: str, route: str, mesh: DeviceMesh) -> dict[str, Any]:
@@ -417,13 +427,15 @@ def _as_two_nodes(rank: int) -> Iterator[None]:
         yield
 
 
-def _resources() -> tuple[set[str], int]:
+def resources() -> tuple[set[str], int]:
+    """Return the names of this process's threads, and how many descriptors it has open."""
     threads = {thread.name for thread in threading.enumerate()}
     return threads, len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
 
 
-def _leaked(before: tuple[set[str], int]) -> str:
-    threads, files = _resources()
+def leaked(before: tuple[set[str], int]) -> str:
+    """Return what a load has left, given what there was before it; nothing if it has left nothing."""
+    threads, files = resources()
     ours = sorted(name for name in threads - before[0] if name.startswith("shardwise"))
     found = [f"threads {', '.join(ours)}"] if ours else []
     # The first load of a process opens what torch keeps; a fault may not add more than that.
