@@ -15,6 +15,7 @@ import argparse
 import mmap
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,10 @@ def main() -> None:
     console.print(f"load of the machine over 1, 5 and 15 minutes: {load_before}")
     loops = {"python": _python_loop, "torch": _torch_loop}
     rounds = {name: _rounds(loop) for name, loop in loops.items()}
+    floor = _wake_microseconds(options.seconds)
+    console.print(
+        f"a thread that wakes up 100 times a second and does nothing: {floor:.0f} us of a core each time"
+    )
     runs = []
     for held_mib in options.held_mib:
         held = mmap.mmap(-1, max(1, held_mib) * _MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -92,6 +97,7 @@ def main() -> None:
         floor="the same loop without a profile",
         load_before=load_before,
         load_after=load_after,
+        wake_microseconds=floor,
         runs=runs,
     )
 
@@ -128,6 +134,25 @@ def _thread_seconds(profile: sw.MemoryProfile) -> float:
     if thread is None or thread.ident is None:
         raise RuntimeError("expected a profile that runs")
     return time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+
+
+def _wake_microseconds(seconds: float) -> float:
+    """Return the processor time of one wake-up, of which a sampler in a thread of Python cannot cost less."""
+    wakes, spent = round(seconds / _INTERVAL_SECONDS), 0.0
+
+    def wake_up() -> None:
+        nonlocal spent
+        never = threading.Lock()
+        never.acquire()
+        before = time.thread_time()
+        for _ in range(wakes):
+            never.acquire(timeout=_INTERVAL_SECONDS)
+        spent = time.thread_time() - before
+
+    thread = threading.Thread(target=wake_up)
+    thread.start()
+    thread.join()
+    return 1e6 * spent / wakes
 
 
 def _thread_cost(seconds: float) -> dict[str, float]:
