@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shardwise.materialization.cpus import cpus_near, device_read_threads, keep_to, usable_cpus
+from shardwise.materialization.cpus import cpus_near, device_read_threads, keep_to, usable_of
 from shardwise.materialization.pinned import PinnedMemory
 from shardwise.materialization.staging import default_staging_bytes, ring_shape
 
@@ -23,7 +23,7 @@ def _ring(device: torch.device) -> tuple[Any, int, int, Any]:
     on_host = device.type == "cpu"
     shape = ring_shape(default_staging_bytes("cuda"), on_host=False)
     near = None if on_host else cpus_near(device)
-    threads = device_read_threads(cpus=len(near) if near else usable_cpus(), environ=os.environ)
+    threads = device_read_threads(cpus=usable_of(near), environ=os.environ)
     nbytes = shape.count * shape.nbytes
     if on_host:
         return torch.zeros(nbytes, dtype=torch.uint8), shape.nbytes, threads, None

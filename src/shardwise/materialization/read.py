@@ -12,7 +12,7 @@ import torch
 from shardwise.checkpoint import Source, read_scattered
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_call import Doing, await_call, calling_threads
-from shardwise.materialization.cpus import device_read_threads, usable_cpus
+from shardwise.materialization.cpus import device_read_threads, usable_of
 from shardwise.materialization.device_placing import DevicePlacing
 from shardwise.materialization.landings import Landing
 from shardwise.materialization.left_behind import leave_behind
@@ -74,7 +74,7 @@ class Reading:
             return
         count, cpus = read_threads(), self._ring.cpus
         if self._ring.is_pinned:
-            count = device_read_threads(cpus=len(cpus) if cpus else usable_cpus(), environ=os.environ)
+            count = device_read_threads(cpus=usable_of(cpus), environ=os.environ)
         in_flight: deque[_Request] = deque()
         try:
             with calling_threads(count, name="shardwise-read", cpus=cpus) as threads:

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.cpus import cpus_near, device_read_threads, positive_from, usable_cpus
+from shardwise.materialization.cpus import cpus_near, device_read_threads, positive_from, usable_of
 from shardwise.materialization.pinned import PinnedMemory
 
 _MEBIBYTE = 2**20
@@ -153,7 +153,7 @@ class StagingRing:
             self._free.append(torch.empty(self.nbytes, dtype=torch.uint8, device="cpu"))
             return
         # At once: pinning waits for the device, and would do so in the middle of the load.
-        threads = device_read_threads(cpus=usable_cpus(), environ=os.environ)
+        threads = device_read_threads(cpus=usable_of(self.cpus), environ=os.environ)
         self._pinned = PinnedMemory(
             self.count * self.nbytes, device=self._device, threads=threads, cpus=self.cpus
         )
