@@ -34,7 +34,6 @@ import torch
 
 import gpu_checkpoint
 from shardwise.compare.environment import describe_environment
-from shardwise.errors import ShardwiseError
 from shardwise.planning import plan_job, predicted_for
 from shardwise.profiling.whole_file import write_whole
 
@@ -134,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ends = time.monotonic() + options.budget_seconds
     with contextlib.ExitStack() as stack:
         folder = options.directory or stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu-"))
+        Path(folder).mkdir(parents=True, exist_ok=True)
         model = Path(folder) / "model"
         needed = options.parameters * 2 - (0 if not model.exists() else options.parameters * 2)
         free = shutil.disk_usage(folder).free
@@ -144,9 +144,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if not model.exists():
             started = time.monotonic()
-            gpu_checkpoint.write_checkpoint(
-                model, parameters=options.parameters, files=4, threads=min(16, os.cpu_count() or 1)
-            )
+            try:
+                _make_checkpoint(model, parameters=options.parameters)
+            except Exception as error:  # of whatever kind: who started this has a result to read
+                text = f"no checkpoint could be made: {type(error).__name__}: {error}"
+                document["rows"] = [{**_entry(row), "status": "failed", "error": text} for row in rows]
+                _finish(document, options.json)
+                return 1
             document["generated_in_seconds"] = time.monotonic() - started
         for row in rows:
             left = ends - time.monotonic()
@@ -178,6 +182,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(arguments)
+
+
+def _make_checkpoint(model: Path, *, parameters: int) -> None:
+    """Write the checkpoint, whole or not at all: a later run takes it as it is."""
+    partial = model.with_name("model.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    gpu_checkpoint.write_checkpoint(
+        partial, parameters=parameters, files=4, threads=min(16, os.cpu_count() or 1)
+    )
+    partial.rename(model)
 
 
 def _measured(row: Row, model: Path, *, device: str, limit: float) -> dict[str, Any]:
@@ -230,11 +244,11 @@ def _does_not_fit(row: Row, model: Path, *, device: str) -> str | None:
             ranks_per_node=ranks,
         )
         predicted = predicted_for(plan, row.request["mode"])
-    except ShardwiseError as error:  # then the row itself shows what happens
-        print(f"{row.name}: no plan: {error}", flush=True)
+        there = {"host": _free_host_bytes(), "device": _free_device_bytes() if device != "cpu" else None}
+    except Exception as error:  # then the row itself shows what happens
+        print(f"{row.name}: no plan: {type(error).__name__}: {error}", flush=True)
         return None
     needed = {"host": ranks * predicted.host_peak_bytes, "device": ranks * predicted.device_peak_bytes}
-    there = {"host": _free_host_bytes(), "device": _free_device_bytes() if device != "cpu" else None}
     for kind, nbytes in needed.items():
         free = there[kind]
         if free is not None and nbytes + _SPARE_BYTES > free and nbytes > _SPARE_BYTES:

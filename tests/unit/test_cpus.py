@@ -17,6 +17,7 @@ from shardwise.materialization.cpus import (
     near_of,
     parsed_cpus,
     usable_cpus,
+    usable_of,
 )
 from shardwise.materialization.reader_threads import ReaderThreads
 
@@ -39,6 +40,18 @@ def test_a_cgroup_around_the_process_limits_it(tmp_path: Path, monkeypatch: pyte
     assert usable_cpus(tmp_path) == 4
     write(tmp_path / "sys/fs/cgroup/cpu.max", "50000 100000\n")
     assert usable_cpus(tmp_path) == 1
+
+
+@linux
+def test_a_limit_counts_where_threads_keep_to_some_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert usable_of(None, tmp_path) == 12
+    assert usable_of(frozenset(range(6)), tmp_path) == 6
+    write(tmp_path / "sys/fs/cgroup/cpu.max", "350000 100000\n")
+    assert usable_of(None, tmp_path) == usable_of(frozenset(range(6)), tmp_path) == 4
+    assert usable_of(frozenset({3}), tmp_path) == 1
 
 
 @linux

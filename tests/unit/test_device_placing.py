@@ -19,6 +19,11 @@ from tests.unit.accelerator_fakes import accelerator as accelerator
 from tests.unit.test_load_plan import Case, checkpoints, empty_shard
 
 SCRATCH_BYTES = 256
+TAKEN_BY_THE_KERNEL = {  # torch: aten/src/ATen/native/cuda/ForeachBinaryOpList.cu, AT_DISPATCH_SOURCE_TYPES
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+}
 
 
 def placing_into(
@@ -79,6 +84,38 @@ def test_many_small_tensors_are_one_copy_and_one_call(
     assert [line for line in accelerator.log if line.startswith("place")] == ["place 100"]
     together = torch.cat([targets[landing.fqn] for landing in landings])
     assert torch.equal(together, buffer.view(torch.bfloat16).to(kept))
+
+
+@pytest.mark.parametrize(
+    ("stored", "kept"),
+    [
+        (torch.float8_e8m0fnu, torch.float32),
+        (torch.uint16, torch.float32),
+        (torch.float32, torch.float8_e8m0fnu),
+        (torch.complex128, torch.complex128),
+        (torch.float8_e8m0fnu, torch.float8_e8m0fnu),
+        (torch.bool, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+    ],
+)
+def test_what_the_devices_kernel_for_many_tensors_does_not_take_is_placed_one_by_one(
+    accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, kept: torch.dtype
+) -> None:
+    together = torch._foreach_copy_
+
+    def kernel(places: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        for tensor in (*places, *values):
+            if tensor.dtype not in TAKEN_BY_THE_KERNEL:
+                raise NotImplementedError(f'"foreach_tensor_copy" not implemented for {tensor.dtype}')
+        together(places, values)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", kernel)
+    landings, buffer = small_tensors(3, stored)
+    targets = {landing.fqn: torch.zeros(8, dtype=kept) for landing in landings}
+    placing = placing_into(targets, scratch_bytes=buffer.numel())
+    placing.place(buffer, landings)
+    got = torch.cat([targets[landing.fqn].view(torch.uint8) for landing in landings])
+    assert torch.equal(got, buffer.view(stored).to(kept).view(torch.uint8))
 
 
 def test_a_large_run_of_the_same_dtype_needs_no_scratch_memory(accelerator: FakeAccelerator) -> None:

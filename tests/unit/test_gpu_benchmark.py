@@ -62,6 +62,36 @@ def test_a_load_is_rehearsed_on_the_cpu(gpu: ModuleType, tmp_path: Path) -> None
     assert once["host_anon_peak_bytes"] > 0
 
 
+def test_where_no_checkpoint_can_be_made_every_row_says_why(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(directory: Path, **_: Any) -> None:
+        directory.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gpu.gpu_checkpoint, "write_checkpoint", broken)
+    folder = tmp_path / "not" / "there"
+    arguments = ("--device", "cpu", "--parameters", "200000", "--directory", str(folder))
+    for _ in range(2):  # what was left by the first is not taken for a checkpoint by the second
+        status, document = run(gpu, tmp_path / "out.json", *arguments)
+        assert status == 1
+        assert {row["status"] for row in document["rows"]} == {"failed"}
+        assert {row["error"] for row in document["rows"]} == {
+            "no checkpoint could be made: OSError: [Errno 28] No space left on device"
+        }
+
+
+def test_a_plan_that_breaks_leaves_the_row_to_show_it(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("anon")
+
+    monkeypatch.setattr(gpu, "plan_job", broken)
+    rows = {row.name: row for row in gpu.rows_of(ranks=4, repeats=1)}
+    assert gpu._does_not_fit(rows["4 ranks, native-eager, float32"], tmp_path, device="cpu") is None
+
+
 def test_the_checkpoint_has_the_shape_of_qwen3_8b(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,3 +244,32 @@ def test_one_mapping_for_each_file_and_call(tmp_path: Path, monkeypatch: pytest.
     assert all(tensor is not None and tensor.eq(1).all() for tensor in source.mapped(runs))
     assert sorted(made) == ["0.safetensors", "1.safetensors"]
     source.close()
+
+
+@needs_direct
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is cached")
+def test_what_was_read_past_the_page_cache_is_not_taken_for_cached_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking for a page may bring it into the cache."""
+    path, expected = tmp_path / "x.bin", os.urandom(16 * _MEBIBYTE)
+    path.write_bytes(expected)
+    file = opened(path, bounce=BounceBuffers(nbytes=_MEBIBYTE))
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if file._is_cached(0, len(expected)):
+        pytest.skip("this file system keeps what it is told to forget")
+    real, read_from = os.preadv, []
+
+    def noted(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if not flags:
+            read_from.append(fd)
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", noted)
+    got = bytearray(len(expected))
+    for _ in range(3):
+        file.read_into(0, memoryview(got))
+        assert bytes(got) == expected
+    assert set(read_from) == {file._direct_fd}
+    file.close()

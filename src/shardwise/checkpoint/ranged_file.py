@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import secrets
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from shardwise.errors import ChangedFileError
 NORESERVE: Final[int] = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 """For `mmap`: private pages of a file that is larger than memory can be mapped too; what is written is counted then."""
 _PAGE_BYTES = mmap.PAGESIZE
+_BYTES_LOOKED_AT = 3
 _MOST_PARTS = 512
 """Buffers that one call fills; POSIX systems take 1,024."""
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EBUSY})
@@ -194,12 +196,15 @@ class RangedFile:
     def _is_cached(self, offset: int, nbytes: int) -> bool:
         """Return whether a range is in the page cache already, by three of its bytes; False where the system does not tell.
 
+        Linux begins to fetch the page that it is asked for and has not: the same bytes would be found there by the next load.
+
         Source: preadv2(2), RWF_NOWAIT. mincore(2) says of files of other users that all of them is there.
         """
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
-            for at in (offset, offset + nbytes // 2, offset + nbytes - 1):
+            for _ in range(_BYTES_LOOKED_AT):
+                at = offset + secrets.randbelow(nbytes)
                 os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT)
         except OSError:  # EAGAIN: it would have to wait for the disk
             return False

@@ -62,6 +62,17 @@ def usable_cpus(system: Path = _SYSTEM) -> int:
     return max(1, min([by_affinity, *map(math.ceil, _cgroup_limits(system))]))
 
 
+def usable_of(near: frozenset[int] | None, system: Path = _SYSTEM) -> int:
+    """Return how many CPUs threads may use at a time that keep to some.
+
+    Args:
+        near: On which they run; None: on any.
+        system: Root of the file system; another one in tests.
+    """
+    usable = usable_cpus(system)
+    return min(usable, len(near)) if near else usable
+
+
 def _cgroup_limits(system: Path) -> Iterator[float]:
     """Yield the CPUs' worth of time that each group around this process has; none where there is no limit."""
     own = ""

@@ -16,6 +16,8 @@ LANES = 2
 """While one places what has arrived, the other one's bytes are on their way."""
 _ALIGNMENT_BYTES = 16
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TOGETHER = frozenset({*_WORDS.values(), torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Between which the devices' kernel for many tensors casts; it refuses some others, that a copy of one tensor takes."""
 
 
 @dataclass(slots=True)
@@ -178,9 +180,13 @@ class DevicePlacing:
                 if source not in typed:
                     whole = len(each.content) // source.itemsize * source.itemsize
                     typed[source] = each.content[:whole].view(source)
+                place, value = into[run.start : run.stop], typed[source][at : at + len(run)]
+                if not {source, into.dtype} <= _TOGETHER:
+                    place.copy_(value)
+                    continue
                 places, values = runs[source, into.dtype]
-                places.append(into[run.start : run.stop])
-                values.append(typed[source][at : at + len(run)])
+                places.append(place)
+                values.append(value)
         for places, values in runs.values():
             torch._foreach_copy_(places, values)
 

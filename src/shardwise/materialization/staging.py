@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.cpus import cpus_near, device_read_threads, positive_from, usable_cpus
+from shardwise.materialization.cpus import cpus_near, device_read_threads, positive_from, usable_of
 from shardwise.materialization.pinned import PinnedMemory
 
 _MEBIBYTE = 2**20
@@ -25,7 +25,6 @@ _CHUNKS = 16
 _SMALLEST_CHUNK_BYTES, _LARGEST_CHUNK_BYTES = 8 * _MEBIBYTE, 32 * _MEBIBYTE
 _FEWEST_CHUNKS = 4
 _LONGEST_ELEMENT_BYTES = 16
-_ANY_NUMBER = 2**31
 
 
 def default_staging_bytes(device_type: str) -> int:
@@ -112,8 +111,7 @@ class StagingRing:
     @property
     def threads(self) -> int:
         """Number of threads that read into pinned buffers."""
-        near = len(self.cpus) if self.cpus is not None else _ANY_NUMBER
-        return device_read_threads(cpus=min(near, usable_cpus()), environ=os.environ)
+        return device_read_threads(cpus=usable_of(self.cpus), environ=os.environ)
 
     def take(self) -> torch.Tensor:
         """Return a free buffer: uint8, `nbytes` long. It must be given back."""
