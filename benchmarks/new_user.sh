@@ -8,7 +8,8 @@
 set -eu
 repository=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT INT TERM
+trap 'rm -rf "$folder"' EXIT
+trap 'exit 130' INT TERM
 export PIP_NO_CACHE_DIR=1 XDG_CACHE_HOME="$folder/cache"
 unset PYTHONPATH
 
