@@ -69,7 +69,7 @@ def counting(values_start: Mapping[str, int]) -> Iterator[Counts]:
 
     def counted_preadv(fd: int, buffers: Any, offset: int, *flags: int) -> int:
         got = preadv(fd, buffers, offset, *flags)
-        if offset >= starts.get(os.fstat(fd).st_ino, 0):
+        if not flags and offset >= starts.get(os.fstat(fd).st_ino, 0):  # else it asks what is in memory
             with lock:
                 counts.reads += 1
                 counts.read_bytes += got

@@ -1,4 +1,4 @@
-"""Files come into the page cache piece by piece, each process its own, and only where there is room for them."""
+"""Ranges of files come into the page cache, and nothing else, and only where there is room for them."""
 
 from __future__ import annotations
 
@@ -46,30 +46,44 @@ def cached(path: Path) -> list[bool]:
     return [bool(found[at // mmap.PAGESIZE] & 1) for at in MIDDLES]
 
 
-def fetch(path: Path, *, part: int, parts: int) -> None:
-    fetch_pages([(path, PIECE_BYTES * PIECES)], part=part, parts=parts)
+def fetch(path: Path, *pieces: int, sharers: int = 1) -> None:
+    ranges = [(path, piece * PIECE_BYTES, (piece + 1) * PIECE_BYTES) for piece in pieces]
+    fetch_pages(ranges, sharers=sharers)
     for thread in threading.enumerate():
         if thread.name == "shardwise-fetch":
             thread.join(timeout=60)
             assert not thread.is_alive()
 
 
-def test_each_process_fetches_its_pieces(cold: Path) -> None:
-    fetch(cold, part=1, parts=2)
+def test_what_is_asked_for_is_fetched(cold: Path) -> None:
+    fetch(cold, 1)
     assert cached(cold) == [False, True, False]
-    fetch(cold, part=0, parts=2)
+    fetch(cold, 0, 2)
     assert cached(cold) == [True] * PIECES
 
 
-def test_files_that_do_not_fit_into_half_of_free_memory_are_left(
+def test_what_does_not_fit_into_half_of_free_memory_for_all_is_left(
     cold: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_cache, "_free_bytes", lambda: 2 * PIECE_BYTES * PIECES - 1)
-    fetch(cold, part=0, parts=1)
+    monkeypatch.setattr(page_cache, "_free_bytes", lambda: 8 * PIECE_BYTES - 1)
+    fetch(cold, 0, 2, sharers=2)
     assert not any(cached(cold))
-    monkeypatch.setattr(page_cache, "_free_bytes", lambda: 2 * PIECE_BYTES * PIECES)
-    fetch(cold, part=0, parts=1)
-    assert all(cached(cold))
+    monkeypatch.setattr(page_cache, "_free_bytes", lambda: 8 * PIECE_BYTES)
+    fetch(cold, 0, 2, sharers=2)
+    assert cached(cold) == [True, False, True]
+
+
+def test_small_ranges_are_joined_and_large_ones_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache, "_PIECE_BYTES", 4 * MIB)
+    a, b = Path("a"), Path("b")
+    ranges = [(b, 0, 5), (a, 100, 200), (a, 0, 100), (a, 300, 9 * MIB), (a, 11 * MIB, 12 * MIB)]
+    assert page_cache._pieces(ranges) == [
+        (a, 0, 4 * MIB),
+        (a, 4 * MIB, 8 * MIB),
+        (a, 8 * MIB, 9 * MIB),
+        (a, 11 * MIB, 12 * MIB),
+        (b, 0, 5),
+    ]
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,12 +98,12 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_file_that_is_gone_is_left_to_the_load(tmp_path: Path) -> None:
-    fetch(tmp_path / "gone.safetensors", part=0, parts=1)
+    fetch(tmp_path / "gone.safetensors", 0)
 
 
 def test_pages_that_are_there_are_not_read_again(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = []
     monkeypatch.setattr(os, "sendfile", lambda *_: sent.append(1) or 0)
     cold.read_bytes()
-    fetch(cold, part=0, parts=1)
+    fetch(cold, 0, 1, 2)
     assert not sent

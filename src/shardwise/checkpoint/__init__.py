@@ -13,7 +13,7 @@ from shardwise.checkpoint.locate import Location, locate
 from shardwise.checkpoint.pickle_file import load_pickle
 from shardwise.checkpoint.regular_file import read_text
 from shardwise.checkpoint.safetensors_source import SafetensorsSource
-from shardwise.checkpoint.source import Readable, Run, Source, read_scattered, stitched
+from shardwise.checkpoint.source import Readable, Run, Source, fetch_mapped, read_scattered, stitched
 from shardwise.checkpoint.state_dict import StateDictSource
 from shardwise.checkpoint.stored_tensor import StoredTensor
 from shardwise.checkpoint.syncing import sync, write_whole
@@ -32,6 +32,7 @@ __all__ = [
     "download_snapshot",
     "downloaded_bytes",
     "fetch_headers",
+    "fetch_mapped",
     "load_pickle",
     "locate",
     "read_scattered",

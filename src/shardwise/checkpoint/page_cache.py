@@ -1,7 +1,8 @@
-"""Files into the page cache while something else is done: a disk is slow, and building a model needs none of it."""
+"""Mapped pages into the page cache before they are touched: page faults alone read a fraction of what a disk can."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -13,64 +14,78 @@ from shardwise.errors import CheckpointError
 
 _PIECE_BYTES = 32 * 2**20
 """Of one call, in which the interpreter lock is free: getting that lock back may take 5 ms."""
+_MOST_BETWEEN_BYTES = 2**20
+"""That are fetched along: of many small tensors each would be a call."""
 _THREADS = 2
 """One alone leaves the disk idle between its calls; more than that are no faster."""
 _MOST_OF_FREE_MEMORY = 0.5
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def fetch_pages(files: Sequence[tuple[Path, int]], *, part: int, parts: int) -> None:
-    """Bring one part of files into the page cache, on threads that nobody waits for.
+def fetch_pages(ranges: Sequence[tuple[Path, int, int]], *, sharers: int) -> None:
+    """Bring ranges of files into the page cache, on threads that nobody waits for.
 
-    What is in it already is not touched. Nothing is done where the files would take more than half of the memory that is free: pages
+    What is in it already is not read. Nothing is done where the ranges would take more than half of the memory that is free: pages
     that are dropped before they are used would be read twice. Linux only.
 
     Args:
-        files: Path and size, in bytes.
-        part: Of this process.
-        parts: The same for all processes that share the work; pieces go to them in turn, so that all are at about one place.
+        ranges: Path, first and last byte (exclusive) of each.
+        sharers: Processes on this node that fetch about as much.
     """
-    if sys.platform != "linux" or sum(size for _, size in files) > _MOST_OF_FREE_MEMORY * _free_bytes():
+    if sys.platform != "linux":
         return
-    pieces = [
-        (path, start, min(_PIECE_BYTES, size - start))
-        for path, size in files
-        for start in range(0, size, _PIECE_BYTES)
-    ]
-    own = pieces[part::parts]
+    pieces = _pieces(ranges)
+    nbytes = sum(stop - start for _, start, stop in pieces)
+    if not pieces or nbytes * sharers > _MOST_OF_FREE_MEMORY * _free_bytes():
+        return
     for number in range(_THREADS):
-        of_thread = own[number::_THREADS]
+        of_thread = pieces[number::_THREADS]
         threading.Thread(target=_fetch, args=(of_thread,), name="shardwise-fetch", daemon=True).start()
+
+
+def _pieces(ranges: Sequence[tuple[Path, int, int]]) -> list[tuple[Path, int, int]]:
+    """Join ranges with little between them, and cut them into pieces, in the order of the files."""
+    joined: list[tuple[Path, int, int]] = []
+    for path, start, stop in sorted(ranges):
+        if joined and joined[-1][0] == path and start - joined[-1][2] <= _MOST_BETWEEN_BYTES:
+            joined[-1] = path, joined[-1][1], max(stop, joined[-1][2])
+        else:
+            joined.append((path, start, stop))
+    return [
+        (path, at, min(at + _PIECE_BYTES, stop))
+        for path, start, stop in joined
+        for at in range(start, stop, _PIECE_BYTES)
+    ]
 
 
 def _fetch(pieces: Sequence[tuple[Path, int, int]]) -> None:
     try:
         with open(os.devnull, "wb", buffering=0) as nowhere:
-            for path, start, nbytes in pieces:
+            for path, of_file in itertools.groupby(pieces, key=lambda piece: piece[0]):
                 descriptor = open_regular(path, flags=0)
                 try:
-                    if not _is_cached(descriptor, start, nbytes):
-                        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                        _send(nowhere.fileno(), descriptor, start, nbytes)
+                    for _, start, stop in of_file:
+                        if not _is_cached(descriptor, start, stop):
+                            _send(nowhere.fileno(), descriptor, start, stop)
                 finally:
                     os.close(descriptor)
     except (OSError, CheckpointError):
-        return  # the load itself finds it, and says so
+        return  # whoever touches the pages finds it
 
 
-def _send(nowhere: int, descriptor: int, start: int, nbytes: int) -> None:
+def _send(nowhere: int, descriptor: int, start: int, stop: int) -> None:
     """Read without a copy: pages are handed from the file to a device that drops them."""
-    while nbytes > 0:
-        sent = os.sendfile(nowhere, descriptor, start, nbytes)
+    while start < stop:
+        sent = os.sendfile(nowhere, descriptor, start, stop - start)
         if sent == 0:
             return
-        start, nbytes = start + sent, nbytes - sent
+        start += sent
 
 
-def _is_cached(descriptor: int, start: int, nbytes: int) -> bool:
+def _is_cached(descriptor: int, start: int, stop: int) -> bool:
     """Return whether the first, a middle and the last byte of a piece are in the page cache."""
     try:
-        for at in (start, start + nbytes // 2, start + nbytes - 1):
+        for at in (start, (start + stop) // 2, stop - 1):
             os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)
     except OSError:  # it would have to wait; or the file system cannot say
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -254,11 +255,10 @@ class SafetensorsSource:
             found.append(stitched_pages(parts, runs[0].dtype) if is_there else None)
         return found
 
-    def fetch_pages(self, *, part: int, parts: int) -> None:
-        """Begin to bring one part of all files into the page cache; see `shardwise.checkpoint.page_cache`."""
-        if self._bounce is None:  # else they are read past it
-            files = [(resolve_inside(self._directory, name), file.size) for name, file in self._files.items()]
-            fetch_pages(files, part=part, parts=parts)
+    def fetch_mapped(self, ranges: Sequence[tuple[str, int, int]]) -> None:
+        """Begin to bring what is mapped into the page cache; see `shardwise.checkpoint.fetch_mapped`."""
+        found = [(self._file(name).path, start, stop) for name, start, stop in ranges]
+        fetch_pages(found, sharers=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def require_unchanged(self) -> None:
         """Raise unless every open file is still what it was; see `Source`."""

@@ -129,3 +129,15 @@ def stitched(source: Source, shards: Sequence[Sequence[Run]]) -> list[torch.Tens
     """
     at_once = getattr(source, "stitched", None)
     return at_once(shards) if at_once is not None else [None] * len(shards)
+
+
+def fetch_mapped(source: Source, ranges: Sequence[tuple[str, int, int]]) -> None:
+    """Begin to read what was mapped of a source, so that the first touch need not; a source without a method of this name does not.
+
+    Args:
+        source: Of the files.
+        ranges: `StoredTensor.file`, first and last byte (exclusive) of each.
+    """
+    at_once = getattr(source, "fetch_mapped", None)
+    if at_once is not None:
+        at_once(ranges)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shardwise.checkpoint import Run
+from shardwise.checkpoint import Run, fetch_mapped
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_source import awaited, mapped, require_unchanged, stitched
 from shardwise.materialization.convert import convert
@@ -90,6 +90,10 @@ def allocate(
             else:
                 pages[item.fqn] = found
         final.append(_read_instead(plan, unmapped, max_read_bytes) if unmapped else plan)
+        fetch_mapped(
+            plan.source,
+            [(run.file, run.start, run.stop) for item in final[-1].direct.mapped for run in item.runs],
+        )
     planned = {fqn for plan in plans for fqn in plan.fqns}
     with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
         allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)

@@ -91,7 +91,6 @@ def open_source(
     access: HubAccess | None = None,
     direct_io: bool = False,
     configs_into: Path | None = None,
-    fetch_ahead: bool = False,
 ) -> Opened:
     """Open a checkpoint. All ranks of the call do this together.
 
@@ -105,7 +104,6 @@ def open_source(
         direct_io: Whether files are read past the page cache, where the file system can.
         configs_into: Empty directory of this rank; where it does not see the checkpoint, its small configuration files are
             written there. None: nothing but tensors is wanted.
-        fetch_ahead: Begin to bring the files into the page cache, where all ranks are on one node, which will read all of them.
 
     Returns:
         The source, a `StateDictSource` where the first rank alone holds the values, a `RemoteSource` where this rank cannot
@@ -157,8 +155,6 @@ def open_source(
         source = _of_reader(tensors, agreement, name=place.name)
     else:
         source = _safetensors(place, path, agreement, direct_io=direct_io)
-        if fetch_ahead and place.is_of_one_node and isinstance(source, SafetensorsSource):
-            source.fetch_pages(part=agreement.ranks.index(agreement.rank), parts=len(agreement.ranks))
     return Opened(source=source, path=directory if directory is not None else Path())
 
 
@@ -173,7 +169,6 @@ class _Place:
         checks: Whether this rank is the first of its node that sees it, and not the reader.
         is_pickle: Whether it is a pickle file.
         some_are_blind: Whether there are ranks that do not see it.
-        is_of_one_node: Whether all ranks are on one node and see it.
     """
 
     name: str
@@ -182,7 +177,6 @@ class _Place:
     checks: bool
     is_pickle: bool
     some_are_blind: bool
-    is_of_one_node: bool
 
 
 def _found_by_ranks(
@@ -232,7 +226,6 @@ def _found_by_ranks(
         checks=agreement.rank in first_of_node.values() and agreement.rank != sees[0],
         is_pickle=_format(path / subfolder) == _PICKLE if path is not None else formats[0] == _PICKLE,
         some_are_blind=len(sees) < len(agreement.ranks),
-        is_of_one_node=len(sees) == len(agreement.ranks) and len(first_of_node) == 1,
     )
 
 

@@ -85,7 +85,6 @@ class Strategy(ABC):
         self.route = route
         self.cpu_storage = checked_cpu_storage(cpu_storage, direct_io=direct_io)
         self.direct_io = direct_io
-        self.fetches_ahead = True  # whether a model that is loaded will be read as soon as it is wrapped
         self.timeout_seconds = timeout_seconds_of(timeout, group=None)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
@@ -168,8 +167,6 @@ class Strategy(ABC):
                 missing=missing,
                 config_kwargs=config_kwargs,
                 direct_io=self.direct_io,
-                # With one reader alone the other ranks would fetch what they do not need.
-                fetch_ahead=self.fetches_ahead and self.route not in ("node", "rank0"),
                 agreement=agreement,
             )
             self._bindings.add_model(model, binding)

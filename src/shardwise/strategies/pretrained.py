@@ -61,7 +61,6 @@ def load_deferred(
     missing: str | Sequence[str],
     config_kwargs: dict[str, Any],
     direct_io: bool,
-    fetch_ahead: bool,
     agreement: Agreement,
 ) -> tuple[nn.Module, Pretrained, Binding]:
     """Build a model on meta on every rank and find its values in the checkpoint's headers.
@@ -73,7 +72,6 @@ def load_deferred(
         missing: `"error"`, `"init"`, or name patterns of parameters that may be missing.
         config_kwargs: Further arguments of `from_pretrained`.
         direct_io: Whether files are read past the page cache.
-        fetch_ahead: Whether all ranks read files, so that these may come into the page cache while the model is built.
         agreement: Of the call.
 
     Returns:
@@ -94,7 +92,6 @@ def load_deferred(
             access=HubAccess.from_arguments(config_kwargs),
             direct_io=direct_io,
             configs_into=Path(configs),
-            fetch_ahead=fetch_ahead,
         )
         with agreement.phase("build"), resting_collector():
             refuse_device_map(config_kwargs)

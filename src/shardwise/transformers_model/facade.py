@@ -106,9 +106,6 @@ class TransformersModel(Exporting):
             timeout=timeout,
             cpu_storage=cpu_storage,
         )
-        self.strategy.fetches_ahead = (
-            False  # the values may come from a saved training, and not from the model's files
-        )
         self._engine = engine_of(self.strategy)
         self._device = device_of(self.strategy.device_mesh)
         self._name = lasting_name(model_id)
