@@ -98,7 +98,10 @@ def test_memory_that_nobody_closes_is_given_back_with_its_owner(driver: Driver) 
     assert driver.registered == {}
 
 
-def test_where_the_driver_refuses_torch_allocates(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_public", [True, False])
+def test_where_the_driver_refuses_torch_allocates(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, is_public: bool
+) -> None:
     driver.refuses = True
     empty, asked = torch.empty, []
 
@@ -112,7 +115,13 @@ def test_where_the_driver_refuses_torch_allocates(driver: Driver, monkeypatch: p
     monkeypatch.setattr(torch, "empty", pinning)
     monkeypatch.setattr(torch, "zeros", zeros)
     emptied: list[bool] = []
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append(True), raising=False)
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    if is_public:
+        monkeypatch.setattr(
+            torch.accelerator, "empty_host_cache", lambda: emptied.append(True), raising=False
+        )
+    else:
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: emptied.append(True), raising=False)
     made = memory()
     assert asked == [((NBYTES,), True)]
     made.close()

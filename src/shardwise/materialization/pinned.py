@@ -55,8 +55,8 @@ class PinnedMemory:
         if self._unpin is not None:
             self._unpin()  # before the pages go, whose address may be another thread's in the next moment
         self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-        if self._unpin is None and hasattr(torch.accelerator, "empty_host_cache"):
-            torch.accelerator.empty_host_cache()
+        if self._unpin is None:
+            _empty_host_cache()
 
 
 def _runtime_of(device: torch.device) -> Any:
@@ -64,6 +64,13 @@ def _runtime_of(device: torch.device) -> Any:
     runtime = getattr(torch.get_device_module(device), "cudart", None)
     found = runtime() if runtime is not None else None
     return found if hasattr(found, "cudaHostRegister") else None
+
+
+def _empty_host_cache() -> None:
+    # torch 2.11 has no public name for it.
+    empty: Any = getattr(torch.accelerator, "empty_host_cache", getattr(torch._C, "_host_emptyCache", None))
+    if empty is not None:
+        empty()
 
 
 def _is_success(status: Any) -> bool:
