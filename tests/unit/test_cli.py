@@ -518,6 +518,16 @@ def test_report_of_something_else_is_one_paragraph_and_status_2(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["x.xyz", "x"])
+def test_a_picture_of_another_kind_is_one_paragraph_and_status_2(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(synthetic_comparison()))
+    result = runner.invoke(app, ["report", str(path), "--png", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert "expected a file that ends in .png, .svg or .pdf, got " in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_report_of_a_missing_file_is_status_1(tmp_path: Path) -> None:
     result = runner.invoke(app, ["report", str(tmp_path / "none.json")])
     assert result.exit_code == 1

@@ -138,6 +138,21 @@ def test_the_verdict_tries_what_would_help(directory: str) -> None:
     assert all(way.fits is None for way in plan_job(directory, mesh_shape=4).ways)
 
 
+def test_what_lacks_on_the_host_is_not_moved_there(directory: str) -> None:
+    one_node = plan_job(directory, mesh_shape=4, host_bytes=1)
+    assert one_node.verdict is not None
+    assert "--offload" not in one_node.verdict.text
+    assert "with --ranks 8 --nodes 2: " in one_node.verdict.text
+    on_shards = plan_job(directory, mesh_shape=4, device="cpu")
+    fewer = plan_job(directory, mesh_shape=8, device="cpu", ranks_per_node=4)
+    assert fewer.training.host_bytes < on_shards.training.host_bytes
+    enough = 4 * fewer.training.host_bytes
+    helped = plan_job(directory, mesh_shape=4, device="cpu", host_bytes=enough)
+    assert helped.verdict is not None
+    assert not helped.verdict.fits
+    assert "still too much" not in helped.verdict.text
+
+
 def test_a_node_needs_what_all_its_ranks_do(directory: str) -> None:
     plan = plan_job(directory, mesh_shape=4, device="cpu", cpu_storage="copy", host_bytes=1)
     assert plan.verdict is not None
@@ -409,6 +424,17 @@ def test_the_command_prints_plain_lines_in_a_pipe(directory: str, tmp_path: Path
     assert result.output.isascii()  # no lines are drawn
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [("--read-gbps", "--link-gbps"), ("--link-gbps", "--read-gbps or --measure-read")],
+)
+def test_seconds_that_are_not_known_name_the_option(directory: str, given: str, wanted: str) -> None:
+    result = run(directory, "--ranks", "8", "--replicas", "2", given, "2")
+    assert result.output.splitlines()[-1] == f"Seconds of ways with - are known with {wanted} too."
+    both = run(directory, "--ranks", "8", "--replicas", "2", "--read-gbps", "2", "--link-gbps", "2")
+    assert "are known with" not in both.output
+
+
 def test_the_status_says_that_it_does_not_fit(directory: str) -> None:
     result = run(directory, "--ranks", "4", "--device-ram", "0.01")
     assert result.exit_code == 3
@@ -435,7 +461,13 @@ def test_the_status_says_that_it_does_not_fit(directory: str) -> None:
             "expected --nodes or --ranks-per-node, got both",
         ),
         (["--ranks", "8", "--optimizer", "lion"], "optimizer: expected one of"),
-        (["--ranks", "8", "--read-gbps", "0"], "read_bytes_per_second: expected a number above 0"),
+        (["--ranks", "8", "--read-gbps", "0"], "--read-gbps: expected a number above 0, got 0"),
+        (["--ranks", "8", "--link-gbps", "nan"], "--link-gbps: expected a number above 0, got nan"),
+        (
+            ["--ranks", "8", "--read-gbps", "2", "--measure-read"],
+            "expected --read-gbps or --measure-read, got both",
+        ),
+        (["--ranks", "8", "--host-ram", "inf"], "--host-ram: expected a finite number, got inf"),
     ],
 )
 def test_options_that_are_refused(directory: str, options: list[str], message: str) -> None:

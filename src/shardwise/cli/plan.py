@@ -40,7 +40,11 @@ def plan_command(
     ] = 1,
     mesh: Annotated[
         str | None,
-        typer.Option("--mesh", help="REPLICASxSHARDS, such as 2x4, in place of --ranks.", show_default=False),
+        typer.Option(
+            "--mesh",
+            help="REPLICASxSHARDS, such as 2x4, in place of --ranks and --replicas.",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         str,
@@ -79,7 +83,6 @@ def plan_command(
         float | None,
         typer.Option(
             "--read-gbps",
-            min=0,
             help="Gigabytes (10^9 bytes) per second from storage to one node.",
             show_default=False,
         ),
@@ -95,7 +98,6 @@ def plan_command(
         float | None,
         typer.Option(
             "--link-gbps",
-            min=0,
             help="Gigabytes per second that one rank receives, or sends.",
             show_default=False,
         ),
@@ -122,6 +124,8 @@ def plan_command(
     with errors_reported(debug=debug):
         axes = _axes(ranks, mesh, replicas=replicas, tp=tp)
         per_node = _ranks_per_node(axes, nodes, ranks_per_node)
+        if measure_read and read_gbps is not None:
+            raise ConfigurationError("plan: expected --read-gbps or --measure-read, got both")
         from shardwise.cli.plan_display import show_plan
         from shardwise.planning import plan_job
 
@@ -136,11 +140,11 @@ def plan_command(
             device=device,
             offload=offload,
             ranks_per_node=per_node,
-            read_bytes_per_second=_times(read_gbps, _GIGABYTE),
-            link_bytes_per_second=_times(link_gbps, _GIGABYTE),
+            read_bytes_per_second=_rate("--read-gbps", read_gbps),
+            link_bytes_per_second=_rate("--link-gbps", link_gbps),
             measure_read=measure_read,
-            host_bytes=_bytes(host_ram),
-            device_bytes=_bytes(device_ram),
+            host_bytes=_bytes("--host-ram", host_ram),
+            device_bytes=_bytes("--device-ram", device_ram),
         )
         show_plan(plan)
         if json_file is not None:
@@ -188,9 +192,15 @@ def _ranks_per_node(axes: dict[str, int], nodes: int | None, ranks_per_node: int
     return max(1, ranks // nodes)
 
 
-def _times(number: float | None, unit: int) -> float | None:
-    return None if number is None else number * unit
+def _rate(option: str, gigabytes: float | None) -> float | None:
+    if gigabytes is None:
+        return None
+    if not 0 < gigabytes < float("inf"):
+        raise ConfigurationError(f"{option}: expected a number above 0, got {gigabytes:g}")
+    return gigabytes * _GIGABYTE
 
 
-def _bytes(gibibytes: float | None) -> int | None:
+def _bytes(option: str, gibibytes: float | None) -> int | None:
+    if gibibytes == float("inf"):
+        raise ConfigurationError(f"{option}: expected a finite number, got {gibibytes}")
     return None if gibibytes is None else int(gibibytes * _GIBIBYTE)

@@ -167,6 +167,9 @@ def _notes(plan: JobPlan) -> list[str]:
             if rate is not None
         ]
         notes.append(f"Seconds at {' and '.join(said)}, without start-up, casts and copies to devices.")
+        if any(way.seconds is None for way in plan.ways):
+            rate = "--link-gbps" if rates.link_bytes_per_second is None else "--read-gbps or --measure-read"
+            notes.append(f"Seconds of ways with - are known with {rate} too.")
     return notes
 
 

@@ -125,8 +125,10 @@ def plan_job(
     )
     found = None
     if limits.given:
-        changes = _alternatives(subject, setting, states, mixed_precision, route)
-        found = verdict(_need(taken, state, here), limits, changes)
+        need = _need(taken, state, here)
+        host_lacks = any(lack.where != "device" for lack in limits.lacking(need))
+        changes = _alternatives(subject, setting, states, mixed_precision, route, host_lacks=host_lacks)
+        found = verdict(need, limits, changes)
     return JobPlan(
         load=taken,
         ways=tuple(ways),
@@ -225,9 +227,18 @@ def _need(plan: LoadPlan, state: TrainingState, ranks_per_node: int) -> Need:
 
 
 def _alternatives(
-    subject: Subject, setting: Setting, states: OptimizerStates, mixed_precision: str, route: str
+    subject: Subject,
+    setting: Setting,
+    states: OptimizerStates,
+    mixed_precision: str,
+    route: str,
+    *,
+    host_lacks: bool,
 ) -> Iterator[Alternative]:
-    """Yield what may help, the least change of a job first."""
+    """Yield what may help, the least change of a job first.
+
+    Where a node's memory is what lacks, shards are not moved there, and more ranks come with nodes of their own.
+    """
     axes = setting.axes
     replicas = next((size for name, size in axes.items() if name in REPLICATE_AXES), 1)
     changes: list[tuple[str, Setting]] = []
@@ -236,12 +247,16 @@ def _alternatives(
         fewer = {name: size for name, size in axes.items() if name not in REPLICATE_AXES}
         fewer[shard] *= replicas
         changes.append(("--replicas 1", dataclasses.replace(setting, axes=axes_of(fewer))))
-    if not setting.on_host and not setting.offload:
+    if not (setting.on_host or setting.offload or host_lacks):
         changes.append(("--offload", dataclasses.replace(setting, offload=True)))
     twice = {**axes, shard: axes[shard] * 2}
-    nodes = -(-2 * setting.ranks // setting.ranks_per_node)
+    per_node = min(setting.ranks_per_node, setting.ranks) if host_lacks else setting.ranks_per_node
+    nodes = -(-2 * setting.ranks // per_node)
     changes.append(
-        (f"--ranks {2 * setting.ranks} --nodes {nodes}", dataclasses.replace(setting, axes=axes_of(twice)))
+        (
+            f"--ranks {2 * setting.ranks} --nodes {nodes}",
+            dataclasses.replace(setting, axes=axes_of(twice), ranks_per_node=per_node),
+        )
     )
     for text, changed in changes:
 

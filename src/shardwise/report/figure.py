@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from shardwise.errors import MissingDependencyError
+from shardwise.errors import ConfigurationError, MissingDependencyError
 from shardwise.report.comparison import Run, read_comparison
 from shardwise.report.legend import draw_words
 from shardwise.report.panel import Column, draw_panel, scale_of
 
+_SUFFIXES: Final = (".png", ".svg", ".pdf")
 _DPI: Final = 150
 _PANEL_INCHES: Final = 1.95  # height
 _BETWEEN_ROWS_INCHES: Final = 0.55
@@ -46,8 +47,13 @@ def save_figure(comparison: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
-        ConfigurationError: The document cannot be read.
+        ConfigurationError: The document cannot be read, or the suffix is another one.
     """
+    target = Path(path)
+    if target.suffix.lower() not in _SUFFIXES:
+        raise ConfigurationError(
+            f"picture of a comparison: expected a file that ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}, got {target}."
+        )
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Canvas
@@ -84,7 +90,6 @@ def save_figure(comparison: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         if column.part == "step":
             axes[0][index].set_title(_STEP_HEADING, loc="left", fontsize=11)
     draw_words(figure, comparison=comparison, runs=runs, first=axes[0][0])
-    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=_DPI)
 
