@@ -52,6 +52,7 @@ def calls(route: str, ranks: int, *, tensors: int, axes: tuple[Placement, ...] =
             device=torch.device("cpu"),
             staging_bytes=2**26,
             cpu_storage="copy",
+            on_host=True,
         )
     finally:
         sys.setprofile(before)
