@@ -12,6 +12,7 @@ import torch
 from shardwise.errors import ConfigurationError
 from shardwise.materialization.cpus import (
     cpus_near,
+    cpus_of_node,
     device_read_threads,
     keep_to,
     near_of,
@@ -57,7 +58,7 @@ def test_a_limit_counts_where_threads_keep_to_some_cpus(
 @linux
 def test_the_first_version_of_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    write(tmp_path / "proc/self/cgroup", "5:memory:/\n4:cpu,cpuacct:/job\n")
+    write(tmp_path / "proc/self/cgroup", "5:memory:/\n4:cpu,cpuacct:/job\n0::/other/group\n")
     write(tmp_path / "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us", "-1\n")
     write(tmp_path / "sys/fs/cgroup/cpu/job/cpu.cfs_period_us", "100000\n")
     assert usable_cpus(tmp_path) == 12
@@ -66,26 +67,43 @@ def test_the_first_version_of_cgroups(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("cpus", "environ", "threads"),
+    ("cpus", "of_node", "environ", "threads"),
     [
-        (16, {}, 16),
-        (64, {}, 16),
-        (1, {}, 2),
-        (16, {"LOCAL_WORLD_SIZE": "4"}, 4),
-        (16, {"LOCAL_WORLD_SIZE": "many"}, 16),
-        (16, {"SHARDWISE_READ_THREADS": "5", "LOCAL_WORLD_SIZE": "4"}, 5),
-        (16, {"SHARDWISE_READ_THREADS": " "}, 16),
+        (16, 16, {}, 16),
+        (64, 64, {}, 16),
+        (1, 1, {}, 2),
+        (16, 16, {"LOCAL_WORLD_SIZE": "4"}, 4),
+        (16, 16, {"LOCAL_WORLD_SIZE": "many"}, 16),
+        (16, 16, {"SHARDWISE_READ_THREADS": "5", "LOCAL_WORLD_SIZE": "4"}, 5),
+        (16, 16, {"SHARDWISE_READ_THREADS": " "}, 16),
+        (14, 112, {"LOCAL_WORLD_SIZE": "8"}, 14),  # each rank is bound to CPUs of its own
+        (56, 112, {"LOCAL_WORLD_SIZE": "8"}, 14),  # to those of one half of the machine, as three others are
+        (8, 112, {"LOCAL_WORLD_SIZE": "8"}, 8),
     ],
 )
-def test_ranks_share_the_cpus(cpus: int, environ: dict[str, str], threads: int) -> None:
-    assert device_read_threads(cpus=cpus, environ=environ) == threads
+def test_ranks_share_the_cpus(cpus: int, of_node: int, environ: dict[str, str], threads: int) -> None:
+    assert device_read_threads(cpus=cpus, of_node=of_node, environ=environ) == threads
+
+
+def test_the_cpus_of_all_ranks_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 112)
+    assert cpus_of_node(tmp_path) == 112
+    write(tmp_path / "proc/self/cgroup", "5:cpuset:/job\n0::/job/step\n")
+    write(tmp_path / "sys/fs/cgroup/cpuset.cpus.effective", "0-111\n")
+    write(tmp_path / "sys/fs/cgroup/job/cpuset.cpus.effective", "0-27,56-83\n")
+    write(tmp_path / "sys/fs/cgroup/job/step/cpuset.cpus.effective", "\n")
+    assert cpus_of_node(tmp_path) == 56
+    write(tmp_path / "sys/fs/cgroup/cpuset/job/cpuset.effective_cpus", "0-15\n")  # the first version
+    assert cpus_of_node(tmp_path) == 16
+    write(tmp_path / "sys/fs/cgroup/job/cpu.max", "350000 100000\n")
+    assert cpus_of_node(tmp_path) == 4
 
 
 def test_a_number_of_threads_that_is_none() -> None:
     with pytest.raises(
         ConfigurationError, match="SHARDWISE_READ_THREADS: expected a whole number above 0, got 'all'"
     ):
-        device_read_threads(cpus=4, environ={"SHARDWISE_READ_THREADS": "all"})
+        device_read_threads(cpus=4, of_node=4, environ={"SHARDWISE_READ_THREADS": "all"})
 
 
 def test_lists_of_cpus() -> None:

@@ -18,11 +18,12 @@ _FEWEST_THREADS, _MOST_THREADS = 2, 16
 _SYSTEM: Final = Path("/")
 
 
-def device_read_threads(*, cpus: int, environ: Mapping[str, str]) -> int:
+def device_read_threads(*, cpus: int, of_node: int, environ: Mapping[str, str]) -> int:
     """Return how many threads read a rank's bytes into pinned memory: its part of the CPUs, since reading from the page cache is copying.
 
     Args:
-        cpus: That this process may use; the other ranks of the node use the same.
+        cpus: That this process may use. They may be its own already: launchers bind ranks to some.
+        of_node: That all ranks of the node may use together.
         environ: `SHARDWISE_READ_THREADS` in it wins; `LOCAL_WORLD_SIZE` says how many ranks the node has.
 
     Raises:
@@ -32,8 +33,8 @@ def device_read_threads(*, cpus: int, environ: Mapping[str, str]) -> int:
     if asked is not None:
         return asked
     local_ranks = environ.get("LOCAL_WORLD_SIZE", "1")
-    share = cpus // max(1, int(local_ranks) if local_ranks.isdigit() else 1)
-    return max(_FEWEST_THREADS, min(_MOST_THREADS, share))
+    share = of_node // max(1, int(local_ranks) if local_ranks.isdigit() else 1)
+    return max(_FEWEST_THREADS, min(_MOST_THREADS, share, cpus))
 
 
 def positive_from(environ: Mapping[str, str], name: str) -> int | None:
@@ -62,6 +63,16 @@ def usable_cpus(system: Path = _SYSTEM) -> int:
     return max(1, min([by_affinity, *map(math.ceil, _cgroup_limits(system))]))
 
 
+def cpus_of_node(system: Path = _SYSTEM) -> int:
+    """Return the number of CPUs that all processes of this job may use at a time on this node: what its cgroups leave it.
+
+    Args:
+        system: Root of the file system; another one in tests.
+    """
+    limits = map(math.ceil, _cgroup_limits(system))
+    return max(1, min([os.cpu_count() or 1, *limits, *_cpuset_sizes(system)]))
+
+
 def usable_of(near: frozenset[int] | None, system: Path = _SYSTEM) -> int:
     """Return how many CPUs threads may use at a time that keep to some.
 
@@ -73,17 +84,31 @@ def usable_of(near: frozenset[int] | None, system: Path = _SYSTEM) -> int:
     return min(usable, len(near)) if near else usable
 
 
-def _cgroup_limits(system: Path) -> Iterator[float]:
-    """Yield the CPUs' worth of time that each group around this process has; none where there is no limit."""
-    own = ""
+def _groups_around(system: Path, controller: str) -> Iterator[Path]:
+    """Yield the paths of the groups around this process, of both versions of cgroups, which may be in use side by side."""
+    found = {Path()}
     with suppress(OSError):
         for line in (system / "proc/self/cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
-            if number == "0" or "cpu" in controllers.split(","):
-                own = path.strip("/")
-    parts = Path(own).parts
-    for depth in range(len(parts) + 1):
-        inside = Path(*parts[:depth])
+            if number == "0" or controller in controllers.split(","):
+                own = Path(path.strip("/"))
+                found |= {own, *own.parents}
+    yield from found
+
+
+def _cpuset_sizes(system: Path) -> Iterator[int]:
+    """Yield how many CPUs each group around this process may run on; none where that is not said."""
+    for inside in _groups_around(system, "cpuset"):
+        for name in (inside / "cpuset.cpus.effective", "cpuset" / inside / "cpuset.effective_cpus"):
+            with suppress(OSError, ValueError):
+                size = len(parsed_cpus((system / "sys/fs/cgroup" / name).read_text()))
+                if size:
+                    yield size
+
+
+def _cgroup_limits(system: Path) -> Iterator[float]:
+    """Yield the CPUs' worth of time that each group around this process has; none where there is no limit."""
+    for inside in _groups_around(system, "cpu"):
         with suppress(OSError, ValueError):
             quota, period = (system / "sys/fs/cgroup" / inside / "cpu.max").read_text().split()
             yield float(quota) / float(period)  # "max" is no number

@@ -12,7 +12,13 @@ from typing import Final
 import torch
 
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.cpus import cpus_near, device_read_threads, positive_from, usable_of
+from shardwise.materialization.cpus import (
+    cpus_near,
+    cpus_of_node,
+    device_read_threads,
+    positive_from,
+    usable_of,
+)
 from shardwise.materialization.pinned import PinnedMemory
 
 _MEBIBYTE = 2**20
@@ -111,7 +117,7 @@ class StagingRing:
     @property
     def threads(self) -> int:
         """Number of threads that read into pinned buffers."""
-        return device_read_threads(cpus=usable_of(self.cpus), environ=os.environ)
+        return device_read_threads(cpus=usable_of(self.cpus), of_node=cpus_of_node(), environ=os.environ)
 
     def take(self) -> torch.Tensor:
         """Return a free buffer: uint8, `nbytes` long. It must be given back."""
