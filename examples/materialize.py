@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 4 examples/materialize.py directory-with-safetensors
 
-Where the directory is empty, rank 0 writes a file of random values first, so that the example has something to read.
+Where the directory is empty or not there, rank 0 writes a file of random values first, so that the example has something to read.
 """
 
 import sys
@@ -40,6 +40,7 @@ def stored_name(name: str) -> str:
 dist.init_process_group()
 directory = Path(sys.argv[1])
 if dist.get_rank() == 0 and not any(directory.glob("*.safetensors")):
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(
         {stored_name(n): p.detach() for n, p in Net().named_parameters()}, directory / "model.safetensors"
     )

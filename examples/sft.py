@@ -2,7 +2,8 @@
 
 torchrun --nproc-per-node 4 examples/sft.py path-or-hub-id directory-to-write
 
-As in examples/trainer.py the strategy is made first, and `use_configured_state` keeps the trainer on its state.
+It needs `pip install trl datasets` beside shardwise, and a model with its tokenizer. As in examples/trainer.py the strategy is
+made first, and `use_configured_state` keeps the trainer on its state.
 """
 
 import sys
