@@ -33,8 +33,8 @@ fill, open_source, scatter, storage, stored_ties = (
     import_module(f"shardwise.materialization.{name}")
     for name in ("fill", "open_source", "scatter", "storage", "stored_ties")
 )
-noted, pretrained, wrap = (
-    import_module(f"shardwise.strategies.{name}") for name in ("noted", "pretrained", "wrap")
+noted, pretrained, sharding, wrap = (
+    import_module(f"shardwise.strategies.{name}") for name in ("noted", "pretrained", "sharding", "wrap")
 )
 
 RANKS = 2
@@ -164,7 +164,7 @@ CALL_FAULTS = (
         phase="shard",
         error="ValueError",
         message="cannot shard",
-        inject=lambda: mock.patch.object(wrap, "fully_shard", raising(ValueError("cannot shard"))),
+        inject=lambda: mock.patch.object(sharding, "fully_shard", raising(ValueError("cannot shard"))),
     ),
     CallFault(
         name="the transfer cannot be planned",
@@ -234,7 +234,7 @@ CALL_FAULTS = (
         phase="shard",
         error="ValueError",
         message="cannot shard",
-        inject=lambda: mock.patch.object(wrap, "fully_shard", raising(ValueError("cannot shard"))),
+        inject=lambda: mock.patch.object(sharding, "fully_shard", raising(ValueError("cannot shard"))),
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,35 @@ def export_with_fault(source: str, folder: str, fault: str) -> None:
     dist.barrier()
     sw.export_checkpoint(model, target)  # in the same processes
     assert content_of(target) == content_of(source)
+
+
+def test_a_rank_that_finds_the_files_gone_names_the_failure_that_took_them(
+    pool: RankPool, tmp_path: Path, checkpoint: Checkpoint
+) -> None:
+    """The first rank takes the files away once a rank has failed; a late one blamed the disk for it."""
+    pool.run(export_late, checkpoint("qwen3_tied"), str(tmp_path), ranks=3)
+
+
+def export_late(source: str, folder: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    model = strategy.wrap_model(load(strategy, source, defer=True, dtype="auto"))
+    target = Path(folder) / "out"
+    rank, real = dist.get_rank(), OutputFiles._descriptor
+
+    def late(self: OutputFiles, file: str) -> int:
+        deadline = time.monotonic() + 20
+        while os.listdir(folder) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return real(self, file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(OutputFiles, "_descriptor", refuse_to_open if rank == 1 else late)
+        with pytest.raises(
+            CheckpointError if rank == 1 else PeerError, match=r"(?s)out: .*rank 1 .*Permission denied"
+        ):
+            sw.export_checkpoint(model, target, timeout=25.0)
+    dist.barrier()
 
 
 def test_an_existing_directory_and_different_arguments_are_refused_on_every_rank(

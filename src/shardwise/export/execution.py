@@ -119,8 +119,14 @@ def write_content(
                     buffer_bytes=buffer_bytes,
                 )
             if agreement.rank in writers:
-                for name in dict.fromkeys(write.file for plan in plans for write in plan.writes):
-                    files.open(name)
+                try:
+                    for name in dict.fromkeys(write.file for plan in plans for write in plan.writes):
+                        files.open(name)
+                except CheckpointError:
+                    agreement.check(
+                        now=True
+                    )  # where another rank has failed, the first one takes the files away
+                    raise
         network_bytes = 0
         with agreement.phase("write"), ExitStack() as planes:
             plane = None
