@@ -137,11 +137,17 @@ def write_figures(
         "device": devices(),
         "floor": floor,
         "environment": describe_environment(),
-        "options": {key: str(value) for key, value in vars(options).items()},
+        "options": {key: _without_folders(value) for key, value in vars(options).items()},
         **figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_folders(value: Any) -> str:
+    """Return an option as text; of a path its last part, since the rest says something about the machine alone."""
+    text = str(value)
+    return Path(text).name if Path(text).is_absolute() else text
 
 
 def commit() -> str | None:

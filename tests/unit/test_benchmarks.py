@@ -52,3 +52,8 @@ def test_every_program_writes_its_floor() -> None:
     for path in FOLDER.glob("bench_*.py"):
         text = path.read_text(encoding="utf-8")
         assert re.search(r"write_figures\([^)]*floor=", text, flags=re.DOTALL), path.name
+
+
+def test_committed_figures_name_no_folder_of_a_machine() -> None:
+    for path in (FOLDER / "results").glob("*.json"):
+        assert not re.search(r'"/\w', path.read_text(encoding="utf-8")), path
