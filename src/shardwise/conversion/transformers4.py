@@ -67,7 +67,10 @@ def _head_and_embedding(model: Any) -> dict[str, str]:
     """Return the name of the head's weight with that of the embedding's, where the config ties the two."""
     if not getattr(model.config.get_text_config(decoder=True), "tie_word_embeddings", False):
         return {}
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    try:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    except NotImplementedError:  # CLIP's has several embeddings, and no head
+        return {}
     name_of = {module: name for name, module in model.named_modules()}
     if head not in name_of or embedding not in name_of:
         return {}
