@@ -94,6 +94,16 @@ OPTIONS = {
         "--json",
         "--debug",
     },
+    "load": {
+        "--ranks",
+        "--strategy",
+        "--dtype",
+        "--mixed-precision",
+        "--route",
+        "--cpu-storage",
+        "--json",
+        "--debug",
+    },
     "verify": {"--against", "--ranks", "--json", "--debug"},
     "export": {
         "--model",

@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": "--model m",
     "compare": "m",
     "report": "measured.json",
+    "load": "m",
     "plan": "m --ranks 2",
     "train": "m text.txt --output-dir out",
     "verify": "m",

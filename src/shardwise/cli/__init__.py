@@ -7,6 +7,7 @@ import typer
 from shardwise.cli.compare import compare_command
 from shardwise.cli.demo import demo_command
 from shardwise.cli.export import export_command
+from shardwise.cli.load import load_command
 from shardwise.cli.plan import plan_command
 from shardwise.cli.report import report_command
 from shardwise.cli.train import train_command
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command("demo")(demo_command)
 app.command("compare")(compare_command)
 app.command("report")(report_command)
+app.command("load")(load_command)
 app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("verify")(verify_command)

@@ -12,9 +12,8 @@ from torch import nn
 
 from shardwise.errors import ConfigurationError
 from shardwise.materialization import Agreement
-from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
+from shardwise.strategies import STRATEGIES, AccelerateStrategy, NativeFSDPStrategy
 
-STRATEGIES = {AccelerateStrategy.name: AccelerateStrategy, NativeFSDPStrategy.name: NativeFSDPStrategy}
 # What AutoTokenizer can start from; a directory without any of them has no tokenizer.
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -1,0 +1,72 @@
+"""`shardwise load`: bring a model up sharded, and say what it did cost."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardwise.cli.options import DebugOption, JsonOption, RanksOption
+from shardwise.cli.results import write_json
+from shardwise.cli.terminal import errors_reported, temporary_logs, terminal_progress
+
+
+def load_command(
+    model: Annotated[
+        str, typer.Argument(help="A causal language model: directory or hub id.", show_default=False)
+    ],
+    ranks: RanksOption = 2,
+    strategy: Annotated[str, typer.Option("--strategy", help="native_fsdp or accelerate.")] = "native_fsdp",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="Dtype in which shards are stored, such as float32; auto: the checkpoint's."
+        ),
+    ] = "auto",
+    mixed_precision: Annotated[
+        str, typer.Option("--mixed-precision", help="Compute dtype: no (that of the shards), bf16 or fp16.")
+    ] = "no",
+    route: Annotated[
+        str,
+        typer.Option("--route", help="Who reads what: auto, direct, replicate, node, rank0 or striped."),
+    ] = "auto",
+    cpu_storage: Annotated[
+        str, typer.Option("--cpu-storage", help="Of shards in host memory: auto maps the files, copy reads.")
+    ] = "auto",
+    json_file: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Load MODEL on several ranks, each its own bytes, print what it did cost, and let go of it.
+
+    Leaves with status 0 if the model came up, 1 if it did not, 2 for wrong options. The JSON is what `shardwise report` reads.
+    """
+    with errors_reported(debug=debug):
+        from shardwise.compare.launch import run_ranks
+        from shardwise.compare.load_worker import load_model
+        from shardwise.errors import ConfigurationError
+        from shardwise.plan import check_route
+        from shardwise.strategies import STRATEGIES
+        from shardwise.tensors import floating_dtype
+
+        if strategy not in STRATEGIES:
+            raise ConfigurationError(
+                f"--strategy: expected one of {', '.join(sorted(STRATEGIES))}, got {strategy!r}."
+            )
+        check_route(route)
+        floating_dtype(dtype, others=("auto",))
+        arguments = {
+            "model": model,
+            "strategy": strategy,
+            "dtype": dtype,
+            "mixed_precision": mixed_precision,
+            "route": route,
+            "cpu_storage": cpu_storage,
+        }
+        with terminal_progress() as progress, temporary_logs() as logs:
+            reports = run_ranks(load_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
+        # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
+        report = reports.get(0)
+        if report is not None:
+            print(report.pop("summary"))
+            if json_file is not None:
+                write_json(report, json_file)
