@@ -230,10 +230,10 @@ def _found_by_ranks(
 
 
 def _safetensors(place: _Place, path: Path | None, agreement: Agreement, *, direct_io: bool) -> Source:
-    with agreement.phase("read headers"):
+    with agreement.phase("read headers"), resting_collector():
         source = None
         if agreement.rank == place.reader and path is not None:
-            with phase("parse headers"), resting_collector():
+            with phase("parse headers"):
                 source = _parsed(place, path, agreement, direct_io=direct_io)
         text = agreement.publish("headers", packed(source.describe()) if source is not None else None)
         if source is not None:
