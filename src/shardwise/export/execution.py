@@ -123,9 +123,8 @@ def write_content(
                     for name in dict.fromkeys(write.file for plan in plans for write in plan.writes):
                         files.open(name)
                 except CheckpointError:
-                    agreement.check(
-                        now=True
-                    )  # where another rank has failed, the first one takes the files away
+                    # Where another rank has failed, the first one takes the files away.
+                    agreement.check(now=True)
                     raise
         network_bytes = 0
         with agreement.phase("write"), ExitStack() as planes:
