@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
-from shardwise.cli.results import write_json
-from shardwise.cli.terminal import errors_reported, temporary_logs, terminal_progress
+from shardwise.cli.results import run_on_ranks
+from shardwise.cli.terminal import errors_reported
 
 
 def export_command(
@@ -56,7 +56,6 @@ def export_command(
     """
     with errors_reported(debug=debug):
         from shardwise.compare.export_worker import export_model
-        from shardwise.compare.launch import run_ranks
         from shardwise.errors import ConfigurationError
         from shardwise.transformers_model.resume import STATE_NAME
 
@@ -80,13 +79,7 @@ def export_command(
             "overwrite": overwrite,
             "trust_remote_code": trust_remote_code,
         }
-        with terminal_progress() as progress, temporary_logs() as logs:
-            reports = run_ranks(export_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
-        report = reports.get(0)  # under a launcher every rank is here with its own, and all are equal
-        if report is not None:
-            print(report.pop("summary"))
-            if json_file is not None:
-                write_json(report, json_file)
+        run_on_ranks(export_model, arguments, ranks=ranks, json_file=json_file)
 
 
 def _refuse_folder_of_states(source: Path, name: str) -> None:

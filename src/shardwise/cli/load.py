@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
-from shardwise.cli.results import write_json
-from shardwise.cli.terminal import errors_reported, temporary_logs, terminal_progress
+from shardwise.cli.results import run_on_ranks
+from shardwise.cli.terminal import errors_reported
 
 
 def load_command(
@@ -41,7 +41,6 @@ def load_command(
     Leaves with status 0 if the model came up, 1 if it did not, 2 for wrong options. The JSON is what `shardwise report` reads.
     """
     with errors_reported(debug=debug):
-        from shardwise.compare.launch import run_ranks
         from shardwise.compare.load_worker import load_model
         from shardwise.errors import ConfigurationError
         from shardwise.plan import check_route
@@ -62,11 +61,4 @@ def load_command(
             "route": route,
             "cpu_storage": cpu_storage,
         }
-        with terminal_progress() as progress, temporary_logs() as logs:
-            reports = run_ranks(load_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
-        # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
-        report = reports.get(0)
-        if report is not None:
-            print(report.pop("summary"))
-            if json_file is not None:
-                write_json(report, json_file)
+        run_on_ranks(load_model, arguments, ranks=ranks, json_file=json_file)

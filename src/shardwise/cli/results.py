@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.text import Text
 
+from shardwise.cli.terminal import temporary_logs, terminal_progress
 from shardwise.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -72,6 +73,40 @@ def write_json(document: Mapping[str, Any], path: Path) -> None:
     from shardwise.profiling.whole_file import write_whole
 
     write_whole(path, json.dumps(document, indent=2) + "\n")
+
+
+def run_on_ranks(
+    worker: Callable[[Mapping[str, Any]], dict[str, Any]],
+    arguments: Mapping[str, Any],
+    *,
+    ranks: int,
+    json_file: Path | None,
+) -> dict[int, dict[str, Any]]:
+    """Run one function on local ranks, or on those of a launcher; print the first rank's summary, and write its report.
+
+    Args:
+        worker: Returns a rank's report as JSON, with its `summary`.
+        arguments: Of the function.
+        ranks: How many to start.
+        json_file: Where the report is written; None for nowhere.
+
+    Returns:
+        The reports by rank; under a launcher this rank's own.
+
+    Raises:
+        CommandError: A rank failed.
+    """
+    from shardwise.compare.launch import run_ranks
+
+    with terminal_progress() as progress, temporary_logs() as logs:
+        reports = run_ranks(worker, arguments, ranks=ranks, log_directory=logs, progress=progress)
+    # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
+    report = reports.get(0)
+    if report is not None:
+        print(report.pop("summary"))
+        if json_file is not None:
+            write_json(report, json_file)
+    return reports
 
 
 def _answer_lines(comparison: Comparison) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
-from shardwise.cli.results import write_json
-from shardwise.cli.terminal import STATUS_FAILED, errors_reported, temporary_logs, terminal_progress
+from shardwise.cli.results import run_on_ranks
+from shardwise.cli.terminal import STATUS_FAILED, errors_reported
 
 
 def verify_command(
@@ -31,18 +31,10 @@ def verify_command(
     wrong options.
     """
     with errors_reported(debug=debug):
-        from shardwise.compare.launch import run_ranks
         from shardwise.compare.verify_worker import verify_model
 
         arguments = {"model": model, "against": against or model}
-        with terminal_progress() as progress, temporary_logs() as logs:
-            reports = run_ranks(verify_model, arguments, ranks=ranks, log_directory=logs, progress=progress)
-        # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
-        report = reports.get(0)
-        if report is not None:
-            print(report.pop("summary"))
-            if json_file is not None:
-                write_json(report, json_file)
+        reports = run_on_ranks(verify_model, arguments, ranks=ranks, json_file=json_file)
         # What a model's class permits its own checkpoint to lack is no difference.
         lacks = against is not None and any(each["absent"] for each in reports.values())
         equal = all(each["is_equal"] for each in reports.values()) and not lacks
