@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from shardwise.compare.failure import Failure, first_failure
+from shardwise.compare.rank import record_whole
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,23 @@ def test_who_is_named(
 ) -> None:
     first = found(tmp_path, said, statuses, ranks=2)
     assert (first.rank, first.message[: len(expected[1])]) == expected
+
+
+def test_a_rank_that_is_stopped_while_it_writes_its_error_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with monkeypatch.context() as patched:
+
+        def stopped(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(json, "dump", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            record_whole(ValueError("layers.3: cut short"))
+    assert not file.exists()
+    assert os.environ["TORCHELASTIC_ERROR_FILE"] == str(file)
+    record_whole(ValueError("layers.3: cut short"))
+    assert json.loads(file.read_text())["message"]["message"] == "ValueError: layers.3: cut short"
+    assert list(tmp_path.iterdir()) == [file]

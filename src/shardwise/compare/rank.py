@@ -55,15 +55,35 @@ def _log_to_files(directory: Path) -> None:
         os.close(file)
 
 
+def record_whole(error: BaseException) -> None:
+    """Write torch's error file of this rank, which is there with all of its text or not at all.
+
+    The launcher reads it when it has seen a rank fail, and stops the other ranks, which may be writing theirs;
+    a file that is cut short raises in the launcher, in place of the failure.
+    """
+    from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
+
+    whole = os.environ["TORCHELASTIC_ERROR_FILE"]
+    part = f"{whole}.part"
+    os.environ["TORCHELASTIC_ERROR_FILE"] = part
+    try:
+        get_error_handler().record_exception(error)
+    finally:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = whole
+    os.replace(part, whole)
+
+
 def _main(request_file: Path) -> int:
     _log_to_files(Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parent)
     # Only now: what happens during this import belongs into the log too.
-    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.elastic.multiprocessing.errors.handlers import get_error_handler
 
+    get_error_handler().initialize()
     status = 0
     try:
-        record(_run)(request_file)
-    except Exception:
+        _run(request_file)
+    except Exception as error:
+        record_whole(error)
         traceback.print_exc()
         status = 1
     sys.stdout.flush()
