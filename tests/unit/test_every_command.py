@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from shardwise import planning, report
+from shardwise import __version__, planning, report
 from shardwise.cli import app
 from shardwise.compare import experiment, launch
 from shardwise.compare.experiment import Comparison
@@ -125,3 +126,20 @@ def test_the_completion_of_a_shell_can_be_shown() -> None:
     shown = runner.invoke(app, ["--show-completion", "bash"], prog_name="shardwise")
     assert shown.exit_code == 0
     assert re.search(r"complete .*shardwise", shown.output)
+
+
+def test_version_names_what_it_stands_on_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"torch": "2.13.0+cpu", "transformers": "5.23.0", "safetensors": "0.8.0"}
+
+    def version(name: str) -> str:
+        if name not in found:
+            raise importlib.metadata.PackageNotFoundError
+        return found[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    said = runner.invoke(app, ["--version"])
+    assert said.exit_code == 0
+    assert said.output == (
+        f"shardwise {__version__}, torch 2.13.0+cpu, transformers 5.23.0, accelerate (not installed), "
+        "safetensors 0.8.0\n"
+    )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Annotated
+
 import typer
 
+from shardwise import __version__
 from shardwise.cli.compare import compare_command
 from shardwise.cli.demo import demo_command
 from shardwise.cli.export import export_command
@@ -30,9 +34,34 @@ app.command("verify")(verify_command)
 app.command("export")(export_command)
 
 
+def _print_versions(is_asked: bool) -> None:
+    # Of the installed packages' records: importing torch takes a second.
+    if is_asked:
+        beside = ("torch", "transformers", "accelerate", "safetensors")
+        typer.echo(", ".join([f"shardwise {__version__}", *(f"{name} {_version(name)}" for name in beside)]))
+        raise typer.Exit
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 @app.callback()
-def _shardwise() -> None:
-    # Only there so that a command keeps its name when it is the only one.
+def _shardwise(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions of shardwise and of what it stands on, and leave.",
+        ),
+    ] = False,
+) -> None:
+    # What it needs is done by the callbacks of its options.
     pass
 
 
