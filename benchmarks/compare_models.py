@@ -1,4 +1,4 @@
-"""`shardwise compare` on a real model and on two generated ones, with the ways of other libraries: what `docs/compare` shows.
+"""`shardwise compare --routes --peers` on a real model and on two generated ones: what `docs/compare` shows.
 
     python benchmarks/compare_models.py [--model smollm2|dense|moe] [--repeats 3] [--output-dir docs/compare]
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from harness import checkpoint_of, figures_of, save_picture, to_be_shown, write_figures, write_table
 from shardwise.compare.demo_model import demo_model
 from shardwise.compare.experiment import compare
-from shardwise.compare.modes import MODES, modes_named
+from shardwise.compare.modes import DEFAULT_MODES, PEER_NAMES, ROUTE_NAMES, modes_named
 from shardwise.report import agreement_lines, render
 
 _MODELS: Final = {
@@ -46,7 +46,7 @@ def main() -> None:
             comparison = compare(
                 _checkpoint(name, options, folder, console),
                 ranks=_RANKS,
-                modes=modes_named(MODES),
+                modes=modes_named((*DEFAULT_MODES, *ROUTE_NAMES, *PEER_NAMES)),
                 dtype="auto",
                 repeats=options.repeats,
                 load_only=name != "smollm2",

@@ -18,10 +18,12 @@ from tests.distributed.steps import Checkpoint
 pytestmark = pytest.mark.distributed
 
 
-def bring_up(name: str, directory: str) -> tuple[str, int, int, int]:
+def bring_up(name: str, directory: str, replicas: int = 1) -> tuple[str, int, int, int]:
     from transformers import AutoModelForCausalLM
 
-    peer = PEERS[name](init_device_mesh("cpu", (dist.get_world_size(),)))
+    shape = (dist.get_world_size(),) if replicas == 1 else (replicas, dist.get_world_size() // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard")[-len(shape) :])
+    peer = PEERS[name](mesh)
     with sw.profile_memory() as profile:
         model = peer.load_pretrained(AutoModelForCausalLM, directory, dtype="auto")
         model = peer.wrap_model(model)
@@ -34,7 +36,7 @@ def bring_up(name: str, directory: str) -> tuple[str, int, int, int]:
         report.strategy,
         report.world_size,
         len(report.ranks),
-        whole - sum(rank.shard_bytes for rank in report.ranks),
+        whole * replicas - sum(rank.shard_bytes for rank in report.ranks),
     )
 
 
@@ -46,6 +48,13 @@ def test_a_peer_ends_with_the_checkpoint_s_values(
     if name == "transformers-distributed" and not transformers_fuses_experts():
         pytest.skip("transformers 4.57 has no such way")
     assert pool.run(bring_up, name, checkpoint(kind), ranks=2) == [(name, 2, 2, 0)] * 2
+
+
+@pytest.mark.parametrize("name", [name for name in PEER_NAMES if name != "accelerate-stock"])
+def test_a_peer_s_replicas_keep_whole_copies(pool: RankPool, checkpoint: Checkpoint, name: str) -> None:
+    if name == "transformers-distributed" and not transformers_fuses_experts():
+        pytest.skip("transformers 4.57 has no such way")
+    assert pool.run(bring_up, name, checkpoint("qwen3_tied"), 2, ranks=4) == [(name, 4, 4, 0)] * 4
 
 
 def refuse_on_cpu(name: str) -> str:

@@ -13,8 +13,9 @@ from shardwise.compare import experiment
 from shardwise.compare.experiment import Comparison, Outcome, agreement, compare, median_entry, merge_ranks
 from shardwise.compare.fingerprint import differing_names, is_tie, tensor_digest, whole_digest
 from shardwise.compare.model_directory import model_directory
-from shardwise.compare.modes import DEFAULT_MODES, modes_named
+from shardwise.compare.modes import DEFAULT_MODES, MODES, ROUTE_NAMES, modes_named
 from shardwise.errors import CheckpointError, CommandError, ConfigurationError
+from shardwise.plan import ROUTES
 from shardwise.report.comparison import read_comparison
 
 MIB = 1 << 20
@@ -273,12 +274,15 @@ def test_compare_goes_on_after_a_failed_mode(tmp_path: Path, monkeypatch: pytest
         ranks=2,
         modes=modes_named(()),
         dtype="float32",
+        replicas=2,
         log_directory=tmp_path / "logs",
         progress=said.append,
     )
     assert [each["mode"] for each in asked] == list(DEFAULT_MODES)
     assert {(each["dtype"], each["ranks"]) for each in asked} == {("float32", 2)}
     assert [each["mode"] for each in asked if each["ask"]] == ["native-efficient"]
+    assert all(each["mesh_shape"] == [2, 1] for each in asked)
+    assert found.document["replicas"] == 2
     assert not any(each["load_only"] for each in asked)
     assert found.failed_modes == ("native-eager",)
     assert found.is_equal
@@ -344,6 +348,7 @@ def test_a_mode_that_has_failed_is_not_repeated(tmp_path: Path, monkeypatch: pyt
     [
         ({"ranks": 0}, "ranks: expected 1 or more, got 0"),
         ({"repeats": 0}, "repeats: expected 1 or more, got 0"),
+        ({"ranks": 6, "replicas": 4}, "replicas: expected a divisor of the 6 ranks, got 4"),
         ({"dtype": "int8"}, "dtype: expected one of auto, bfloat16, float32, got 'int8'"),
         ({"model": "/nowhere/at/all"}, "model: expected a directory or a hub id"),
     ],
@@ -403,3 +408,12 @@ def test_a_comparison_without_failures_or_differences_is_good() -> None:
     assert not made([], native_eager="ok", native_efficient="failed").is_good
     assert made([], native_eager="ok", dcp_reader="failed").is_good  # another library's way
     assert made(["dcp-reader"], native_eager="ok", dcp_reader="ok").is_good
+
+
+def test_each_route_has_a_mode_of_each_strategy() -> None:
+    routes = [route for route in ROUTES if route != "auto"]
+    assert list(ROUTE_NAMES) == [f"native-{route}" for route in routes]
+    for name, strategy in (("native", "native_fsdp"), ("accelerate", "accelerate")):
+        for route in routes:
+            mode = MODES[f"{name}-{route}"]
+            assert (mode.strategy, mode.route, mode.memory_efficient_init) == (strategy, route, True)

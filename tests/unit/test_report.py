@@ -16,6 +16,7 @@ from shardwise.errors import ConfigurationError, MissingDependencyError
 from shardwise.profiling import Timeline
 from shardwise.report import comparison_table, render, save_figure
 from shardwise.report.comparison import read_comparison
+from shardwise.report.documents import read_documents
 from shardwise.report.legend import rank_colour, shaded_phases
 from shardwise.report.units import format_bytes, format_number, format_seconds
 from tests.unit.comparisons import (
@@ -355,3 +356,9 @@ def test_numbers_keep_what_matters() -> None:
     assert format_bytes(5 << 30, unit=None) == "5.00 GiB"
     assert format_number(512 * MIB, unit="GiB") == "0.50"
     assert [format_seconds(value) for value in (0.012, 12.34, 1234.5)] == ["0.01", "12.3", "1,234"]
+
+
+def test_replicas_are_in_the_headlines() -> None:
+    text = printed({**comparison(), "replicas": 2})
+    assert "SmolLM2, 2 ranks (2 replicas). Times in seconds" in text
+    assert read_documents([{**comparison(), "replicas": 2}]).title.endswith(" on 2 ranks (2 replicas)")

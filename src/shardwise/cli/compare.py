@@ -11,7 +11,7 @@ import typer
 from shardwise.cli.options import DebugOption, JsonOption, OutputOption, RanksOption
 from shardwise.cli.results import LOG_FOLDER, show
 from shardwise.cli.terminal import STATUS_FAILED, errors_reported, terminal_progress
-from shardwise.compare.modes import DEFAULT_MODES, MODES, PEER_NAMES, modes_named
+from shardwise.compare.modes import DEFAULT_MODES, MODES, PEER_NAMES, ROUTE_NAMES, modes_named
 
 
 def compare_command(
@@ -30,6 +30,13 @@ def compare_command(
             help=f"A mode; give it several times for several. {', '.join(MODES)}; default: the first four.",
         ),
     ] = None,
+    routes: Annotated[
+        bool,
+        typer.Option(
+            "--routes",
+            help=f"Every route of the native strategy too, to the modes or the default ones: {', '.join(ROUTE_NAMES)}.",
+        ),
+    ] = False,
     peers: Annotated[
         bool,
         typer.Option(
@@ -38,6 +45,9 @@ def compare_command(
             "with its error, and no failure of the command.",
         ),
     ] = False,
+    replicas: Annotated[
+        int, typer.Option("--replicas", min=1, help="Copies of each shard (HSDP); divides the ranks.")
+    ] = 1,
     repeats: Annotated[
         int, typer.Option("--repeats", min=1, help="Runs of each mode, in turn; the median one counts.")
     ] = 1,
@@ -51,7 +61,8 @@ def compare_command(
 ) -> None:
     """Bring MODEL up in several modes, each in fresh ranks, and compare time, memory, values and logits."""
     with errors_reported(debug=debug):
-        chosen = modes_named((*(mode or DEFAULT_MODES), *(PEER_NAMES if peers else ())))
+        added = (*(ROUTE_NAMES if routes else ()), *(PEER_NAMES if peers else ()))
+        chosen = modes_named((*(mode or DEFAULT_MODES), *added))
         from shardwise.compare.experiment import compare
         from shardwise.compare.launch import refuse_inside_launcher
 
@@ -62,6 +73,7 @@ def compare_command(
                 ranks=ranks,
                 modes=chosen,
                 dtype=dtype,
+                replicas=replicas,
                 repeats=repeats,
                 load_only=load_only,
                 log_directory=output_dir / LOG_FOLDER,

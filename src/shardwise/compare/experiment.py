@@ -100,6 +100,7 @@ def compare(
     dtype: str,
     log_directory: Path,
     progress: Progress,
+    replicas: int = 1,
     repeats: int = 1,
     load_only: bool = False,
     worker: Worker = measure_mode,
@@ -115,6 +116,7 @@ def compare(
         dtype: Dtype in which shards are stored: `auto` for the checkpoint's own, `bfloat16` or `float32`.
         log_directory: Where the output of the ranks of a failed run is left, in a folder of the mode's name.
         progress: Told what goes on.
+        replicas: Copies of each shard (HSDP); divides the ranks.
         repeats: Number of runs of each mode; the one of median time stands for them.
         load_only: Leave out the comparison of values, the training step and the question.
         worker: What each rank runs.
@@ -125,9 +127,11 @@ def compare(
         MissingDependencyError: A mode needs a package that is not installed.
     """
     refuse_inside_launcher("compare", environ=os.environ)
-    for name, value in (("ranks", ranks), ("repeats", repeats)):
+    for name, value in (("ranks", ranks), ("replicas", replicas), ("repeats", repeats)):
         if value < 1:
             raise ConfigurationError(f"{name}: expected 1 or more, got {value}.")
+    if ranks % replicas:
+        raise ConfigurationError(f"replicas: expected a divisor of the {ranks} ranks, got {replicas}.")
     dtype = {"bf16": "bfloat16", "fp32": "float32"}.get(dtype, dtype)
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -145,6 +149,7 @@ def compare(
                         "model": str(directory),
                         "mode": mode.name,
                         "dtype": dtype,
+                        "mesh_shape": [ranks] if replicas == 1 else [replicas, ranks // replicas],
                         "load_only": load_only,
                         "ask": mode is asked,
                     },
@@ -164,6 +169,7 @@ def compare(
             "schema": SCHEMA,
             "model": model,
             "dtype": dtype,
+            "replicas": replicas,
             "environment": describe_environment(),
             "runs": chosen,
             "agreement": agreement(outcomes),

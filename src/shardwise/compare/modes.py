@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
@@ -20,7 +20,7 @@ class Mode:
         name: What the user calls it.
         strategy: Which strategy shards the model; `"peer"`: another library does, in a way of the mode's name.
         memory_efficient_init: Whether no rank loads the whole model, or the source rank alone does.
-        route: Of the strategy: `"auto"` lets each rank read its own bytes, `"rank0"` lets the source rank load and send.
+        route: Of the strategy; `"auto"` is the one that it chooses.
     """
 
     name: str
@@ -29,12 +29,23 @@ class Mode:
     route: str = "auto"
 
 
+DEFAULT_MODES: Final = ("native-eager", "native-efficient", "accelerate-eager", "accelerate-efficient")
+# Not imported from the planner: help is to come without torch.
+ROUTES_BY_NAME: Final = ("direct", "replicate", "node", "rank0", "striped")
+ROUTE_NAMES: Final = tuple(f"native-{route}" for route in ROUTES_BY_NAME)
 PEER_NAMES: Final = (
     "transformers-distributed",
     "dcp-reader",
     "set-model-state-dict",
     "accelerate-stock",
 )
+
+
+def _on_each_route(prefix: str, strategy: StrategyName) -> Iterator[Mode]:
+    for route in ROUTES_BY_NAME:
+        yield Mode(name=f"{prefix}-{route}", strategy=strategy, memory_efficient_init=True, route=route)
+
+
 MODES: Final[Mapping[str, Mode]] = MappingProxyType(
     {
         mode.name: mode
@@ -43,13 +54,12 @@ MODES: Final[Mapping[str, Mode]] = MappingProxyType(
             Mode(name="native-efficient", strategy="native_fsdp", memory_efficient_init=True),
             Mode(name="accelerate-eager", strategy="accelerate", memory_efficient_init=False),
             Mode(name="accelerate-efficient", strategy="accelerate", memory_efficient_init=True),
-            Mode(name="native-rank0", strategy="native_fsdp", memory_efficient_init=True, route="rank0"),
-            Mode(name="accelerate-rank0", strategy="accelerate", memory_efficient_init=True, route="rank0"),
+            *_on_each_route("native", "native_fsdp"),
+            *_on_each_route("accelerate", "accelerate"),
             *(Mode(name=name, strategy="peer", memory_efficient_init=False) for name in PEER_NAMES),
         )
     }
 )
-DEFAULT_MODES: Final = ("native-eager", "native-efficient", "accelerate-eager", "accelerate-efficient")
 
 
 def modes_named(names: Iterable[str]) -> tuple[Mode, ...]:

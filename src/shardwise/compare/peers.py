@@ -5,6 +5,7 @@ Each has the methods of a strategy that a comparison uses. Model, dtype, mesh an
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Peer(ABC):
     """One way.
 
     Args:
-        mesh: One axis, over all ranks.
+        mesh: One axis, or replicas and shards, over all ranks.
     """
 
     optimizer_first = False
@@ -67,10 +68,12 @@ class TransformersDistributed(Peer):
         try:
             from transformers.distributed import DistributedConfig
 
-            config = DistributedConfig(fsdp_size=self.mesh.size())
+            *replicas, shards = self.mesh.shape
+            config = DistributedConfig(fsdp_size=shards, dp_replicate_size=math.prod(replicas))
         except (ImportError, TypeError) as error:
             raise CommandError(
-                "transformers-distributed: expected DistributedConfig(fsdp_size=N), which the installed transformers does not have"
+                "transformers-distributed: expected DistributedConfig(fsdp_size=N, dp_replicate_size=R), which the installed "
+                "transformers does not have"
             ) from error
         model: nn.Module = model_cls.from_pretrained(directory, dtype=dtype, distributed_config=config)
         return model
@@ -139,6 +142,10 @@ class StockAccelerate(Peer):
             raise CommandError(
                 "accelerate-stock: Accelerate turns FSDP on for accelerator ranks only; on CPU ranks it would keep the whole model "
                 "on each of them"
+            )
+        if mesh.ndim > 1:
+            raise CommandError(
+                "accelerate-stock: expected one axis of ranks, got replicas too: compare it without --replicas"
             )
         from accelerate import Accelerator, FullyShardedDataParallelPlugin
 

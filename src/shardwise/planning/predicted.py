@@ -9,6 +9,9 @@ from shardwise.errors import ConfigurationError
 from shardwise.planning.job_plan import JobPlan
 from shardwise.planning.plain_ways import EVERY_RANK
 
+# Where there are no copies, and where there is one node; a plan leaves out the route that comes to another.
+_COMES_TO = {"replicate": "direct", "node": "rank0"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
@@ -47,7 +50,7 @@ def predicted_for(plan: JobPlan, mode: str) -> Predicted:
     name = EVERY_RANK
     if found.memory_efficient_init:
         name = plan.load.route if found.route == "auto" else found.route
-    way = plan.way(name)
+    way = plan.way(name) or plan.way(_COMES_TO.get(name, name))
     if way is None and plan.load.ranks == 1:  # one rank reads for itself, whatever the route is called
         way = plan.way(plan.load.route)
     if way is None:

@@ -85,6 +85,14 @@ def model_name(comparison: Mapping[str, Any]) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
+def counted_ranks(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
+    """Return how many ranks the runs had, for people; nothing where none came to its end."""
+    ranks, replicas = max(run.world_size for run in runs), comparison.get("replicas", 1)
+    if not ranks:
+        return ""
+    return f"{ranks} rank{'' if ranks == 1 else 's'}{f' ({replicas} replicas)' if replicas > 1 else ''}"
+
+
 def read_comparison(comparison: Mapping[str, Any]) -> tuple[Run, ...]:
     """Read the runs of a comparison document.
 

@@ -11,7 +11,7 @@ from shardwise.errors import ConfigurationError
 from shardwise.profiling import PROFILE_SCHEMA, Figure, LoadReport, Timeline, node_peak_bytes
 from shardwise.profiling.load_report import SCHEMA as LOAD_SCHEMA
 from shardwise.report.comparison import SCHEMA as COMPARISON_SCHEMA
-from shardwise.report.comparison import HostPeaks, Run, model_name, read_comparison
+from shardwise.report.comparison import HostPeaks, Run, counted_ranks, model_name, read_comparison
 
 PROFILES_MODE = "memory profile"
 
@@ -43,9 +43,9 @@ def read_documents(documents: Sequence[Mapping[str, Any]]) -> Shown:
     schemas = [document.get("schema") for document in documents]
     if schemas == [COMPARISON_SCHEMA]:
         runs = read_comparison(documents[0])
-        ranks = max(run.world_size for run in runs)
+        counted = counted_ranks(documents[0], runs)
         return Shown(
-            title=f"Loading {model_name(documents[0])}{_on_ranks(ranks)}",
+            title=f"Loading {model_name(documents[0])}{counted and ' on '}{counted}",
             runs=runs,
             comparison=documents[0],
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from shardwise.profiling import PhaseSpan, Timeline
-from shardwise.report.comparison import Run, model_name
+from shardwise.report.comparison import Run, counted_ranks, model_name
 from shardwise.report.timelines import LOAD_PHASES, STEP_PHASE
 
 # Okabe and Ito, "Color universal design" (2008): told apart under the common colour-vision deficiencies.
@@ -90,11 +90,11 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
     ranks = max(run.world_size for run in runs)
     inches = figure.get_figheight()
     left = first.get_position().x0
-    counted = f" on {ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
+    counted = counted_ranks(comparison, runs)
     figure.text(
         left,
         1 - 0.32 / inches,
-        f"Memory while loading and sharding {model_name(comparison)}{counted}",
+        f"Memory while loading and sharding {model_name(comparison)}{counted and ' on '}{counted}",
         fontsize=14,
         fontweight="bold",
         va="center",

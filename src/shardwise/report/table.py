@@ -13,7 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from shardwise.report.comparison import Run, model_name, read_comparison
+from shardwise.report.comparison import Run, counted_ranks, model_name, read_comparison
 from shardwise.report.timelines import LOAD_PHASES
 from shardwise.report.units import ByteUnit, format_number, format_seconds
 
@@ -158,9 +158,10 @@ def unit_of(runs: Sequence[Run]) -> ByteUnit:
 
 
 def _headline(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
-    ranks = max(run.world_size for run in runs)
-    counted = f", {ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
-    return f"{model_name(comparison)}{counted}. Times in seconds, memory in {unit_of(runs)}."
+    counted = counted_ranks(comparison, runs)
+    return (
+        f"{model_name(comparison)}{counted and ', '}{counted}. Times in seconds, memory in {unit_of(runs)}."
+    )
 
 
 def notes_of(runs: Sequence[Run]) -> list[str]:
