@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shardwise.checkpoint.regular_file import open_regular
@@ -20,6 +20,27 @@ _THREADS = 2
 """One alone leaves the disk idle between its calls; more than that are no faster."""
 _MOST_OF_FREE_MEMORY = 0.5
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def are_cached(descriptor: int, places: Iterable[int]) -> bool:
+    """Return whether bytes of a file are in the page cache, up to the first that is not; False where the system does not tell.
+
+    Linux begins to fetch the page that it is asked for and has not: the same bytes would be found there by the next who asks.
+
+    Args:
+        descriptor: Of the file.
+        places: Of the bytes.
+
+    Source: preadv2(2), RWF_NOWAIT. mincore(2) says of files of other users that all of them is there.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        for at in places:
+            os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN: it would have to wait for the disk
+        return False
+    return True
 
 
 def fetch_pages(ranges: Sequence[tuple[Path, int, int]], *, sharers: int) -> None:
@@ -65,7 +86,7 @@ def _fetch(pieces: Sequence[tuple[Path, int, int]]) -> None:
                 descriptor = open_regular(path, flags=0)
                 try:
                     for _, start, stop in of_file:
-                        if not _is_cached(descriptor, start, stop):
+                        if not are_cached(descriptor, (start, (start + stop) // 2, stop - 1)):
                             _send(nowhere.fileno(), descriptor, start, stop)
                 finally:
                     os.close(descriptor)
@@ -80,16 +101,6 @@ def _send(nowhere: int, descriptor: int, start: int, stop: int) -> None:
         if sent == 0:
             return
         start += sent
-
-
-def _is_cached(descriptor: int, start: int, stop: int) -> bool:
-    """Return whether the first, a middle and the last byte of a piece are in the page cache."""
-    try:
-        for at in (start, (start + stop) // 2, stop - 1):
-            os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT)
-    except OSError:  # it would have to wait; or the file system cannot say
-        return False
-    return True
 
 
 def _free_bytes() -> int:

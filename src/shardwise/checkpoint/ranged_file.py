@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from shardwise.checkpoint.page_cache import are_cached
 from shardwise.checkpoint.regular_file import open_regular, unreadable
 from shardwise.errors import ChangedFileError
 
@@ -194,21 +195,8 @@ class RangedFile:
         return fd
 
     def _is_cached(self, offset: int, nbytes: int) -> bool:
-        """Return whether a range is in the page cache already, by three of its bytes; False where the system does not tell.
-
-        Linux begins to fetch the page that it is asked for and has not: the same bytes would be found there by the next load.
-
-        Source: preadv2(2), RWF_NOWAIT. mincore(2) says of files of other users that all of them is there.
-        """
-        if not hasattr(os, "RWF_NOWAIT"):
-            return False
-        try:
-            for _ in range(_BYTES_LOOKED_AT):
-                at = offset + secrets.randbelow(nbytes)
-                os.preadv(self._fd, [bytearray(1)], at, os.RWF_NOWAIT)
-        except OSError:  # EAGAIN: it would have to wait for the disk
-            return False
-        return True
+        """Return whether a range is in the page cache already, by three of its bytes: others at each load, see `are_cached`."""
+        return are_cached(self._fd, (offset + secrets.randbelow(nbytes) for _ in range(_BYTES_LOOKED_AT)))
 
     def _read_direct(self, offset: int, into: memoryview) -> int | None:
         """Read through an aligned buffer of this thread; None where the file system refuses, or gives nothing that is of use."""
