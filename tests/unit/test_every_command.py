@@ -143,3 +143,42 @@ def test_version_names_what_it_stands_on_without_importing_it(monkeypatch: pytes
         f"shardwise {__version__}, torch 2.13.0+cpu, transformers 5.23.0, accelerate (not installed), "
         "safetensors 0.8.0\n"
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["load {}", "verify {}", "verify m --against {}", "export {} out", "train {} text.txt --output-dir out"],
+)
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("no/such/model", "a path that does not exist"),
+        ("empty", "expected safetensors files, got none"),
+        ("torch", "expected safetensors files, got only pickle files"),
+    ],
+)
+def test_a_path_without_a_checkpoint_is_refused_before_ranks_are_started(
+    line: str, name: str, problem: str, work: Work
+) -> None:
+    Path("empty").mkdir()
+    Path("torch").mkdir()
+    Path("torch/pytorch_model.bin").touch()
+    work.error = AssertionError("ranks were started")
+    refused = runner.invoke(app, line.format(name).split())
+    assert refused.exit_code == 1, refused.exception
+    assert problem in refused.stderr
+    assert not Path("out").exists()
+
+
+def test_training_data_that_is_not_there_is_refused_before_ranks_are_started(work: Work) -> None:
+    work.error = AssertionError("ranks were started")
+    refused = runner.invoke(app, ["train", "m", "no.txt", "--output-dir", "out"])
+    assert refused.exit_code == 1, refused.exception
+    assert "no.txt: expected a file of training data: [Errno 2] No such file or directory" in refused.stderr
+    assert not Path("out").exists()
+
+
+def test_a_rank_of_a_launcher_looks_for_nothing(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert runner.invoke(app, ["verify", "no/such/model"]).exit_code == 0

@@ -69,10 +69,11 @@ def test_what_is_asked_for_reaches_the_ranks(
 
 
 def test_an_adapter_leaves_the_base_in_its_own_dtype(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "d.txt").touch()
     line = [
         "train",
         "m",
-        "d.txt",
+        str(tmp_path / "d.txt"),
         "--output-dir",
         str(tmp_path),
         "--lora-rank",
@@ -93,7 +94,7 @@ def test_an_adapter_leaves_the_base_in_its_own_dtype(asked: dict[str, Any], tmp_
             "batch_size: expected a multiple of 3 ranks x 1 passes (gradient_accumulation) = 3, got 8",
         ),
         ("--gradient-accumulation 16", "batch_size: expected a multiple of 1 ranks x 16 passes"),
-        ("--strategy ddp", "strategy: expected one of native_fsdp, accelerate, got 'ddp'"),
+        ("--strategy ddp", "strategy: expected one of accelerate, native_fsdp, got 'ddp'"),
         ("--dtype int8", "dtype: expected one of float32, bfloat16, auto, got 'int8'"),
         ("--mixed-precision fp4", "mixed_precision: expected one of no, bf16, fp16, got 'fp4'"),
         ("--export-dtype int8", "export_dtype: expected one of float32, bfloat16, got 'int8'"),
@@ -144,7 +145,8 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_what_a_run_may_change_is_no_part_of_the_training(asked: dict[str, Any], tmp_path: Path) -> None:
-    line = ["train", "m", "d.txt", "--output-dir", str(tmp_path)]
+    (tmp_path / "d.txt").touch()
+    line = ["train", "m", str(tmp_path / "d.txt"), "--output-dir", str(tmp_path)]
     found = []
     for more in ([], ["--strategy", "accelerate", "--keep", "2", "--resume", "auto"], ["--lr", "0.5"]):
         assert runner.invoke(app, [*line, *more]).exit_code == 0

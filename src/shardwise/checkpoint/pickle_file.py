@@ -16,6 +16,7 @@ from shardwise.checkpoint.regular_file import require_regular
 from shardwise.errors import CheckpointError, DamagedFileError, UnsupportedFormatError
 
 INDEX_ENDING = ".bin.index.json"
+PICKLE_ENDINGS = (".bin", INDEX_ENDING)
 _WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 _UNWANTED_GLOBAL = re.compile(r"GLOBAL (?P<name>\S+)")
 

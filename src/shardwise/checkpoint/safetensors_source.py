@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint.index_file import INDEX_NAME, check_file_name, read_index, resolve_inside
+from shardwise.checkpoint.checkpoint_files import directory_of, files_of
+from shardwise.checkpoint.index_file import INDEX_NAME, resolve_inside
 from shardwise.checkpoint.page_cache import fetch_pages
 from shardwise.checkpoint.quantisation import refuse_quantised
 from shardwise.checkpoint.ranged_file import BounceBuffers, RangedFile
@@ -21,13 +22,11 @@ from shardwise.checkpoint.safetensors_header import LENGTH_BYTES, header_length,
 from shardwise.checkpoint.source import Run
 from shardwise.checkpoint.stitched_pages import stitched_pages
 from shardwise.checkpoint.stored_tensor import StoredTensor
-from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError, UnsupportedFormatError
+from shardwise.errors import ChangedFileError, CheckpointError, DamagedFileError
 from shardwise.profiling import own_node
 from shardwise.tensors import dtype_name
 
-_SINGLE_NAME = "model.safetensors"
 _BOUNCE_BYTES = 2**20
-_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ class SafetensorsSource:
         Raises:
             CheckpointError: A file is damaged, not there, outside of the directory, or of another format.
         """
-        directory, names, index = _files_of(path)
+        directory, names, index = files_of(path)
         if path.is_dir() or index is not None:
             refuse_quantised(directory)
         tensors: dict[str, StoredTensor] = {}
@@ -160,7 +159,7 @@ class SafetensorsSource:
         }
         return cls(
             name=document["name"],
-            directory=_directory_of(path),
+            directory=directory_of(path),
             tensors=tensors,
             files={name: DescribedFile(**described) for name, described in document["files"]},
             host=document["host"],
@@ -339,44 +338,3 @@ def _describe(path: Path, name: str) -> tuple[DescribedFile, tuple[StoredTensor,
         return described, parse_header(header, file=name, file_bytes=described.size)
     finally:
         opened.close()
-
-
-def _directory_of(path: Path) -> Path:
-    if path.is_dir():
-        return path
-    # An index counts where it stands; a file that was named counts wherever it links to.
-    return path.parent if path.name.endswith(".index.json") else path.resolve().parent
-
-
-def _files_of(path: Path) -> tuple[Path, list[str], dict[str, str] | None]:
-    """Return directory, file names and index of a checkpoint."""
-    if path.is_file():
-        if path.name.endswith(".index.json"):
-            index = read_index(path)
-            return _directory_of(path), sorted(set(index.values())), index
-        if path.suffix != ".safetensors":
-            raise UnsupportedFormatError(
-                f"{path}: expected a .safetensors file, got {path.suffix or 'no ending'}. Convert it with "
-                "safetensors.torch.save_file."
-            )
-        return _directory_of(path), [path.resolve().name], None
-    if (path / INDEX_NAME).exists():
-        index = read_index(path / INDEX_NAME)
-        return path, sorted(set(index.values())), index
-    found = sorted(item.name for item in path.iterdir() if item.suffix == ".safetensors")
-    if _SINGLE_NAME in found:
-        found = [_SINGLE_NAME]
-    if not found:
-        pickles = sorted(item.name for item in path.iterdir() if item.suffix in _PICKLE_ENDINGS)
-        if pickles:
-            raise UnsupportedFormatError(
-                f"{path / pickles[0]}: expected safetensors files, got only pickle files, which can run code. Convert them "
-                "with save_pretrained on a machine you trust; or use load_pretrained(defer=False); or pass the path of "
-                "pytorch_model.bin itself to shardwise.materialize, which reads it with torch.load(weights_only=True) on one rank."
-            )
-        raise CheckpointError(
-            f"{path}: expected safetensors files, got none. Is this the checkpoint's directory?"
-        )
-    for name in found:
-        check_file_name(name, what=str(path))
-    return path, found, None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shardwise.cli.before_ranks import check_checkpoint
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import run_on_ranks
 from shardwise.cli.terminal import errors_reported
@@ -67,6 +68,7 @@ def export_command(
             )
         if state is None:
             _refuse_folder_of_states(Path(source), STATE_NAME)
+            check_checkpoint(source)
         named, adapters = (source, {}) if state is None else _trained_in(state, model, merge=merge)
         arguments = {
             "model": named,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from shardwise.cli.before_ranks import check_checkpoint
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import run_on_ranks
 from shardwise.cli.terminal import errors_reported
@@ -42,17 +43,14 @@ def load_command(
     """
     with errors_reported(debug=debug):
         from shardwise.compare.load_worker import load_model
-        from shardwise.errors import ConfigurationError
         from shardwise.plan import check_route
-        from shardwise.strategies import STRATEGIES
+        from shardwise.strategies import check_strategy
         from shardwise.tensors import floating_dtype
 
-        if strategy not in STRATEGIES:
-            raise ConfigurationError(
-                f"--strategy: expected one of {', '.join(sorted(STRATEGIES))}, got {strategy!r}."
-            )
+        check_strategy(strategy)
         check_route(route)
         floating_dtype(dtype, others=("auto",))
+        check_checkpoint(model)
         arguments = {
             "model": model,
             "strategy": strategy,

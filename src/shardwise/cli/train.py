@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from shardwise.cli.before_ranks import check_checkpoint, check_data
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import write_json
 from shardwise.cli.terminal import errors_reported
@@ -200,6 +201,8 @@ def train_command(
         )
         if not is_rank(os.environ):
             settings.rows_of_rank(ranks)  # refused here, and not by ranks that were started for it
+        check_checkpoint(model)
+        check_data(data)
         output_dir.mkdir(parents=True, exist_ok=True)
         with training_display() as progress:
             outcomes = run_ranks(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from shardwise.cli.before_ranks import check_checkpoint
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import run_on_ranks
 from shardwise.cli.terminal import STATUS_FAILED, errors_reported
@@ -33,6 +34,8 @@ def verify_command(
     with errors_reported(debug=debug):
         from shardwise.compare.verify_worker import verify_model
 
+        for name in (model, *([against] if against is not None else [])):
+            check_checkpoint(name)
         arguments = {"model": model, "against": against or model}
         reports = run_on_ranks(verify_model, arguments, ranks=ranks, json_file=json_file)
         # What a model's class permits its own checkpoint to lack is no difference.

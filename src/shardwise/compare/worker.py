@@ -178,15 +178,14 @@ def join_group_on_one_device() -> torch.device:
 
 
 def _strategy(mode: Mode, device: torch.device, mesh_shape: Sequence[int]) -> Any:
-    from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
+    from shardwise.strategies import STRATEGIES
 
     names = ("dp_replicate", "dp_shard")[-len(mesh_shape) :]
     mesh = init_device_mesh(device.type, tuple(mesh_shape), mesh_dim_names=names)
     if mode.strategy == "peer":
         return PEERS[mode.name](mesh)
-    chosen = NativeFSDPStrategy if mode.strategy == "native_fsdp" else AccelerateStrategy
     # Computed in the stored dtype: with mixed precision, stock Accelerate would store another one than was asked for.
-    return chosen(
+    return STRATEGIES[mode.strategy](
         device_mesh=mesh,
         mixed_precision="no",
         memory_efficient_init=mode.memory_efficient_init,

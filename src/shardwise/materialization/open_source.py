@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from shardwise.checkpoint import (
+    PICKLE_ENDINGS,
     HubAccess,
     Location,
     Run,
@@ -37,7 +38,6 @@ from shardwise.profiling import own_node, phase
 from shardwise.tensors import dtype_name
 
 Checkpoint = str | os.PathLike[str] | Mapping[str, torch.Tensor] | Source
-PICKLE_ENDINGS = (".bin", ".bin.index.json")
 _PICKLE = "a pickle file"
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _MOST_CONFIG_BYTES = 16 * 2**20

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from shardwise.errors import ConfigurationError
+from shardwise.strategies import check_strategy
 
-STRATEGIES: Final = ("native_fsdp", "accelerate")
 DTYPES: Final = ("float32", "bfloat16", "auto")
 PRECISIONS: Final = ("no", "bf16", "fp16")
 LOSS_ON: Final = ("auto", "all", "assistant")
@@ -128,7 +128,7 @@ class TrainSettings:
     export_dtype: str | None
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, STRATEGIES)
+        check_strategy(self.strategy)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("mixed_precision", self.mixed_precision, PRECISIONS)
         _one_of("loss_on", self.loss_on, LOSS_ON)

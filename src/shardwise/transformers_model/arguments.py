@@ -12,7 +12,7 @@ from torch import nn
 
 from shardwise.errors import ConfigurationError
 from shardwise.materialization import Agreement
-from shardwise.strategies import STRATEGIES, AccelerateStrategy, NativeFSDPStrategy
+from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, check_strategy
 
 # What AutoTokenizer can start from; a directory without any of them has no tokenizer.
 _TOKENIZER_FILES = (
@@ -35,8 +35,7 @@ def make_strategy(
     Raises:
         ConfigurationError: It is unknown, or an argument is not for it.
     """
-    if name not in STRATEGIES:
-        raise ConfigurationError(f"strategy: expected one of {', '.join(sorted(STRATEGIES))}, got {name!r}")
+    check_strategy(name)
     if name == AccelerateStrategy.name:
         return AccelerateStrategy(ddp_config=ddp_config, **arguments)
     if ddp_config is not None:
