@@ -33,14 +33,19 @@ fill, open_source, scatter, storage, stored_ties = (
     import_module(f"shardwise.materialization.{name}")
     for name in ("fill", "open_source", "scatter", "storage", "stored_ties")
 )
-noted, pretrained, sharding, wrap = (
-    import_module(f"shardwise.strategies.{name}") for name in ("noted", "pretrained", "sharding", "wrap")
+filling, noted, pretrained, rebound, sharding, wrap = (
+    import_module(f"shardwise.strategies.{name}")
+    for name in ("filling", "noted", "pretrained", "optimizers", "sharding", "wrap")
 )
+materializing = import_module("shardwise.materialization.materialize")
 
 RANKS = 2
 EVERY_RANK, FROM_FILES = "wrap_model, every rank's values", "load_pretrained"
 FROM_MEMORY, THROUGH_ACCELERATE = "wrap_model, rank 0's values", "wrap_model through Accelerate"
 PICKLE, TIED, HUB = "materialize, a pickle file", "materialize, a stored tie", "materialize, a hub id"
+IN_A_GROUP, VERIFY, EXPORT = "materialize", "verify_shards", "export_checkpoint"
+NATIVE = "NativeFSDPStrategy, and wrap_model"
+NEW, LEFT_BLANK, WITH_OPTIMIZER = "from_config", "wrap_model, left blank", "wrap_model, an optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,14 +241,150 @@ CALL_FAULTS = (
         message="cannot shard",
         inject=lambda: mock.patch.object(sharding, "fully_shard", raising(ValueError("cannot shard"))),
     ),
+    CallFault(
+        name="one rank passes something else than a group",
+        call=IN_A_GROUP,
+        phase="arguments",
+        error="ConfigurationError",
+        message="group: expected a ProcessGroup that this rank is in, or None, got 'world' (str)",
+        change=lambda arguments: arguments[-1].update(group="world"),
+    ),
+    CallFault(
+        name="no thread can be started, between two phases",
+        call=IN_A_GROUP,
+        phase="check",
+        error="RuntimeError",
+        message="can't start new thread",
+        inject=lambda: mock.patch.object(
+            materializing, "profile_memory", raising(RuntimeError("can't start new thread"))
+        ),
+    ),
+    CallFault(
+        name="one rank passes something else than a group",
+        call=VERIFY,
+        phase="check",
+        error="ConfigurationError",
+        message="group: expected a ProcessGroup that this rank is in, or None, got [0, 1] (list)",
+        change=lambda arguments: arguments[-1].update(group=[0, 1]),
+    ),
+    CallFault(
+        name="one rank passes something else than names to `rename`",
+        call=VERIFY,
+        phase="check",
+        error="ConfigurationError",
+        message="rename: expected a mapping or a function from names to names, or None, got 3 (int)",
+        change=lambda arguments: arguments[-1].update(rename=3),
+    ),
+    CallFault(
+        name="one rank passes something else than a group",
+        call=EXPORT,
+        phase="arguments",
+        error="ConfigurationError",
+        message="group: expected a ProcessGroup that this rank is in, or None, got 'world' (str)",
+        change=lambda arguments: arguments[-1].update(group="world"),
+    ),
+    CallFault(
+        name="one rank passes something else than a model",
+        call=EXPORT,
+        phase="arguments",
+        error="ConfigurationError",
+        message="model: expected an nn.Module, got 'a model' (str)",
+        change=_put(0, "a model"),
+    ),
+    CallFault(
+        name="one rank passes something else than a directory",
+        call=EXPORT,
+        phase="arguments",
+        error="ConfigurationError",
+        message="directory: expected a path, got 3",
+        change=_put(1, 3),
+    ),
+    CallFault(
+        name="one rank passes something else than a size",
+        call=EXPORT,
+        phase="check",
+        error="RankMismatchError",
+        message="option max_shard_size",
+        change=lambda arguments: arguments[-1].update(max_shard_size=[5]),
+    ),
+    CallFault(
+        name="one rank passes a dtype that is none",
+        call=NEW,
+        phase="build",
+        error="ConfigurationError",
+        message="dtype: expected",
+        change=_put(1, "float33"),
+    ),
+    CallFault(
+        name="one rank passes something else than a model's class",
+        call=FROM_FILES,
+        phase="check",
+        error="ConfigurationError",
+        message="load_pretrained: expected a model class first, got",
+        change=_put(2, "AutoModel"),
+    ),
+    CallFault(
+        name="one rank makes its strategy with an option that is none",
+        call=NATIVE,
+        phase="check",
+        error="ConfigurationError",
+        message="mixed_precision: expected one of no, bf16, fp16, fp8, got 'half'",
+        change=_put(1, "half"),
+    ),
+    CallFault(
+        name="one rank makes its strategy with a mesh that is none",
+        call=NATIVE,
+        phase="check",
+        error="ConfigurationError",
+        message="device_mesh: expected a torch DeviceMesh or None, got 'cpu'",
+        change=_put(2, "cpu"),
+    ),
+    CallFault(
+        name="the optimizer cannot be given the sharded parameters",
+        call=WITH_OPTIMIZER,
+        phase="finish",
+        error="OptimizerError",
+        message="AdamW: expected the wrapped model to have the parameters that it was made on, got none named",
+        inject=lambda: mock.patch.object(rebound, "entries_of", _losing_the_last(rebound.entries_of)),
+    ),
+    CallFault(
+        name="Accelerate refuses to prepare a scheduler",
+        call=THROUGH_ACCELERATE,
+        phase="finish",
+        error="ValueError",
+        message="no such scheduler",
+        inject=lambda: mock.patch(
+            "accelerate.Accelerator.prepare_scheduler", raising(ValueError("no such scheduler"))
+        ),
+    ),
+    CallFault(
+        name="no host memory for the buffers",
+        call=LEFT_BLANK,
+        phase="blank buffers",
+        error="OutOfMemoryError",
+        message="the buffers: expected host memory for them on rank 1",
+        inject=lambda: mock.patch.object(filling, "allocate_buffers", raising(_NO_MEMORY)),
+    ),
 )
+
+
+def _losing_the_last(entries_of: Callable[..., Any]) -> Callable[..., Any]:
+    calls = [0]
+
+    def after_the_wrap(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        found = entries_of(*arguments, **options)
+        return found if calls[0] == 1 else found[:-1]  # first it is asked for what the optimizer holds
+
+    return after_the_wrap
 
 
 def write_models(directory: Path) -> Path:
     """Save what the calls load."""
-    for name in ("causal", "pickle", "tied"):
+    for name in ("causal", "pickle", "plain", "tied"):
         (directory / name).mkdir()
     write_checkpoint("qwen3_tied", directory / "causal")
+    save_file(PlainNet().state_dict(), directory / "plain" / "model.safetensors")
     torch.save(PlainNet().state_dict(), directory / "pickle" / "pytorch_model.bin")
     state = {name: value.clone() for name, value in TiedNet().state_dict().items()}
     save_file(state, directory / "tied" / "model.safetensors")
@@ -276,9 +417,21 @@ def _hub(directory: str) -> AbstractContextManager[Any]:
     return hub_of_rank(f"{directory}/hub", host=os.uname().nodename, error=None)
 
 
-def _materialize(arguments: list[Any]) -> nn.Module:
-    model, checkpoint = arguments
-    sw.materialize(model, checkpoint, timeout=TIMEOUT_SECONDS)
+def _filled(arguments: list[Any]) -> nn.Module:
+    model, checkpoint, *options = arguments
+    sw.materialize(model, checkpoint, timeout=TIMEOUT_SECONDS, **(options[0] if options else {}))
+    return model  # type: ignore[no-any-return]
+
+
+def _verified(arguments: list[Any]) -> nn.Module:
+    model, checkpoint, options = arguments
+    assert sw.verify_shards(model, checkpoint, timeout=TIMEOUT_SECONDS, **options).is_equal
+    return model  # type: ignore[no-any-return]
+
+
+def _exported(arguments: list[Any]) -> nn.Module:
+    model, directory, options = arguments
+    sw.export_checkpoint(model, directory, timeout=TIMEOUT_SECONDS, overwrite=True, **options)
     return model  # type: ignore[no-any-return]
 
 
@@ -287,25 +440,67 @@ def _on_meta(make: Callable[[], nn.Module]) -> nn.Module:
         return make()
 
 
-def _wrap(arguments: list[Any], *, strategy: Any = sw.NativeFSDPStrategy, **options: Any) -> nn.Module:
-    made = strategy(mixed_precision="no", timeout=TIMEOUT_SECONDS, **options)
-    wrapped: nn.Module = made.wrap_model(*arguments)
+def _wrap(arguments: list[Any], **options: Any) -> nn.Module:
+    wrapped: nn.Module = _strategy(**options).wrap_model(*arguments)
     return wrapped
 
 
-def _load(arguments: list[Any]) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _wrap_with_others(arguments: list[Any]) -> nn.Module:
+    model, *others = arguments
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    others.append(torch.optim.lr_scheduler.ConstantLR(optimizer))
+    strategy = sw.AccelerateStrategy(mixed_precision="no", timeout=TIMEOUT_SECONDS)
+    return strategy.wrap_model(model, optimizer, *others)[0]  # type: ignore[no-any-return]
 
-    directory, dtype = arguments
-    strategy = sw.NativeFSDPStrategy(mixed_precision="no", timeout=TIMEOUT_SECONDS)
-    wrapped: nn.Module = strategy.wrap_model(
-        strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=dtype)
-    )
+
+def _wrap_by_new_strategy(arguments: list[Any]) -> nn.Module:
+    model, mixed_precision, mesh = arguments
+    strategy = sw.NativeFSDPStrategy(mesh, mixed_precision, timeout=TIMEOUT_SECONDS)
+    return strategy.wrap_model(model)  # type: ignore[no-any-return]
+
+
+def _wrap_with_optimizer(arguments: list[Any]) -> nn.Module:
+    optimizer = torch.optim.AdamW(arguments[0].parameters(), lr=0.1)
+    wrapped, same = _strategy().wrap_model(arguments[0], optimizer)
+    held = [id(parameter) for group in same.param_groups for parameter in group["params"]]
+    assert held == [id(parameter) for parameter in wrapped.parameters()]
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _strategy(**options: Any) -> sw.NativeFSDPStrategy:
+    return sw.NativeFSDPStrategy(mixed_precision="no", timeout=TIMEOUT_SECONDS, **options)
+
+
+def _load(arguments: list[Any], *, blank: bool = False) -> nn.Module:
+    directory, dtype, model_cls = arguments
+    strategy = _strategy()
+    model = strategy.load_pretrained(model_cls, directory, dtype=dtype)
+    if blank:
+        strategy.leave_blank(model)
+    wrapped: nn.Module = strategy.wrap_model(model)
+    return wrapped
+
+
+def _new(arguments: list[Any]) -> nn.Module:
+    config, dtype, model_cls = arguments
+    strategy = _strategy()
+    wrapped: nn.Module = strategy.wrap_model(strategy.from_config(model_cls, config, dtype=dtype))
     return wrapped
 
 
 def _seen_by_rank_0(directory: Path) -> list[Any]:
-    return [str(directory / "causal" if dist.get_rank() == 0 else directory / "not" / "here"), torch.bfloat16]
+    place = directory / "causal" if dist.get_rank() == 0 else directory / "not" / "here"
+    return [str(place), torch.bfloat16, _causal()]
+
+
+def _causal() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _has_storage(_: Path, model: nn.Module) -> None:
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _check_net(_: Path, model: nn.Module) -> None:
@@ -329,17 +524,17 @@ Arguments = Callable[[Path], list[Any]]
 CALLS: dict[str, tuple[Arguments, Callable[[list[Any]], nn.Module], Callable[[Path, nn.Module], None]]] = {
     HUB: (
         lambda _: [_on_meta(lambda: nn.Linear(3, 8, bias=False)), "org/name"],
-        _materialize,
+        _filled,
         partial(_check_values, lambda _: {"weight": torch.arange(24.0).view(8, 3)}),
     ),
     PICKLE: (
         lambda directory: [PlainNet(seed=1), str(directory / "pickle" / "pytorch_model.bin")],
-        _materialize,
+        _filled,
         partial(_check_values, lambda _: PlainNet().state_dict()),
     ),
     TIED: (
         lambda directory: [TiedNet(seed=1), str(directory / "tied")],
-        _materialize,
+        _filled,
         partial(_check_values, _without_tie),
     ),
     FROM_FILES: (
@@ -348,10 +543,21 @@ CALLS: dict[str, tuple[Arguments, Callable[[list[Any]], nn.Module], Callable[[Pa
         lambda directory, model: check_equal(model, from_checkpoint(str(directory / "causal"))),
     ),
     FROM_MEMORY: (lambda _: [PlainNet(seed=dist.get_rank())], _wrap, _check_net),
-    THROUGH_ACCELERATE: (
-        lambda _: [PlainNet(seed=dist.get_rank())],
-        partial(_wrap, strategy=sw.AccelerateStrategy),
-        _check_net,
+    THROUGH_ACCELERATE: (lambda _: [PlainNet(seed=dist.get_rank())], _wrap_with_others, _check_net),
+    NATIVE: (lambda _: [PlainNet(seed=dist.get_rank()), "no", None], _wrap_by_new_strategy, _check_net),
+    WITH_OPTIMIZER: (lambda _: [PlainNet(seed=dist.get_rank())], _wrap_with_optimizer, _check_net),
+    LEFT_BLANK: (_seen_by_rank_0, partial(_load, blank=True), _has_storage),
+    NEW: (lambda directory: [str(directory / "causal"), torch.float32, _causal()], _new, _has_storage),
+    IN_A_GROUP: (
+        lambda directory: [PlainNet(seed=1), str(directory / "plain"), {}],
+        _filled,
+        partial(_check_values, lambda _: PlainNet().state_dict()),
+    ),
+    VERIFY: (lambda directory: [PlainNet(), str(directory / "plain"), {}], _verified, _check_net),
+    EXPORT: (
+        lambda directory: [PlainNet(), directory / "exported", {}],
+        _exported,
+        partial(_check_values, lambda directory: load_file(directory / "exported" / "model.safetensors")),
     ),
     EVERY_RANK: (lambda _: [PlainNet()], partial(_wrap, memory_efficient_init=False), _check_net),
 }

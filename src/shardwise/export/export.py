@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from shardwise.export.held import held_of
 from shardwise.export.merging import terms_of
 from shardwise.export.parts import LowRank, Part
 from shardwise.export.report import ExportReport, gathered_ranks
-from shardwise.materialization.agreement import Agreement, ranks_of_group
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.argument_kinds import check_model, check_staging_bytes
 from shardwise.materialization.arguments import argument_lines
+from shardwise.materialization.begin_call import begin_call
 from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.device import device_of_model
@@ -92,10 +95,13 @@ def export_checkpoint(
         UnsupportedFormatError: safetensors lacks a dtype.
         UnsupportedParameterError: A tie that the model's class does not declare.
     """
-    own_timeout = timeout_seconds_of(None, group=group)
-    agreement = Agreement(ranks_of_group(group), timeout_seconds=own_timeout, call="export_checkpoint")
+    agreement = begin_call("export_checkpoint", group=group)
     with agreement.phase("arguments"):
         agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
+        check_model(model)
+        check_staging_bytes(staging_bytes)
+        if not isinstance(directory, (str, os.PathLike)):
+            raise ConfigurationError(f"directory: expected a path, got {directory!r}")
         path = Path(directory).absolute()
     return export_agreed(
         model,
@@ -127,10 +133,12 @@ def export_agreed(
 
     `chunks` says where the values are, if not in the model, which may be on meta then.
     """
-    model = without_wrappers(model)
-    device = device_of_model(model)
-    staging = staging_bytes or default_staging_bytes(device.type)
-    with profile_memory(device=device, proportional=False) as profile, torch.no_grad():
+    with agreement.whole_call(), ExitStack() as stack:
+        model = without_wrappers(model)
+        device = device_of_model(model)
+        staging = staging_bytes or default_staging_bytes(device.type)
+        profile = stack.enter_context(profile_memory(device=device, proportional=False))
+        stack.enter_context(torch.no_grad())
         with agreement.phase("check") as check:
             floating = floating_dtype(dtype, others=(None,))
             if isinstance(floating, str):  # never: no word is among the others

@@ -1,7 +1,8 @@
 """From a model sharded on meta to one whose shards hold their values."""
 
-from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.agreement import Agreement, ranks_of_group
 from shardwise.materialization.arguments import argument_lines
+from shardwise.materialization.begin_call import telling
 from shardwise.materialization.binding import (
     Binding,
     Bound,
@@ -30,6 +31,7 @@ from shardwise.materialization.materialize import materialize, warn_of_unexpecte
 from shardwise.materialization.meta import take_values
 from shardwise.materialization.names import clean_fqn, model_inside, original_of
 from shardwise.materialization.open_source import open_source
+from shardwise.materialization.out_of_memory import naming_out_of_memory
 from shardwise.materialization.own_group import make_group
 from shardwise.materialization.peft_rule import needs_base_values
 from shardwise.materialization.progress import shown_by_default
@@ -88,12 +90,14 @@ __all__ = [
     "make_group",
     "materialize",
     "model_inside",
+    "naming_out_of_memory",
     "needs_base_values",
     "nothing_bound",
     "open_source",
     "original_of",
     "origins_of",
     "permitted",
+    "ranks_of_group",
     "reduce_waiting_gradients",
     "refuse_uninitialisable",
     "require_equal_aliases",
@@ -102,6 +106,7 @@ __all__ = [
     "shown_by_default",
     "stored_dtypes",
     "take_values",
+    "telling",
     "timeout_seconds_of",
     "trained_parameters_of",
     "verify_shards",

@@ -5,6 +5,8 @@ first rank to fail sets it to its error, and every rank waits for that one key. 
 anybody, a waiting rank learns of a failure at once, and a rank that never arrives is named at the timeout. Nothing
 here uses a collective: the store works before, between and after collectives, also when some of them are stuck.
 
+A rank that fails outside of a phase sets a key of the call, which every waiting rank looks at too.
+
 What a call leaves in the store is deleted by the next one over the same ranks, once they have all come to it.
 """
 
@@ -88,6 +90,7 @@ class Agreement:
         self._lifeline = Lifeline(self.ranks, rank=self.rank, store=self._store, prefix=self._keys.prefix)
         weakref.finalize(self, self._lifeline.close)
         self._is_connected = False
+        self._has_left = False
 
     @property
     def name(self) -> str:
@@ -138,6 +141,21 @@ class Agreement:
         except RankError:
             self._leave()
             raise
+
+    @contextmanager
+    def whole_call(self) -> Iterator[None]:
+        """Tell the others of an error between two phases too, where they wait for this rank in the next one."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._has_left:
+                self.refuse(error)
+            raise
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the others, whatever phase of the call they are in, that this rank leaves it with an error."""
+        self._tell(error, at=self._failed_key)
+        self._leave()
 
     def _end(self, same: Comparable | None) -> None:
         with record_phase("agree"):
@@ -211,8 +229,7 @@ class Agreement:
         seconds = time.monotonic()
         if now or seconds - self._last_check_seconds >= self._pace * _POLL_SECONDS_WHILE_MOVING:
             self._last_check_seconds = seconds
-            if self._store.has([self._outcome_key]):
-                self._raise_peer_error(self._outcome())
+            self._is_settled()
             if ended := self._lifeline.ended():
                 self._raise_ended(ended)
 
@@ -232,11 +249,23 @@ class Agreement:
         """Raise for a rank that has ended, unless it has failed and told why, or has done its part of the call."""
         deadline = time.monotonic() + _SECONDS_FOR_THE_LAUNCHER
         while time.monotonic() < deadline:
-            if self._store.has([self._outcome_key]):
-                self._raise_peer_error(self._outcome())
+            if self._is_settled():
                 return
             time.sleep(_LONGEST_PAUSE_SECONDS / 10)
         raise ended_error(self._where, ended, rank=self.rank)
+
+    def _is_settled(self) -> bool:
+        """Return whether all ranks have done their part of the phase.
+
+        Raises:
+            PeerError: One has failed in it, or outside of a phase.
+        """
+        is_settled = self._store.has([self._outcome_key])
+        if is_settled:
+            self._raise_peer_error(self._outcome(self._outcome_key))
+        if self._store.has([self._failed_key]):
+            self._raise_peer_error(self._outcome(self._failed_key))
+        return is_settled
 
     @property
     def _where(self) -> str:
@@ -247,11 +276,15 @@ class Agreement:
         return self._keys.of_call(self._phase, "outcome")
 
     @property
+    def _failed_key(self) -> str:
+        return self._keys.of_call("failed")
+
+    @property
     def _arrival_keys(self) -> dict[int, str]:
         return self._keys.of_ranks(self._phase, "rank")
 
-    def _outcome(self) -> dict[str, Any]:
-        outcome: dict[str, Any] = json.loads(self._store.get([self._outcome_key])[0])
+    def _outcome(self, key: str) -> dict[str, Any]:
+        outcome: dict[str, Any] = json.loads(self._store.get([key])[0])
         return outcome
 
     def _settle(self, outcome: dict[str, Any]) -> None:
@@ -260,9 +293,12 @@ class Agreement:
 
     def tell(self, error: BaseException) -> None:
         """Tell the others what this rank fails with in the phase, before it closes what they wait on. It must leave the phase with it."""
+        self._tell(error, at=self._outcome_key)
+
+    def _tell(self, error: BaseException, *, at: str) -> None:
         if not isinstance(error, PeerError):
             try:
-                self._settle(self._failure(error))
+                self._store.set_once(at, json.dumps(self._failure(error)))
             except RankError as lost:  # the store's host has ended; the first error is what matters
                 note = f"The other ranks could not be told: {lost}"
                 if note not in getattr(error, "__notes__", ()):
@@ -278,7 +314,8 @@ class Agreement:
 
     def _leave(self) -> None:
         """After a failure: say that this rank knows, and let the store live until all do, if it is in this process."""
-        counter = self._keys.of_call(self._phase, "told")
+        self._has_left = True
+        counter = self._keys.of_call("told")
         with suppress(RankError):
             self._store.add(counter, 1)
             self._store.wait_if_host(counter, count=len(self.ranks), timeout_seconds=_MOST_SECONDS_TO_TELL)
@@ -298,11 +335,11 @@ class Agreement:
         except RankTimeoutError as error:
             # Told to the others too: a rank that arrives later must not begin the next phase alone.
             self._settle(self._failure(error))
-            outcome = self._outcome()
+            outcome = self._outcome(self._outcome_key)
             if outcome.get("rank") == self.rank:
                 raise
             return outcome  # the last rank arrived, or another one failed, at this very moment
-        return self._outcome()
+        return self._outcome(self._outcome_key)
 
     def _wait(self, keys: list[str], *, what: str, key_of_rank: Mapping[int, str]) -> None:
         """Wait until all keys are there; name the ranks whose own key is not in a warning, and in the error at the timeout."""

@@ -29,8 +29,7 @@ def check_kinds(
     Raises:
         ConfigurationError: Naming the argument, what it may be, and what it is.
     """
-    if not isinstance(model, nn.Module):
-        raise _refused("model", "an nn.Module", model)
+    check_model(model)
     if checkpoint is not None and not isinstance(checkpoint, (str, os.PathLike, Mapping, Source)):
         raise _refused(
             "checkpoint", "a directory, a file, a hub id, a state dict, a Source or None", checkpoint
@@ -45,6 +44,17 @@ def check_kinds(
         raise _refused("conversions", "a list of transformers' conversions, or None", conversions)
     if buffers is not None and not callable(buffers) and not isinstance(buffers, Mapping):
         raise _refused("buffers", "a mapping from names to tensors, a function, or None", buffers)
+    check_staging_bytes(staging_bytes)
+
+
+def check_model(model: object) -> None:
+    """Raise `ConfigurationError` unless a model is a module."""
+    if not isinstance(model, nn.Module):
+        raise _refused("model", "an nn.Module", model)
+
+
+def check_staging_bytes(staging_bytes: object) -> None:
+    """Raise `ConfigurationError` unless a bound of the staging buffers is a number of bytes, or None."""
     is_number = isinstance(staging_bytes, int) and not isinstance(staging_bytes, bool) and staging_bytes > 0
     if staging_bytes is not None and not is_number:
         raise _refused("staging_bytes", "a number of bytes above 0, or None", staging_bytes)
@@ -54,10 +64,16 @@ def check_group(group: object) -> None:
     """Raise unless a group is one that this rank is in, or None.
 
     Raises:
-        ConfigurationError: It is not; only the ranks that pass such a group learn of it, since it names no others.
+        ConfigurationError: It is not.
     """
+    expected = "a ProcessGroup that this rank is in, or None"
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise _refused("group", "a ProcessGroup that this rank is in, or None", group)
+        raise _refused("group", expected, group)
+    if group is not None:
+        try:
+            dist.get_process_group_ranks(group)
+        except (KeyError, ValueError) as error:
+            raise _refused("group", f"{expected}, that was not destroyed", group) from error
 
 
 def checked_device(device: Any) -> torch.device:

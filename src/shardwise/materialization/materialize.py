@@ -15,14 +15,15 @@ from torch import nn
 
 from shardwise.checkpoint import Source
 from shardwise.errors import ConfigurationError
-from shardwise.materialization.agreement import Agreement, ranks_of_group
-from shardwise.materialization.argument_kinds import check_group, check_kinds, checked_device
+from shardwise.materialization.agreement import Agreement
+from shardwise.materialization.argument_kinds import check_kinds, checked_device
 from shardwise.materialization.arguments import (
     argument_lines,
     checkpoint_of,
     kind_of_checkpoint,
     storage_lines,
 )
+from shardwise.materialization.begin_call import begin_call
 from shardwise.materialization.binding import (
     Binding,
     Rename,
@@ -124,9 +125,7 @@ def materialize(
         UnsupportedParameterError: Weak references or a graph hold a parameter on meta; nothing was allocated.
         RankError: Ranks differ, one failed, or one did not arrive.
     """
-    check_group(group)
-    own_timeout = timeout_seconds_of(None, group=group)
-    agreement = Agreement(ranks_of_group(group), timeout_seconds=own_timeout, call="materialize")
+    agreement = begin_call("materialize", group=group)
     with agreement.phase("arguments"):  # a rank that refuses one tells the others, who wait for it
         agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
         check_kinds(
@@ -139,7 +138,9 @@ def materialize(
             staging_bytes=staging_bytes,
         )
         target = checked_device(device) if device is not None else device_of_model(model)
-    with profile_memory(device=target, proportional=False) as profile, ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(agreement.whole_call())
+        profile = stack.enter_context(profile_memory(device=target, proportional=False))
         with agreement.phase("check") as check:
             check_route(route)
             dtype = floating_dtype(dtype, others=(None, "auto"))

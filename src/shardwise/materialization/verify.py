@@ -15,10 +15,10 @@ from torch import nn
 
 from shardwise.checkpoint import Source
 from shardwise.errors import CheckpointError, ConfigurationError, LeftOnMetaError
-from shardwise.materialization.agreement import Agreement, ranks_of_group
-from shardwise.materialization.argument_kinds import check_group, check_kinds
+from shardwise.materialization.argument_kinds import check_kinds
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
 from shardwise.materialization.awaited_source import awaited, require_unchanged
+from shardwise.materialization.begin_call import begin_call
 from shardwise.materialization.binding import Rename, bind, check_bound, listed
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.convert import (
@@ -141,10 +141,8 @@ def verify_shards(
         LeftOnMetaError: The model has no values yet.
         RankError: A rank failed, or did not arrive.
     """
-    check_group(group)
-    ranks = ranks_of_group(group)
-    own_timeout = timeout_seconds_of(None, group=group)
-    agreement = Agreement(ranks, timeout_seconds=own_timeout, call="verify_shards")
+    agreement = begin_call("verify_shards", group=group)
+    ranks = agreement.ranks
     with agreement.phase("check") as check:
         agreement.timeout_seconds = timeout_seconds_of(timeout, group=group)
         check_kinds(
@@ -165,7 +163,8 @@ def verify_shards(
             argument_lines(checkpoint=kind_of_checkpoint(checkpoint, agreement), staging_bytes=staging),
             remedy="Pass the same model and arguments on every rank.",
         )
-    opened = open_source(checkpoint, agreement=agreement)
+    with agreement.whole_call():
+        opened = open_source(checkpoint, agreement=agreement)
     source = opened.source
     with agreement.phase("match names") as match:
         if isinstance(source, RemoteSource) or is_in_memory(source):

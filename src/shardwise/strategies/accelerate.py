@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from shardwise.errors import ConfigurationError
-from shardwise.materialization import CpuStorage
+from shardwise.materialization import CpuStorage, telling
 from shardwise.strategies import accelerate_compat as compat
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
-from shardwise.strategies.mesh import device_type_of, resolve_mesh
+from shardwise.strategies.mesh import device_type_of, ranks_of, ranks_to_tell, resolve_mesh
 from shardwise.strategies.precision import check_grad_scaler, check_mixed_precision
 
 _log = logging.getLogger("shardwise")
@@ -75,42 +75,43 @@ class AccelerateStrategy(Strategy):
         direct_io: bool = False,
         grad_scaler_config: Mapping[str, Any] | None = None,
     ) -> None:
-        compat.require_supported()
-        with unchanged_environment():
-            if accelerator is None:
-                plugin = None
-                config = FSDPConfig.from_dict(fsdp_config)
-                device_type = device_type_of(device_mesh)
-            else:
-                device_type_of(device_mesh)
-                plugin = compat.plugin_of(accelerator)
-                config = _adopted_config(plugin, fsdp_config, ddp_config, grad_scaler_config)
-                device_type, mixed_precision = accelerator.device.type, accelerator.mixed_precision
-                device_mesh = device_mesh if device_mesh is not None else _mesh_of(accelerator)
-            check_mixed_precision(mixed_precision, device_type=device_type)
-            check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
-            efficient = efficient_switch(memory_efficient_init, config)
-            _check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
-            mesh = resolve_mesh(device_mesh)
-            if accelerator is None:
-                accelerator, plugin = _build(
-                    config, mixed_precision, ddp_config, grad_scaler_config, device_type
-                )
-            elif plugin is None:
-                plugin = compat.make_plugin(config, mixed_precision=mixed_precision)
-            compat.enable_fsdp2(accelerator, plugin)
-        self.accelerator = accelerator
-        self._policy: MixedPrecisionPolicy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
-        super().__init__(
-            mesh=mesh,
-            mixed_precision=mixed_precision,
-            config=config,
-            memory_efficient_init=efficient,
-            route=route,
-            timeout=timeout,
-            cpu_storage=cpu_storage,
-            direct_io=direct_io,
-        )
+        with telling("AccelerateStrategy", ranks_to_tell(device_mesh)):
+            compat.require_supported()
+            with unchanged_environment():
+                if accelerator is None:
+                    plugin = None
+                    config = FSDPConfig.from_dict(fsdp_config)
+                    device_type = device_type_of(device_mesh)
+                else:
+                    device_type_of(device_mesh)
+                    plugin = compat.plugin_of(accelerator)
+                    config = _adopted_config(plugin, fsdp_config, ddp_config, grad_scaler_config)
+                    device_type, mixed_precision = accelerator.device.type, accelerator.mixed_precision
+                    device_mesh = device_mesh if device_mesh is not None else _mesh_of(accelerator)
+                check_mixed_precision(mixed_precision, device_type=device_type)
+                check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
+                efficient = efficient_switch(memory_efficient_init, config)
+                _check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
+                mesh = resolve_mesh(device_mesh)
+                if accelerator is None:
+                    accelerator, plugin = _build(
+                        config, mixed_precision, ddp_config, grad_scaler_config, device_type
+                    )
+                elif plugin is None:
+                    plugin = compat.make_plugin(config, mixed_precision=mixed_precision)
+                compat.enable_fsdp2(accelerator, plugin)
+            self.accelerator = accelerator
+            self._policy: MixedPrecisionPolicy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+            super().__init__(
+                mesh=mesh,
+                mixed_precision=mixed_precision,
+                config=config,
+                memory_efficient_init=efficient,
+                route=route,
+                timeout=timeout,
+                cpu_storage=cpu_storage,
+                direct_io=direct_io,
+            )
 
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
         """Shard a model in place, fill it, restore buffers and ties, rebind optimizers, and prepare what is passed.
@@ -130,7 +131,7 @@ class AccelerateStrategy(Strategy):
             OptimizerError: An optimizer cannot be rebound.
             RankError: Ranks differ, one of them failed, or one did not arrive.
         """
-        with self._refused_together():
+        with telling("wrap_model", ranks_of(self.device_mesh)):
             for obj in objects:
                 if not isinstance(obj, (Optimizer, LRScheduler, DataLoader)):
                     raise ConfigurationError(
@@ -138,13 +139,17 @@ class AccelerateStrategy(Strategy):
                         f"{type(obj).__name__}"
                     )
         optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
-        with unchanged_environment():
-            if not self.memory_efficient_init and optimizers and self._stock_shards():
-                return self._prepare_stock(model, objects)
-            self._wrap(model, optimizers, self._policy)
+        ready: dict[int, Any] = {}
+
+        def prepare() -> None:
             compat.register_model(self.accelerator, model)
             # A prepared scheduler looks its optimizer up among the prepared ones, so optimizers go first.
-            ready = {id(obj): self._prepare(obj) for obj in sorted(objects, key=_preparation_order)}
+            ready.update((id(obj), self._prepare(obj)) for obj in sorted(objects, key=_preparation_order))
+
+        with unchanged_environment(), compat.forgotten_if_it_fails(self.accelerator):
+            if not self.memory_efficient_init and optimizers and self._stock_shards():
+                return self._prepare_stock(model, objects)
+            self._wrap(model, optimizers, self._policy, prepare=prepare)
         return (model, *(ready[id(obj)] for obj in objects)) if objects else model
 
     def _take_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -164,7 +169,7 @@ class AccelerateStrategy(Strategy):
             prepared = self.accelerator.prepare(model, *objects)
 
         optimizers = [obj for obj in objects if isinstance(obj, Optimizer)]
-        self._wrap(model, optimizers, self._policy, shard=shard)
+        self._wrap(model, optimizers, self._policy, prepare=lambda: None, shard=shard)
         return prepared
 
     def _refuse(self, model: nn.Module) -> None:

@@ -14,6 +14,8 @@ import functools
 import importlib.metadata
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -200,6 +202,19 @@ def register_model(accelerator: Any, model: nn.Module) -> None:
     if not any(known is model for known in accelerator._models):
         accelerator._models.append(model)
     model._is_accelerate_prepared = True  # type: ignore[assignment]
+
+
+@contextmanager
+def forgotten_if_it_fails(accelerator: Any) -> Iterator[None]:
+    """Take out of an Accelerator what the body has entered into it, if the body fails: the next wrap would find it there."""
+    lists = [getattr(accelerator, name) for name in ("_models", "_optimizers", "_schedulers", "_dataloaders")]
+    lengths = [len(entered) for entered in lists]
+    try:
+        yield
+    except BaseException:
+        for entered, length in zip(lists, lengths, strict=True):
+            del entered[length:]
+        raise
 
 
 def refuse_second_model(accelerator: Any, model: nn.Module) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, final
 from weakref import WeakKeyDictionary, WeakSet
@@ -32,6 +32,7 @@ from shardwise.materialization import (
     nothing_bound,
     refuse_uninitialisable,
     resting_collector,
+    telling,
     timeout_seconds_of,
     trained_parameters_of,
 )
@@ -159,33 +160,34 @@ class Strategy(ABC):
                 ),
                 remedy="Make the strategy, and call load_pretrained, with the same arguments on every rank.",
             )
-        if is_deferred:
-            model, record, binding = load_deferred(
-                model_cls,
-                pretrained_model_name_or_path,
-                dtype=dtype,
-                missing=missing,
-                config_kwargs=config_kwargs,
-                direct_io=self.direct_io,
-                agreement=agreement,
-            )
-            self._bindings.add_model(model, binding)
-            self._awaited.add(model)
-            self._refusals[model] = refuse_values_for_meta(model)
-            refuse_means(model)
-        else:
-            model, record = load_on_source(
-                model_cls,
-                pretrained_model_name_or_path,
-                dtype=dtype,
-                missing=missing,
-                config_kwargs=config_kwargs,
-                source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
-                agreement=agreement,
-            )
-            self._origins.add(model, record.absent)
-            if any(parameter.is_meta for parameter in model.parameters()):
-                skip_means(model)
+        with agreement.whole_call():
+            if is_deferred:
+                model, record, binding = load_deferred(
+                    model_cls,
+                    pretrained_model_name_or_path,
+                    dtype=dtype,
+                    missing=missing,
+                    config_kwargs=config_kwargs,
+                    direct_io=self.direct_io,
+                    agreement=agreement,
+                )
+                self._bindings.add_model(model, binding)
+                self._awaited.add(model)
+                self._refusals[model] = refuse_values_for_meta(model)
+                refuse_means(model)
+            else:
+                model, record = load_on_source(
+                    model_cls,
+                    pretrained_model_name_or_path,
+                    dtype=dtype,
+                    missing=missing,
+                    config_kwargs=config_kwargs,
+                    source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
+                    agreement=agreement,
+                )
+                self._origins.add(model, record.absent)
+                if any(parameter.is_meta for parameter in model.parameters()):
+                    skip_means(model)
         self._pretrained[model] = record
         return model
 
@@ -365,7 +367,8 @@ class Strategy(ABC):
                 )
         for model in self._wrapped:
             self._notice(model, [optimizer])
-        return self._take_optimizer(optimizer)
+        with agreement.phase("prepare"):
+            return self._take_optimizer(optimizer)
 
     @abstractmethod
     def _take_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -382,24 +385,16 @@ class Strategy(ABC):
     def _agreement(self, call: str) -> Agreement:
         return Agreement(ranks_of(self.device_mesh), timeout_seconds=self.timeout_seconds, call=call)
 
-    @contextmanager
-    def _refused_together(self) -> Iterator[None]:
-        """Tell the other ranks, which are in the check of their wrap, of an error before this rank has come to its own."""
-        try:
-            yield
-        except Exception:
-            with self._agreement("wrap_model").phase("check"):
-                raise
-
     def _wrap(
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         policy: MixedPrecisionPolicy,
         *,
+        prepare: Callable[[], None],
         shard: Callable[[], None] | None = None,
     ) -> None:
-        with self._refused_together():
+        with telling("wrap_model", ranks_of(self.device_mesh)):
             if not isinstance(model, nn.Module):
                 raise ConfigurationError(
                     f"wrap_model: expected a model first, an nn.Module, got {type(model).__name__}. Call wrap_model(model, "
@@ -444,6 +439,7 @@ class Strategy(ABC):
                 origins=origins,
                 deferred=deferred,
                 refuse=refuse,
+                prepare=prepare,
                 shard=shard,
             )
         self._wrapped.add(model)

@@ -22,6 +22,7 @@ from shardwise.materialization import (
     fill_from_files,
     fill_from_source,
     listed,
+    naming_out_of_memory,
     resting_collector,
     shown_by_default,
     take_values,
@@ -178,7 +179,10 @@ def _read_deferred(
         bound = {fqn: bound for fqn, bound in deferred.bound.items() if fqn not in held}
         absent = deferred.absent - held
         if deferred.blank:
-            with agreement.phase("blank buffers"):
+            with (
+                agreement.phase("blank buffers"),
+                naming_out_of_memory("the buffers", device=device, rank=agreement.rank),
+            ):
                 allocate_buffers(model, bound.keys(), device)
             bound, absent = {}, frozenset()
         return fill_from_files(

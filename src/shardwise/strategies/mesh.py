@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from shardwise.errors import ConfigurationError
+from shardwise.materialization import ranks_of_group
 
 REPLICATE_AXES = ("dp_replicate", "dp")
 SHARD_AXES = ("dp_shard", "fsdp", "dp_shard_cp")  # the last is Accelerate's flattened shard x context axis
@@ -77,6 +78,16 @@ def default_device_type() -> str:
 def ranks_of(mesh: DeviceMesh) -> tuple[int, ...]:
     """Return the global ranks of a mesh in ascending order."""
     return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def ranks_to_tell(device_mesh: object) -> tuple[int, ...]:
+    """Return the ranks that a strategy is made on together, given its `device_mesh` argument, whatever that is.
+
+    A mesh without this rank is nobody's: then, as where there is none, these are the ranks of the default group.
+    """
+    if isinstance(device_mesh, DeviceMesh) and device_mesh.get_coordinate() is not None:
+        return ranks_of(device_mesh)
+    return ranks_of_group(None)
 
 
 def source_rank_of(mesh: DeviceMesh) -> int:

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from shardwise.errors import ConfigurationError, ModelError
-from shardwise.materialization import CpuStorage
+from shardwise.materialization import CpuStorage, telling
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
-from shardwise.strategies.mesh import device_type_of, resolve_mesh
+from shardwise.strategies.mesh import device_type_of, ranks_of, ranks_to_tell, resolve_mesh
 from shardwise.strategies.precision import check_grad_scaler, check_mixed_precision, policy_of
 
 
@@ -58,28 +58,29 @@ class NativeFSDPStrategy(Strategy):
         direct_io: bool = False,
         grad_scaler_config: Mapping[str, Any] | None = None,
     ) -> None:
-        config = FSDPConfig.from_dict(fsdp_config)
-        device_type = device_type_of(device_mesh)
-        check_mixed_precision(mixed_precision, device_type=device_type)
-        check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
-        if mixed_precision == "fp8":
-            raise ConfigurationError(
-                "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels. Use AccelerateStrategy with an fp8 backend "
-                "installed, or 'bf16'."
+        with telling("NativeFSDPStrategy", ranks_to_tell(device_mesh)):
+            config = FSDPConfig.from_dict(fsdp_config)
+            device_type = device_type_of(device_mesh)
+            check_mixed_precision(mixed_precision, device_type=device_type)
+            check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
+            if mixed_precision == "fp8":
+                raise ConfigurationError(
+                    "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels. Use AccelerateStrategy with an fp8 backend "
+                    "installed, or 'bf16'."
+                )
+            super().__init__(
+                mesh=resolve_mesh(device_mesh),
+                mixed_precision=mixed_precision,
+                config=config,
+                memory_efficient_init=efficient_switch(memory_efficient_init, config),
+                route=route,
+                timeout=timeout,
+                cpu_storage=cpu_storage,
+                direct_io=direct_io,
             )
-        super().__init__(
-            mesh=resolve_mesh(device_mesh),
-            mixed_precision=mixed_precision,
-            config=config,
-            memory_efficient_init=efficient_switch(memory_efficient_init, config),
-            route=route,
-            timeout=timeout,
-            cpu_storage=cpu_storage,
-            direct_io=direct_io,
-        )
-        self.scaler: torch.amp.GradScaler | None = None
-        if mixed_precision == "fp16":
-            self.scaler = torch.amp.GradScaler(device_type, **(grad_scaler_config or {}))
+            self.scaler: torch.amp.GradScaler | None = None
+            if mixed_precision == "fp16":
+                self.scaler = torch.amp.GradScaler(device_type, **(grad_scaler_config or {}))
 
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
         """Shard a model in place, fill it, restore buffers and ties, and rebind optimizers.
@@ -99,14 +100,14 @@ class NativeFSDPStrategy(Strategy):
             OptimizerError: An optimizer cannot be rebound.
             RankError: Ranks differ, one of them failed, or one did not arrive.
         """
-        with self._refused_together():
+        with telling("wrap_model", ranks_of(self.device_mesh)):
             others = [obj for obj in objects if not isinstance(obj, Optimizer)]
             if others:
                 raise ConfigurationError(
                     f"wrap_model: expected optimizers after the model, got {type(others[0]).__name__}. Schedulers and data "
                     "loaders need no wrapping here; AccelerateStrategy takes them."
                 )
-        self._wrap(model, objects, policy_of(self.mixed_precision))
+        self._wrap(model, objects, policy_of(self.mixed_precision), prepare=lambda: None)
         return (model, *objects) if objects else model
 
     def _refuse(self, model: nn.Module) -> None:

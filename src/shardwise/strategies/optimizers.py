@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.errors import OptimizerError
-from shardwise.materialization import entries_of
+from shardwise.materialization import entries_of, listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,18 @@ class DetachedOptimizer:
     group_fqns: tuple[tuple[str, ...], ...]
 
     def rebind(self, model: nn.Module) -> None:
-        """Put the model's present parameters of the same names into the groups."""
+        """Put the model's present parameters of the same names into the groups.
+
+        Raises:
+            OptimizerError: The model has none of such a name any more.
+        """
         named = {entry.fqn: entry.tensor for entry in entries_of(model, roles=("parameter",))}
+        lost = [fqn for fqns in self.group_fqns for fqn in fqns if fqn not in named]
+        if lost:
+            raise OptimizerError(
+                f"{type(self.optimizer).__name__}: expected the wrapped model to have the parameters that it was made on, got none "
+                f"named {listed(lost)}. Make the optimizer after the wrap, on the parameters that the model has then."
+            )
         for group, fqns in zip(self.optimizer.param_groups, self.group_fqns, strict=True):
             # In place: LBFGS keeps the list itself under another name.
             group["params"][:] = [named[fqn] for fqn in fqns]

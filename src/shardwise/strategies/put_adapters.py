@@ -120,6 +120,7 @@ def load_adapter(
         PeerError: Another rank failed.
     """
     with ExitStack() as stack:
+        stack.enter_context(agreement.whole_call())
         configs = stack.enter_context(TemporaryDirectory(prefix="shardwise-"))
         opened = open_source(directory, agreement=agreement, configs_into=Path(configs))
         stack.enter_context(agreement.phase("build"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from torch import nn
 from torch.optim import Optimizer
@@ -50,6 +50,7 @@ def wrap(
     origins: Mapping[str, str],
     deferred: Deferred,
     refuse: Callable[[], None],
+    prepare: Callable[[], None],
     shard: Callable[[], None] | None = None,
 ) -> LoadReport:
     """Bring a model into FSDP2 form in place and rebind its optimizers.
@@ -62,6 +63,7 @@ def wrap(
         origins: Of tensors that have values already, by fqn, where they are known; the source rank's count.
         deferred: Values that are still in files.
         refuse: Raises what the strategy itself has against the model; called once the model is known not to be sharded.
+        prepare: What the strategy does with the model and what was made on it, when that is rebound.
         shard: Shards the model and rebinds its optimizers in place of this module's own way; needs values on every
             rank, so only where `options.efficient` is off.
 
@@ -75,19 +77,24 @@ def wrap(
     """
     ranks, device = ranks_of(options.mesh), device_of(options.mesh)
     agreement = Agreement(ranks, timeout_seconds=options.timeout_seconds, call="wrap_model")
-    with profile_memory(device=device, proportional=False) as profile:
+    with agreement.whole_call(), profile_memory(device=device, proportional=False) as profile:
         with agreement.phase("check") as check, resting_collector():
             refuse_wrapped(model)
             refuse()
             records, units, structure = _check(model, optimizers, options, checkpointing=shard is None)
             check.same = structure_of_units(structure, units, options)
-        with _rebinding(records if shard is None else (), model):
+        records = records if shard is None else ()
+        with _rebound_if_it_fails(records, model):
+            drop_references(records)
             if options.efficient:
                 cost = shard_and_fill(model, units, options, deferred, agreement, device)
             else:
                 cost = fill_whole(model, options, deferred, agreement)
                 _shard_values(model, agreement, shard or (lambda: shard_units(model, units, options)))
         with agreement.phase("finish"):
+            for record in records:
+                record.rebind(model)
+            prepare()
             own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
             known: dict[str, str] = json.loads(agreement.publish("origins", own))
     with agreement.phase("report"):
@@ -135,13 +142,15 @@ def _shard_values(model: nn.Module, agreement: Agreement, shard: Callable[[], No
 
 
 @contextmanager
-def _rebinding(records: tuple[DetachedOptimizer, ...], model: nn.Module) -> Iterator[None]:
-    drop_references(records)
+def _rebound_if_it_fails(records: tuple[DetachedOptimizer, ...], model: nn.Module) -> Iterator[None]:
+    """Leave no optimizer empty behind a wrap that failed; that one's error is what counts."""
     try:
         yield
-    finally:
+    except BaseException:
         for record in records:
-            record.rebind(model)
+            with suppress(Exception):
+                record.rebind(model)
+        raise
 
 
 def _dtypes(model: nn.Module, options: WrapOptions, optimizers: Sequence[Optimizer]) -> dict[str, str | None]:
