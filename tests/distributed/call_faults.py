@@ -44,7 +44,7 @@ EVERY_RANK, FROM_FILES = "wrap_model, every rank's values", "load_pretrained"
 FROM_MEMORY, THROUGH_ACCELERATE = "wrap_model, rank 0's values", "wrap_model through Accelerate"
 PICKLE, TIED, HUB = "materialize, a pickle file", "materialize, a stored tie", "materialize, a hub id"
 IN_A_GROUP, VERIFY, EXPORT = "materialize", "verify_shards", "export_checkpoint"
-NATIVE = "NativeFSDPStrategy, and wrap_model"
+NATIVE, FACADE = "NativeFSDPStrategy, and wrap_model", "TransformersModel"
 NEW, LEFT_BLANK, WITH_OPTIMIZER = "from_config", "wrap_model, left blank", "wrap_model, an optimizer"
 
 
@@ -340,6 +340,14 @@ CALL_FAULTS = (
         change=_put(2, "cpu"),
     ),
     CallFault(
+        name="one rank names a strategy that there is not",
+        call=FACADE,
+        phase="arguments",
+        error="ConfigurationError",
+        message="strategy: expected one of accelerate, native_fsdp, got 'ddp'",
+        change=_put(1, "ddp"),
+    ),
+    CallFault(
         name="the optimizer cannot be given the sharded parameters",
         call=WITH_OPTIMIZER,
         phase="finish",
@@ -459,6 +467,11 @@ def _wrap_by_new_strategy(arguments: list[Any]) -> nn.Module:
     return strategy.wrap_model(model)  # type: ignore[no-any-return]
 
 
+def _facade(arguments: list[Any]) -> nn.Module:
+    directory, strategy = arguments
+    return sw.TransformersModel(directory, strategy=strategy, timeout=TIMEOUT_SECONDS).model
+
+
 def _wrap_with_optimizer(arguments: list[Any]) -> nn.Module:
     optimizer = torch.optim.AdamW(arguments[0].parameters(), lr=0.1)
     wrapped, same = _strategy().wrap_model(arguments[0], optimizer)
@@ -497,6 +510,10 @@ def _causal() -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM
+
+
+def _check_names(directory: Path, model: nn.Module) -> None:
+    assert model.state_dict().keys() == from_checkpoint(str(directory)).state_dict().keys()
 
 
 def _has_storage(_: Path, model: nn.Module) -> None:
@@ -545,6 +562,11 @@ CALLS: dict[str, tuple[Arguments, Callable[[list[Any]], nn.Module], Callable[[Pa
     FROM_MEMORY: (lambda _: [PlainNet(seed=dist.get_rank())], _wrap, _check_net),
     THROUGH_ACCELERATE: (lambda _: [PlainNet(seed=dist.get_rank())], _wrap_with_others, _check_net),
     NATIVE: (lambda _: [PlainNet(seed=dist.get_rank()), "no", None], _wrap_by_new_strategy, _check_net),
+    FACADE: (
+        lambda directory: [str(directory / "causal"), "native_fsdp"],
+        _facade,
+        lambda directory, model: _check_names(directory / "causal", model),
+    ),
     WITH_OPTIMIZER: (lambda _: [PlainNet(seed=dist.get_rank())], _wrap_with_optimizer, _check_net),
     LEFT_BLANK: (_seen_by_rank_0, partial(_load, blank=True), _has_storage),
     NEW: (lambda directory: [str(directory / "causal"), torch.float32, _causal()], _new, _has_storage),

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from shardwise.errors import ConfigurationError
-from shardwise.materialization import Agreement
+from shardwise.materialization import Agreement, telling
 from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, check_strategy
+from shardwise.strategies.mesh import ranks_to_tell
 
 # What AutoTokenizer can start from; a directory without any of them has no tokenizer.
 _TOKENIZER_FILES = (
@@ -35,14 +36,15 @@ def make_strategy(
     Raises:
         ConfigurationError: It is unknown, or an argument is not for it.
     """
-    check_strategy(name)
+    with telling("TransformersModel", ranks_to_tell(arguments.get("device_mesh"))):
+        check_strategy(name)
+        if ddp_config is not None and name != AccelerateStrategy.name:
+            raise ConfigurationError(
+                f"ddp_config: strategy={name!r} has no DistributedDataParallel to configure. Leave ddp_config out, or use "
+                "strategy='accelerate'."
+            )
     if name == AccelerateStrategy.name:
         return AccelerateStrategy(ddp_config=ddp_config, **arguments)
-    if ddp_config is not None:
-        raise ConfigurationError(
-            "ddp_config: strategy='native_fsdp' has no DistributedDataParallel to configure. Leave ddp_config out, or use "
-            "strategy='accelerate'."
-        )
     return NativeFSDPStrategy(**arguments)
 
 

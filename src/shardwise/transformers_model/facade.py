@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from shardwise.errors import CallOrderError
-from shardwise.materialization import CpuStorage, device_of, reshard
+from shardwise.materialization import CpuStorage, device_of, reshard, telling
 from shardwise.profiling import LoadReport
+from shardwise.strategies.mesh import ranks_to_tell
 from shardwise.transformers_model.accumulation import Accumulation
 from shardwise.transformers_model.adapters import put_adapter
 from shardwise.transformers_model.arguments import build_model, load_tokenizer, make_strategy
@@ -93,7 +94,8 @@ class TransformersModel(Exporting):
         trust_remote_code: bool = False,
         **config_kwargs: Any,
     ) -> None:
-        self._accumulation = Accumulation(gradient_accumulation_steps, sync_each_batch=sync_each_batch)
+        with telling("TransformersModel", ranks_to_tell(device_mesh)):
+            self._accumulation = Accumulation(gradient_accumulation_steps, sync_each_batch=sync_each_batch)
         self.strategy = make_strategy(
             strategy,
             ddp_config=ddp_config,
