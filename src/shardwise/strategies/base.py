@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, final
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import ConfigurationError, OptimizerError
 from shardwise.materialization import (
@@ -28,7 +26,6 @@ from shardwise.materialization import (
     comparable_structure,
     default_staging_bytes,
     entries_of,
-    model_inside,
     nothing_bound,
     refuse_uninitialisable,
     resting_collector,
@@ -38,13 +35,11 @@ from shardwise.materialization import (
 )
 from shardwise.plan import check_route
 from shardwise.profiling import LoadReport
-from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
-from shardwise.strategies.awaited import Awaited, refuse_edited
+from shardwise.strategies.awaited import refuse_edited
 from shardwise.strategies.empty_model import build_from_config
 from shardwise.strategies.forgotten import replaced_parameters_marked
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.mesh import ranks_of, source_rank_of
-from shardwise.strategies.noted import Bindings, Origins
 from shardwise.strategies.notices import warn_of_half_masters, warn_of_one_rank
 from shardwise.strategies.pretrained import (
     Pretrained,
@@ -55,7 +50,8 @@ from shardwise.strategies.pretrained import (
 )
 from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.put_adapters import add_adapter, load_adapter
-from shardwise.strategies.resized import refuse_means, restore_means, skip_means
+from shardwise.strategies.records import Records
+from shardwise.strategies.resized import refuse_means, skip_means
 from shardwise.strategies.wrap import wrap
 from shardwise.strategies.wrap_options import WrapOptions
 from shardwise.tensors import floating_dtype
@@ -89,12 +85,7 @@ class Strategy(ABC):
         self.timeout_seconds = timeout_seconds_of(timeout, group=None)
         self.last_report: LoadReport | None = None
         self._wrapped: WeakSet[nn.Module] = WeakSet()
-        self._pretrained: WeakKeyDictionary[nn.Module, Pretrained] = WeakKeyDictionary()
-        self._bindings = Bindings()
-        self._awaited = Awaited()
-        self._refusals: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
-        self._origins = Origins()
-        self._blank: WeakSet[nn.Module] = WeakSet()
+        self._records = Records()
 
     def load_pretrained(
         self,
@@ -171,9 +162,7 @@ class Strategy(ABC):
                     direct_io=self.direct_io,
                     agreement=agreement,
                 )
-                self._bindings.add_model(model, binding)
-                self._awaited.add(model)
-                self._refusals[model] = refuse_values_for_meta(model)
+                self._records.add_deferred(model, record, binding)
                 refuse_means(model)
             else:
                 model, record = load_on_source(
@@ -185,10 +174,9 @@ class Strategy(ABC):
                     source_rank=source_rank_of(self.device_mesh) if self.memory_efficient_init else None,
                     agreement=agreement,
                 )
-                self._origins.add(model, record.absent)
+                self._records.add_loaded(model, record)
                 if any(parameter.is_meta for parameter in model.parameters()):
                     skip_means(model)
-        self._pretrained[model] = record
         return model
 
     def from_config(
@@ -224,10 +212,8 @@ class Strategy(ABC):
             build.same = comparable_structure(
                 Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
             )
-        self._bindings.add_model(model, nothing_bound(entries))
-        self._awaited.add(model)
-        self._refusals[model] = refuse_values_for_meta(model)
-        self._pretrained[model] = Pretrained(name=type(model).__name__, absent=frozenset())
+        pretrained = Pretrained(name=type(model).__name__, absent=frozenset())
+        self._records.add_deferred(model, pretrained, nothing_bound(entries))
         return model
 
     def add_adapter(
@@ -265,7 +251,7 @@ class Strategy(ABC):
             adapter_name=adapter_name,
             autocast_adapter_dtype=autocast_adapter_dtype,
             every_rank_has_values=not self.memory_efficient_init,
-            bindings=self._bindings,
+            bindings=self._records.bindings,
             agreement=self._agreement("add_adapter"),
         )
 
@@ -304,10 +290,10 @@ class Strategy(ABC):
             adapter_name=adapter_name,
             is_trainable=is_trainable,
             autocast_adapter_dtype=autocast_adapter_dtype,
-            bindings=self._bindings,
+            bindings=self._records.bindings,
             agreement=self._agreement("load_adapter"),
         )
-        self._awaited.add(wrapped)
+        self._records.add_around(wrapped)
         return wrapped
 
     def pretrained_load_context(self) -> AbstractContextManager[None]:
@@ -331,7 +317,7 @@ class Strategy(ABC):
         Args:
             model: Not wrapped.
         """
-        self._blank.add(model_inside(model))
+        self._records.leave_blank(model)
 
     @abstractmethod
     def wrap_model(self, model: nn.Module, *objects: Any) -> Any:
@@ -403,20 +389,10 @@ class Strategy(ABC):
             model = getattr(
                 model, "_orig_mod", model
             )  # a compiled module calls the one inside, which is sharded
-            inside = model_inside(model)
-            record = self._pretrained.get(inside)
-            refusal = self._refusals.pop(inside, None)
-            if refusal is not None:
-                refusal.remove()
-            edited = self._awaited.take(model)
-            restore_means(inside)
-            deferred = with_adapters(self._bindings.take(model), model, always=not self.memory_efficient_init)
-            if inside in self._blank and self.memory_efficient_init:
-                deferred = dataclasses.replace(deferred, blank=True)
-            origins = self._origins.take(model)
+            record = self._records.take(model, efficient=self.memory_efficient_init)
 
         def refuse() -> None:
-            refuse_edited(edited)
+            refuse_edited(record.edited)
             self._refuse(model)
 
         options = WrapOptions(
@@ -435,9 +411,9 @@ class Strategy(ABC):
                 model,
                 optimizers,
                 options,
-                name=record.name if record is not None else type(model).__name__,
-                origins=origins,
-                deferred=deferred,
+                name=record.name,
+                origins=record.origins,
+                deferred=record.deferred,
                 refuse=refuse,
                 prepare=prepare,
                 shard=shard,
