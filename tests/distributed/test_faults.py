@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from shardwise.testing import RankPool
-from tests.distributed.call_faults import CALL_FAULTS, run_call_fault, write_models
+from tests.distributed.call_faults import CALL_FAULTS, run_call_fault
 from tests.distributed.call_faults import RANKS as CALL_RANKS
+from tests.distributed.fault_calls import write_models
 from tests.distributed.faults import FAULTS, RANKS, ROUTES, run_fault, write_files
 
 WITHIN_SECONDS = 30.0

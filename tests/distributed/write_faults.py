@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 from shardwise.testing import RankPool
-from tests.distributed.call_faults import CALL_FAULTS, run_call_fault, write_models
+from tests.distributed.call_faults import CALL_FAULTS, run_call_fault
 from tests.distributed.call_faults import RANKS as CALL_RANKS
+from tests.distributed.fault_calls import write_models
 from tests.distributed.faults import FAULTS, RANKS, ROUTES, Seen, run_fault, write_files
 
 TARGET = Path(__file__).parents[2] / "docs" / "faults.md"
