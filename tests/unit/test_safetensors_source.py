@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource, Source, locate
@@ -95,6 +95,22 @@ def no_index(directory: Path) -> Path:
 
 def test_files_without_an_index(tmp_path: Path) -> None:
     assert set(SafetensorsSource.open(no_index(tmp_path)).tensors) == {"a", "b", "c"}
+
+
+def test_all_tensors_in_one_file_too_and_in_an_index_of_that_file(tmp_path: Path) -> None:
+    both = two_files(tmp_path)
+    values = {
+        name: value
+        for file in ("one", "two")
+        for name, value in load_file(both / f"{file}.safetensors").items()
+    }
+    save_file(values, both / "model.safetensors")
+    assert {t.file for t in SafetensorsSource.open(both).tensors.values()} == {
+        "one.safetensors",
+        "two.safetensors",
+    }
+    write_index(both, dict.fromkeys(values, "model.safetensors"))
+    assert {t.file for t in SafetensorsSource.open(both).tensors.values()} == {"model.safetensors"}
 
 
 def test_links_of_a_hub_cache_are_its_own(tmp_path: Path) -> None:
@@ -194,6 +210,16 @@ BROKEN: dict[str, tuple[Breaker, type[CheckpointError], list[str]]] = {
         ),  # type: ignore[return-value]
         DamagedFileError,
         ["'a' twice"],
+    ),
+    "a stray file that transformers would take": (
+        lambda d: save_file({"a": torch.ones(4, 3), "b": torch.zeros(3)}, d / "model.safetensors"),
+        DamagedFileError,
+        ["model.safetensors: expected no such file beside an index", "(a)", "Remove the one"],
+    ),
+    "a stray file that is none": (
+        lambda d: (d / "model.safetensors").write_bytes(b"") and None,
+        DamagedFileError,
+        ["model.safetensors"],
     ),
     "a link that leaves": (link_outside, CheckpointError, ["two.safetensors", "elsewhere.safetensors"]),
     "config not JSON": (config("{"), DamagedFileError, ["config.json"]),

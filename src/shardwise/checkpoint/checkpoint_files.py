@@ -8,7 +8,7 @@ from shardwise.checkpoint.index_file import INDEX_NAME, check_file_name, read_in
 from shardwise.checkpoint.pickle_file import PICKLE_ENDINGS
 from shardwise.errors import CheckpointError, UnsupportedFormatError
 
-_SINGLE_NAME = "model.safetensors"
+SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -44,8 +44,8 @@ def files_of(path: Path) -> tuple[Path, list[str], dict[str, str] | None]:
         index = read_index(path / INDEX_NAME)
         return path, sorted(set(index.values())), index
     found = sorted(item.name for item in path.iterdir() if item.suffix == ".safetensors")
-    if _SINGLE_NAME in found:
-        found = [_SINGLE_NAME]
+    if SINGLE_NAME in found:
+        found = [SINGLE_NAME]
     if not found:
         pickles = sorted(item.name for item in path.iterdir() if item.suffix in _PICKLE_SUFFIXES)
         if pickles:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from shardwise.checkpoint.checkpoint_files import directory_of, files_of
+from shardwise.checkpoint.checkpoint_files import SINGLE_NAME, directory_of, files_of
 from shardwise.checkpoint.index_file import INDEX_NAME, resolve_inside
 from shardwise.checkpoint.page_cache import fetch_pages
 from shardwise.checkpoint.quantisation import refuse_quantised
@@ -127,6 +127,8 @@ class SafetensorsSource:
                     f"{directory / INDEX_NAME}: expected {tensor_name} in {file}, got it in {where}. The index belongs to other "
                     "files: get the checkpoint again."
                 )
+        if path.is_dir() and index is not None:
+            _refuse_stray(directory, tensors, announce)
         return cls(
             name=name or str(path),
             directory=directory,
@@ -338,3 +340,26 @@ def _describe(path: Path, name: str) -> tuple[DescribedFile, tuple[StoredTensor,
         return described, parse_header(header, file=name, file_bytes=described.size)
     finally:
         opened.close()
+
+
+def _refuse_stray(
+    directory: Path, tensors: Mapping[str, StoredTensor], announce: Callable[[str], None] | None
+) -> None:
+    """Raise if `model.safetensors` lies beside an index that does not name it, unless it describes the same tensors.
+
+    transformers takes that file where there is one, and not the index.
+    """
+    if not (directory / SINGLE_NAME).exists() or any(t.file == SINGLE_NAME for t in tensors.values()):
+        return
+    if announce is not None:
+        announce(SINGLE_NAME)
+    _, found = _describe(resolve_inside(directory, SINGLE_NAME), SINGLE_NAME)
+    other = {(t.name, t.dtype, t.shape) for t in found} ^ {
+        (t.name, t.dtype, t.shape) for t in tensors.values()
+    }
+    if other:
+        name = min(each[0] for each in other)
+        raise DamagedFileError(
+            f"{directory / SINGLE_NAME}: expected no such file beside an index that does not name it, got one with other tensors "
+            f"({name}). from_pretrained would load this file. Remove the one of the two that does not belong there."
+        )
