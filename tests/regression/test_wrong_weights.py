@@ -109,6 +109,29 @@ def step_tied(directory: str, name: str, way: str) -> None:
     assert sum(fqn == "lm_head.weight" for fqn in model.state_dict()) == 1
 
 
+def test_case_20_a_head_with_values_of_its_own_is_saved_whatever_the_config_says(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """It was left out because the config called it tied, and a resumed training began with the embedding's values."""
+    pool.run(save_untied, checkpoint("qwen3_tied"), str(tmp_path / "saved"), ranks=2)
+
+
+def save_untied(directory: str, target: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    model: Any = load(strategy, directory)
+    head = model.lm_head.weight
+    model.lm_head.weight = nn.Parameter(head.detach() + 1 if dist.get_rank() == 0 else head.detach())
+    assert model.config.tie_word_embeddings
+    model = strategy.wrap_model(model)
+    values = gathered(model)
+    assert not torch.equal(values["lm_head.weight"], values["model.embed_tokens.weight"])
+    sw.export_checkpoint(model, target)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(load_file(f"{target}/model.safetensors"))
+    loaded = from_checkpoint(target)
+    assert not loaded.config.tie_word_embeddings
+    check_equal(model, loaded)
+
+
 @pytest.mark.parametrize("way", ["direct", "rank0"])
 @pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight", "both"])
 def test_case_27_41_either_name_of_a_tied_weight_may_be_in_the_file(

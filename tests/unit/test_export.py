@@ -155,6 +155,11 @@ def test_an_existing_directory_is_replaced_on_request_alone(tmp_path: Path, mode
     after = content_of(out)
     assert after.keys() == before.keys()
     assert after["model.safetensors"] != before["model.safetensors"]
+    # The one file of before would be an invalid stray beside several.
+    sw.export_checkpoint(model, out, overwrite=True, max_shard_size="10KB")
+    assert "model.safetensors" not in os.listdir(out)
+    loaded = type(model).from_pretrained(out).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
     assert os.listdir(tmp_path) == ["out"]
 
 

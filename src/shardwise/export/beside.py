@@ -46,11 +46,27 @@ def write_config(model: nn.Module, directory: Path, *, dtype: torch.dtype | None
         _write_config(model, directory, dtype)
 
 
+def _has_head_of_its_own(model: Any) -> bool:
+    """Whether a model whose class ties embedding and head has two weights all the same."""
+    if not model._tied_weights_keys:
+        return False
+    try:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # a class without an embedding of tokens
+        return False
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    return isinstance(embedding, nn.Parameter) and isinstance(head, nn.Parameter) and embedding is not head
+
+
 def _write_config(model: Any, directory: Path, dtype: torch.dtype | None) -> None:
     cls = class_of(model)
     config = copy.deepcopy(model.config)
     config.dtype = dtype_name(dtype or model.dtype)
     config.architectures = [cls.__name__]
+    if _has_head_of_its_own(model):
+        # A load would tie what was saved apart, and transformers 4 overwrite one by the other.
+        for each in (config, config.get_text_config(decoder=True)):
+            each.tie_word_embeddings = False
     generation = copy.deepcopy(model.generation_config) if model.can_generate() else None
     if generation is not None and hasattr(config, "_get_non_default_generation_parameters"):  # transformers 4
         for name, value in config._get_non_default_generation_parameters().items():
