@@ -5,11 +5,14 @@ from __future__ import annotations
 import builtins
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
 from shardwise.testing import RankPool
@@ -30,6 +33,13 @@ class OwnConfig(Qwen3Config):
 class OwnForCausalLM(Qwen3ForCausalLM):
     config_class = OwnConfig
     own_code = True
+"""
+
+
+READING = """
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = self.model.norm.weight.sum().item()
 """
 
 
@@ -80,20 +90,13 @@ def test_a_known_kind_loads_by_its_own_class_without_the_code(
 
 
 def load_carrier(directory: str, defer: bool, original: str | None) -> None:
-    from transformers import dynamic_module_utils
-
-    before = dynamic_module_utils.HF_MODULES_CACHE, builtins.input
-    dynamic_module_utils.HF_MODULES_CACHE = str(Path(directory).parent / "modules")
-    builtins.input = lambda *_: "y"  # nobody may be asked
-    try:
+    with own_modules(directory):
         strategy = make_strategy("native_fsdp")
         trust = {"trust_remote_code": True} if original is not None else {}
         model: Any = load(strategy, directory, defer=defer, **trust)
         strategy.wrap_model(model)
         if original is not None:
             exported_with_its_code(model, Path(directory).parent / f"exported-{defer}")
-    finally:
-        dynamic_module_utils.HF_MODULES_CACHE, builtins.input = before
     assert model.own_code
     check_equal(model, from_checkpoint(str(original)))
     ids = torch.arange(8)[None]
@@ -110,6 +113,46 @@ def exported_with_its_code(model: Any, out: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto", trust_remote_code=True)
     assert loaded.own_code
     check_equal(model, loaded)
+
+
+@pytest.mark.parametrize("defer", [True, False], ids=["deferred", "source"])
+def test_a_constructor_that_reads_values_is_named_with_the_remedy(
+    pool: RankPool, carrier: Path, checkpoint: Checkpoint, defer: bool
+) -> None:
+    """The remedy works: the model is built with values, sharded, and filled."""
+    code = carrier / "modeling_own.py"
+    code.write_text(f"{code.read_text()}{READING}")
+    errors = pool.run_to_errors(load_carrier, str(carrier), defer, checkpoint("qwen3_untied"), ranks=2)
+    for error in errors:
+        assert isinstance(error, (sw.ConfigurationError, sw.PeerError)), error
+        assert "got a constructor that reads values: " in str(error)
+        assert "a whole copy in each rank's host memory" in str(error)
+    pool.run(build_and_fill, str(carrier), checkpoint("qwen3_untied"), ranks=2)
+
+
+def build_and_fill(directory: str, original: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with own_modules(directory):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.bfloat16)
+    fully_shard(model)
+    sw.materialize(model, directory)
+    check_equal(model, from_checkpoint(original))
+
+
+@contextmanager
+def own_modules(directory: str) -> Iterator[None]:
+    """Let transformers copy a checkpoint's code to a folder of this test, and ask nobody."""
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.HF_MODULES_CACHE, builtins.input
+    dynamic_module_utils.HF_MODULES_CACHE = str(Path(directory).parent / "modules")
+    builtins.input = lambda *_: "y"
+    try:
+        yield
+    finally:
+        dynamic_module_utils.HF_MODULES_CACHE, builtins.input = before
 
 
 def load_known(directory: str, original: str) -> None:

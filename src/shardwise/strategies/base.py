@@ -35,6 +35,7 @@ from shardwise.materialization import (
 )
 from shardwise.plan import check_route
 from shardwise.profiling import LoadReport
+from shardwise.strategies.added_later import refuse_added_later, watch_for_parameters_added_to
 from shardwise.strategies.awaited import refuse_edited
 from shardwise.strategies.empty_model import build_from_config
 from shardwise.strategies.forgotten import replaced_parameters_marked
@@ -51,7 +52,7 @@ from shardwise.strategies.pretrained import (
 from shardwise.strategies.pretrained_arguments import check_pretrained_arguments
 from shardwise.strategies.put_adapters import add_adapter, load_adapter
 from shardwise.strategies.records import Records
-from shardwise.strategies.resized import refuse_means, skip_means
+from shardwise.strategies.resized import refuse_means, refuse_resizing, skip_means
 from shardwise.strategies.wrap import wrap
 from shardwise.strategies.wrap_options import WrapOptions
 from shardwise.tensors import floating_dtype
@@ -241,6 +242,7 @@ class Strategy(ABC):
             The PEFT model. A further adapter is not active before the model's `set_adapter` says so.
 
         Raises:
+            CallOrderError: The model is wrapped: each rank would train an adapter of its own.
             ConfigurationError: The adapter starts from values that are not there yet.
             MissingDependencyError: peft is not installed.
             RankError: Another rank failed, or did not arrive.
@@ -279,6 +281,7 @@ class Strategy(ABC):
             The PEFT model. A further adapter is not active before the model's `set_adapter` says so.
 
         Raises:
+            CallOrderError: The model is wrapped.
             CheckpointError: The adapter lacks parameters, or does not fit the model.
             ConfigurationError: The adapter is of a base that PEFT would change first, as PiSSA's is.
             MissingDependencyError: peft is not installed.
@@ -334,7 +337,7 @@ class Strategy(ABC):
             The optimizer; through Accelerate, Accelerate's wrapper around it.
 
         Raises:
-            OptimizerError: It holds other parameters.
+            OptimizerError: It holds other parameters, or some that came into the model after the wrap.
             PeerError: Another rank's optimizer does.
         """
         agreement = self._agreement("wrap_optimizer")
@@ -351,6 +354,7 @@ class Strategy(ABC):
                     "Make the optimizer after wrap_model, on that model's parameters, and not between a forward and its "
                     "backward; or make it before and pass it to wrap_model."
                 )
+            refuse_added_later(optimizer)
         for model in self._wrapped:
             self._notice(model, [optimizer])
         with agreement.phase("prepare"):
@@ -419,9 +423,12 @@ class Strategy(ABC):
                 shard=shard,
             )
         self._wrapped.add(model)
+        refuse_resizing(model)
         self._notice(model, optimizers)
         if self.device_mesh.size() == 1:
             warn_of_one_rank()
+        else:
+            watch_for_parameters_added_to(model)
 
     def _notice(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if dist.get_rank() == source_rank_of(self.device_mesh):

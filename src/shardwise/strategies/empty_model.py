@@ -19,6 +19,7 @@ from torch import nn
 from shardwise.checkpoint import Source
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.strategies.transformers_compat import require_accelerate, warn_of_untested_version
+from shardwise.strategies.value_readers import constructors_without_values
 
 # Arguments of from_pretrained that say how values are found or changed, which is this package's part here.
 _NEEDS_VALUES = (
@@ -147,7 +148,7 @@ def _construct(model_cls: Any, config: Any, dtype: torch.dtype, arguments: dict[
         make = model_cls._from_config
         arguments.pop("trust_remote_code", None)  # which says something to auto classes alone
     try:
-        with _parameters_on_meta():
+        with constructors_without_values(model_cls), _parameters_on_meta():
             model: nn.Module = make(config, dtype=dtype, **arguments)
     except ValueError as error:
         _refuse_other_configs(model_cls, config, error)

@@ -38,6 +38,7 @@ from shardwise.strategies.transformers_compat import (
     from_pretrained_on_meta,
     plain_loads_on_meta,
 )
+from shardwise.strategies.value_readers import constructors_without_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +187,7 @@ def load_on_source(
         PeerError: Another rank failed.
     """
     loads = source_rank is None or agreement.rank == source_rank
-    with agreement.phase("load"):
+    with agreement.phase("load"), constructors_without_values(model_cls):
         refuse_device_map(config_kwargs)
         if loads:
             model, absent = from_pretrained(model_cls, name, dtype=dtype, **config_kwargs)

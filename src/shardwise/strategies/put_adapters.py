@@ -18,8 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from shardwise.errors import CheckpointError, ConfigurationError, MissingDependencyError
+from shardwise.errors import (
+    CallOrderError,
+    CheckpointError,
+    ConfigurationError,
+    MissingDependencyError,
+)
 from shardwise.materialization import (
     Agreement,
     Entry,
@@ -67,12 +73,14 @@ def add_adapter(
         The PEFT model.
 
     Raises:
+        CallOrderError: The model is wrapped.
         ConfigurationError: The adapter starts from values that this rank's base does not have, and nobody else will give.
         MissingDependencyError: peft is not installed.
         PeerError: Another rank failed.
     """
     with agreement.phase("build"):
         _require_peft("add_adapter")
+        _refuse_wrapped("add_adapter", model)
         deferred = bindings.has(model)
         reason = needs_base_values(config) if deferred else None
         if reason is not None:
@@ -114,6 +122,7 @@ def load_adapter(
         The PEFT model.
 
     Raises:
+        CallOrderError: The model is wrapped.
         CheckpointError: The adapter lacks parameters, or does not fit the model.
         ConfigurationError: The adapter belongs to a base that PEFT would change first, and the base has no values yet.
         MissingDependencyError: peft is not installed.
@@ -124,6 +133,7 @@ def load_adapter(
         configs = stack.enter_context(TemporaryDirectory(prefix="shardwise-"))
         opened = open_source(directory, agreement=agreement, configs_into=Path(configs))
         stack.enter_context(agreement.phase("build"))
+        _refuse_wrapped("load_adapter", model)
         config = _config_of(opened.path, is_trainable=is_trainable)
         start = getattr(config, "init_lora_weights", True)
         if (
@@ -174,6 +184,14 @@ def load_adapter(
 def _require_peft(call: str) -> None:
     if importlib.util.find_spec("peft") is None:
         raise MissingDependencyError(f"{call} needs peft. Install it with: pip install 'shardwise[peft]'")
+
+
+def _refuse_wrapped(call: str, model: nn.Module) -> None:
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise CallOrderError(
+            f"{call}: expected a model that is not wrapped, got {type(model).__name__} with sharded parameters: the adapter's would not be "
+            "sharded, and each rank would train its own. Add adapters between load_pretrained and wrap_model."
+        )
 
 
 def _config_of(directory: Path, *, is_trainable: bool) -> Any:

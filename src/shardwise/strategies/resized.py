@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from shardwise.errors import ConfigurationError, ShapeMismatchError
+from shardwise.errors import CallOrderError, ConfigurationError, ShapeMismatchError
 from shardwise.materialization import Bound, Entry
 from shardwise.plan import StoredPiece
 from shardwise.tensors import Region
@@ -85,12 +85,12 @@ def is_resized_head(model: nn.Module, bound: Mapping[str, Bound]) -> bool:
 
 def refuse_means(model: nn.Module) -> None:
     """Make `mean_resizing=True` an error that names the remedy, until `restore_means`."""
-    _replace(model, _refuse)
+    _replace(model, _OF_MEANS, _refuse)
 
 
 def skip_means(model: nn.Module) -> None:
     """Leave the means of `mean_resizing=True` to the rank that has values, until `restore_means`."""
-    _replace(model, _skip)
+    _replace(model, _OF_MEANS, _skip)
 
 
 def restore_means(model: nn.Module) -> None:
@@ -98,6 +98,11 @@ def restore_means(model: nn.Module) -> None:
     for module in model.modules():
         for name in _OF_MEANS:
             vars(module).pop(name, None)
+
+
+def refuse_resizing(model: nn.Module) -> None:
+    """Make resizing the embeddings of a wrapped model an error that names the remedy: transformers would mix shards and full tensors."""
+    _replace(model, ("resize_token_embeddings",), _refuse_resizing)
 
 
 def _inside(model: nn.Module, method: str) -> nn.Module | None:
@@ -111,10 +116,10 @@ def _inside(model: nn.Module, method: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _replace(model: nn.Module, method: Any) -> None:
+def _replace(model: nn.Module, names: tuple[str, ...], method: Any) -> None:
     # On the object, where transformers looks them up: it offers no hook between the old rows and the new ones.
     for module in model.modules():
-        for name in _OF_MEANS:
+        for name in names:
             if hasattr(type(module), name):
                 setattr(module, name, method)
 
@@ -124,6 +129,13 @@ def _refuse(*_: Any, **__: Any) -> None:
         "resize_token_embeddings(mean_resizing=True): expected values of the old rows to take the mean of, got a model whose "
         "values are read at the wrap. Pass mean_resizing=False, which starts new rows as the model does, or load with "
         "load_pretrained(defer=False)."
+    )
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> None:
+    raise CallOrderError(
+        "resize_token_embeddings: expected a model that is not wrapped yet, got one whose embeddings are sharded. Resize between "
+        "load_pretrained and wrap_model; of a trained model, export it and load the export."
     )
 
 

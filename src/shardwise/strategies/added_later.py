@@ -1,0 +1,72 @@
+"""A parameter that comes into a model after its wrap belongs to one rank: nothing makes it, or its gradient, equal on the others.
+
+An adapter of PEFT is such a case: each rank trains one of its own, every loss looks right, and a save keeps the first rank's. The
+model tells nobody of a new parameter, so each optimizer's first step after a wrap looks for it, and `wrap_optimizer` does.
+
+Source: `torch.optim.optimizer.register_optimizer_step_pre_hook`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from shardwise.errors import OptimizerError
+from shardwise.materialization import clean_fqn, trained_parameters_of
+
+_plain_at_the_wrap: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+_looked_at: WeakSet[Optimizer] = WeakSet()
+
+
+def watch_for_parameters_added_to(model: nn.Module) -> None:
+    """Refuse the steps of optimizers that hold parameters which come into a model from now on.
+
+    Args:
+        model: Just wrapped, over several ranks. What is not sharded in it now, the user has left out on purpose.
+    """
+    _plain_at_the_wrap[model] = {id(p) for p in model.parameters() if not isinstance(p, DTensor)}
+    _looked_at.clear()
+    _watch()
+
+
+def refuse_added_later(optimizer: Optimizer) -> None:
+    """Raise if an optimizer holds parameters that came into a wrapped model later.
+
+    Raises:
+        OptimizerError: It does.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)}
+    for model, known in _plain_at_the_wrap.items() if held else ():
+        added = held & trained_parameters_of(model) - known
+        if added:
+            names = [clean_fqn(fqn) for fqn, p in model.named_parameters() if id(p) in added]
+            raise OptimizerError(
+                f"{type(optimizer).__name__}: expected parameters that were in the model when it was wrapped, got {_first(names)}, "
+                "which came later: each rank would train one of its own. Add adapters and heads before wrap_model; a "
+                "parameter that is to stay whole on every rank belongs into fsdp_config['ignored_params']."
+            )
+
+
+def _first(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
+
+
+@functools.cache
+def _watch() -> None:
+    register_optimizer_step_pre_hook(_look)
+
+
+def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling() or optimizer in _looked_at:
+        return
+    refuse_added_later(optimizer)
+    _looked_at.add(optimizer)
