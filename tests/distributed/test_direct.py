@@ -236,18 +236,24 @@ def fill_again(path: str) -> None:
     torch.testing.assert_close(model(ids), before)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_without_a_checkpoint_values_do_not_depend_on_the_number_of_ranks(pool: RankPool, ranks: int) -> None:
-    sums = pool.run(initialise_all, ranks=ranks)
+@pytest.mark.parametrize(("ranks", "tensor_parallel"), [(2, 1), (3, 1), (2, 2), (4, 2), (4, 4)])
+def test_without_a_checkpoint_values_do_not_depend_on_the_number_of_ranks(
+    pool: RankPool, ranks: int, tensor_parallel: int
+) -> None:
+    sums = pool.run(initialise_all, tensor_parallel, ranks=ranks)
     assert len(set(sums)) == 1
-    assert sums[0] == pool.run(initialise_all, ranks=1)[0]
+    assert sums[0] == pool.run(initialise_all, 1, ranks=1)[0]
 
 
-def initialise_all() -> str:
+def initialise_all(tensor_parallel: int) -> str:
     torch.manual_seed(11 if dist.get_rank() == 0 else 99)  # the first rank's seed counts
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(7, 13), nn.LayerNorm(13), nn.Embedding(5, 3))
-    fully_shard(model)
+    shape = (dist.get_world_size() // tensor_parallel, tensor_parallel)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("fsdp", "tp"))
+    if tensor_parallel > 1:  # of columns, whose number decides how wide a linear layer starts
+        parallelize_module(model, mesh["tp"], {"0": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["fsdp"])
     report = sw.materialize(model, None)
     assert report.tensors == {"initialised": 5}
     assert model[1].weight.full_tensor().eq(1).all()

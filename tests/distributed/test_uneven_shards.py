@@ -97,7 +97,9 @@ def pointers_of(model: nn.Module) -> dict[Any, tuple[int, int]]:
 # --- tensor parallelism and FSDP on the same dim ---
 
 
-@pytest.mark.parametrize("sizes", [(6, 9, 5), (5, 7, 3), (4, 3, 1), (7, 10, 5)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(6, 9, 5), (5, 7, 3), (4, 3, 1), (7, 10, 5), (5, 1, 3), (3, 17, 1)], ids=str
+)
 def test_tensor_parallelism_under_fsdp_equals_plain_loading(
     pool: RankPool, tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:

@@ -21,6 +21,7 @@ from tests.distributed.steps import (
     by_efficient,
     by_strategy,
     by_way,
+    check_gradients,
     language_loss,
     load,
     make_strategy,
@@ -137,21 +138,50 @@ def wrap_subset(name: str, efficient: bool) -> None:
 
 
 @by_strategy
-def test_case_11_deferred_loading_with_cpu_offload_steps_on_every_rank(
-    pool: RankPool, checkpoint: Checkpoint, strategy: str
+@pytest.mark.parametrize("cpu_offload", [True, False], ids=["offloaded", "in place"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("reshard", [True, False], ids=["resharded", "kept"])
+def test_case_11_every_combination_of_options_takes_a_step(
+    pool: RankPool,
+    checkpoint: Checkpoint,
+    strategy: str,
+    cpu_offload: bool,
+    checkpointing: bool,
+    reshard: bool,
 ) -> None:
-    """Low-memory loading with CPU offload failed on rank 1."""
-    pool.run(step_with_offload, checkpoint("qwen3_tied"), strategy, ranks=2)
+    """Low-memory loading with CPU offload failed on rank 1: each option worked, and not all of them together."""
+    options = {
+        "cpu_offload": CPUOffloadPolicy(pin_memory=False) if cpu_offload else False,
+        "activation_checkpointing": checkpointing,
+        "reshard_after_forward": reshard,
+    }
+    first = (cpu_offload + checkpointing + reshard) % 2  # so that each of two options meets each way
+    pool.run(step_with_options, checkpoint("qwen3_tied"), strategy, options, WAYS_TO_FILL[first::2], ranks=2)
 
 
-def step_with_offload(directory: str, name: str) -> None:
-    for cpu_storage in ("auto", "copy"):
-        options = {"cpu_offload": CPUOffloadPolicy(pin_memory=False)}
-        strategy = make_strategy(name, fsdp_config=options, cpu_storage=cpu_storage)
-        model = load(strategy, directory, defer=True)
+WAYS_TO_FILL = [
+    ("direct", torch.bfloat16, "auto"),
+    ("direct", torch.float32, "copy"),
+    ("rank0", torch.float32, "copy"),
+    ("eager", torch.float32, "copy"),
+]
+
+
+def step_with_options(
+    directory: str, name: str, options: dict[str, Any], ways: list[tuple[str, torch.dtype, str]]
+) -> None:
+    for way, dtype, cpu_storage in ways:
+        strategy = make_strategy(
+            name, memory_efficient_init=way != "eager", fsdp_config=options, cpu_storage=cpu_storage
+        )
+        model = load(strategy, directory, dtype=dtype, defer=way == "direct").train()
         model, optimizer = strategy.wrap_model(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        check_equal(model, from_checkpoint(directory))
+        expected = from_checkpoint(directory, dtype=dtype)
+        check_equal(model, expected)
         backward(strategy, language_loss(model, own_rows(token_batch())))
+        if dtype == torch.float32:
+            language_loss(expected, token_batch()).backward()
+            check_gradients(model, expected)
         optimizer.step()
 
 
@@ -208,7 +238,7 @@ def train_adapter(directory: str, name: str) -> tuple[str, str]:
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     before = digest_of_adapter(model)
-    for _ in range(2):
+    for _ in range(10):
         backward(strategy, language_loss(model, own_rows(token_batch())))
         optimizer.step()
         optimizer.zero_grad()

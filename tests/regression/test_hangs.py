@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource
 from shardwise.errors import StalledReadError
+from shardwise.materialization import data_plane
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, check_equal, from_checkpoint
 from tests.distributed.steps import (
@@ -32,6 +34,7 @@ from tests.distributed.steps import (
     make_strategy,
     own_rows,
 )
+from tests.distributed.test_routes import on_node
 
 pytestmark = pytest.mark.distributed
 
@@ -126,6 +129,7 @@ def test_case_34_35_slow_storage_outlasts_the_groups_timeout_but_not_the_users(
     save_file({"weight": torch.randn(64, 512)}, tmp_path / "model.safetensors")
     pool.run(read_slowly, str(tmp_path), 0, 20.0, ranks=3)
     pool.run(read_slowly, str(tmp_path), 1, 20.0, ranks=3)
+    pool.run(read_slowly, str(tmp_path), 1, 20.0, "connecting", ranks=3)  # the communicator has it too
     errors = pool.run_to_errors(read_slowly, str(tmp_path), 0, 1.0, ranks=3)
     for rank, error in enumerate(errors):
         assert isinstance(error, StalledReadError if rank == 2 else sw.PeerError)
@@ -133,23 +137,23 @@ def test_case_34_35_slow_storage_outlasts_the_groups_timeout_but_not_the_users(
         assert "has not returned for 0.75 s on rank 2 (" in str(error)
 
 
-def read_slowly(directory: str, dim: int, timeout: float) -> None:
+def read_slowly(directory: str, dim: int, timeout: float, slow_at: str = "reading") -> None:
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     model = nn.Linear(512, 64, bias=False, device="meta")
     model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(dim)], src_data_rank=None))
-    original = SafetensorsSource.read_scattered
+    place: tuple[Any, str] = (SafetensorsSource, "read_scattered")
+    if slow_at == "connecting":
+        place = data_plane, "make_group"
+    original = getattr(*place)
 
-    def slow(self: SafetensorsSource, file: str, offset: int, parts: Any) -> None:
+    def slow(*args: Any, **options: Any) -> Any:
         if dist.get_rank() == 2:
             time.sleep(1.6)
-        original(self, file, offset, parts)
+        return original(*args, **options)
 
-    SafetensorsSource.read_scattered = slow  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(*place, slow):
         sw.materialize(model, directory, timeout=timeout, cpu_storage="copy")
-    finally:
-        SafetensorsSource.read_scattered = original  # type: ignore[method-assign]
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=30), dist.group.WORLD)
     assert model.weight.full_tensor().isfinite().all()
 
@@ -247,13 +251,13 @@ def read_rows(directory: str) -> None:
 
 def test_case_40_61_all_ranks_run_the_same_collectives(pool: RankPool, checkpoint: Checkpoint) -> None:
     """Local first ranks reduced while the others broadcast; ranks scattered what each of them could read itself."""
-    for way in ("direct", "rank0"):
-        sequences = pool.run(collectives_of_load, checkpoint("qwen3_tied"), way, ranks=4)
-        assert all(sequence == sequences[0] for sequence in sequences)
-        assert bool(sequences[0]) == (way == "rank0")
+    for way, nodes in (("direct", 1), ("direct", 2), ("rank0", 2), ("node", 2)):
+        sequences = pool.run(collectives_of_load, checkpoint("qwen3_tied"), way, nodes, ranks=4)
+        assert all(sequence == sequences[0] for sequence in sequences), (way, nodes)
+        assert bool(sequences[0]) == (way != "direct")
 
 
-def collectives_of_load(directory: str, way: str) -> list[str]:
+def collectives_of_load(directory: str, way: str, nodes: int) -> list[str]:
     calls: list[str] = []
     names = ("scatter", "broadcast", "all_gather", "all_reduce", "all_to_all_single", "barrier", "new_group")
     originals = {name: getattr(dist, name) for name in names}
@@ -268,8 +272,9 @@ def collectives_of_load(directory: str, way: str) -> list[str]:
     for name in names:
         setattr(dist, name, counting(name))
     try:
-        strategy = make_strategy("native_fsdp")
-        model = strategy.wrap_model(load(strategy, directory, defer=way == "direct"))
+        with on_node(dist.get_rank() * nodes // dist.get_world_size()):
+            strategy = make_strategy("native_fsdp", route="node" if way == "node" else "auto")
+            model = strategy.wrap_model(load(strategy, directory, defer=way != "rank0"))
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)

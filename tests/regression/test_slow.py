@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import resource
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +24,7 @@ from shardwise.checkpoint import Run, SafetensorsSource, ranged_file, safetensor
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, check_equal
 from tests.distributed.steps import by_efficient, by_strategy, every_rank, make_strategy
+from tests.distributed.test_routes import on_node
 
 pytestmark = pytest.mark.distributed
 
@@ -94,6 +99,89 @@ def count_bytes(directory: str, cpu_storage: str) -> tuple[int, int]:
     # The last rank's shard is short, so that it is padded and cannot be the file's pages.
     assert bool(requests.mappings) == (cpu_storage == "map" and dist.get_rank() < 3)
     return own, len(requests.reads) + len(requests.mappings)
+
+
+@pytest.mark.parametrize(("route", "nodes"), [("node", 2), ("striped", 1)])
+def test_case_60_no_rank_sends_for_the_whole_job(
+    pool: RankPool, tmp_path: Path, route: str, nodes: int
+) -> None:
+    """One rank read, and sent, for all; then each node's first rank for its node, or each rank a part."""
+    torch.manual_seed(0)
+    save_file({f"{i}.weight": torch.randn(1024, 512) for i in range(4)}, tmp_path / "model.safetensors")
+    whole = 4 * 1024 * 512 * 4
+    sent = pool.run(count_egress, str(tmp_path), route, nodes, ranks=4)
+    if route == "node":  # a reader keeps its own fourth, and sends the other rank of its node one
+        assert [nbytes > 0 for nbytes in sent] == [True, False, True, False]
+        assert sum(sent) <= 0.52 * whole
+    assert max(sent) <= 0.3 * whole
+
+
+def count_egress(directory: str, route: Any, nodes: int) -> int:
+    sent, rank = [0], dist.get_rank()
+    scatter, all_to_all = dist.scatter, dist.all_to_all_single
+
+    def scattering(into: torch.Tensor, slots: Any = None, *args: Any, **options: Any) -> Any:
+        sent[0] += (len(slots) - 1) * into.nbytes if slots else 0
+        return scatter(into, slots, *args, **options)
+
+    def exchanging(
+        receive: torch.Tensor, send: torch.Tensor, receives: Any, sends: Any, **options: Any
+    ) -> Any:
+        own = dist.get_group_rank(options["group"], rank)
+        sent[0] += sum(sends) - sends[own]
+        return all_to_all(receive, send, receives, sends, **options)
+
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(512, 1024, bias=False) for _ in range(4)))
+    fully_shard(model)
+    dist.scatter, dist.all_to_all_single = scattering, exchanging  # type: ignore[assignment]
+    try:
+        with on_node(rank * nodes // dist.get_world_size()):
+            sw.materialize(model, directory, route=route, cpu_storage="copy", staging_bytes=4 * 2**20)
+    finally:
+        dist.scatter, dist.all_to_all_single = scatter, all_to_all
+    assert model[3].weight.full_tensor().std() > 0.9
+    return sent[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a page cache that can be told to forget")
+def test_case_57_a_cold_file_is_read_and_not_faulted_in(pool: RankPool, tmp_path: Path) -> None:
+    """Pages of mapped files were faulted in one after the other, at 28 MiB/s."""
+    save_file({f"{i}.weight": torch.randn(2048, 1024) for i in range(4)}, tmp_path / "model.safetensors")
+    for touching, loading in pool.run(count_major_faults, str(tmp_path), ranks=2):
+        if touching < 8:
+            pytest.skip("this system does not count major faults of a mapped file")
+        assert loading <= 4
+
+
+def count_major_faults(directory: str) -> tuple[int, int]:
+    """Return the major faults of this process while it touches pages of a cold file, and while it loads its part of it."""
+    path = Path(directory) / "model.safetensors"
+
+    def forget() -> int:
+        dist.barrier()
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        dist.barrier()
+        return major_faults()
+
+    before = forget()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        mapped.madvise(mmap.MADV_RANDOM)  # no reading ahead
+        sum(mapped[:: 64 * mmap.PAGESIZE])
+    touching = major_faults() - before
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1024, 2048, bias=False) for _ in range(4)))
+    fully_shard(model)
+    before = forget()
+    sw.materialize(model, directory, cpu_storage="copy")
+    assert model[0].weight.to_local().std() > 0.9
+    return touching, major_faults() - before
+
+
+def major_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def test_case_59_a_rank_opens_the_files_that_it_reads_and_one_rank_reads_the_headers(

@@ -12,9 +12,9 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from shardwise.checkpoint import StateDictSource
-from shardwise.materialization.source_plan import plan_sources
+from shardwise.materialization.source_plan import SourcePlan, plan_sources
 from shardwise.materialization.wanted import Wanted
-from shardwise.plan import Sight
+from shardwise.plan import Sight, WantedTensor
 from tests.unit.test_routes import layout_of, wanted_of
 
 FEW, MANY = 256, 8192
@@ -26,15 +26,30 @@ SHAPES = [
 ]  # rows that every number of ranks here divides
 
 
+def plan_of(wanted: list[WantedTensor], route: str, ranks: int) -> SourcePlan:
+    """Return what one rank does for its part of a load."""
+    everyone = tuple(range(ranks))
+    sight = Sight(ranks=everyone, nodes=tuple(f"node {rank // 8}" for rank in everyone), readers=everyone)
+    source = StateDictSource({"w": torch.empty(1)})
+    (plan,) = plan_sources(
+        [Wanted(source=source, pieces=tuple(wanted), converted=())],
+        sights=[sight],
+        route=route,
+        rank=ranks // 2,
+        device=torch.device("cpu"),
+        staging_bytes=2**26,
+        cpu_storage="copy",
+        on_host=True,
+    )
+    return plan
+
+
 def calls(route: str, ranks: int, *, tensors: int, axes: tuple[Placement, ...] = (Shard(0),)) -> int:
     """Return how many Python functions one rank calls to plan its part of a load."""
     sizes = (2, ranks // 2) if len(axes) == 2 else (ranks,)
     wanted = wanted_of(
         layout_of(*zip(sizes, axes, strict=True)), [SHAPES[i % len(SHAPES)] for i in range(tensors)]
     )
-    everyone = tuple(range(ranks))
-    sight = Sight(ranks=everyone, nodes=tuple(f"node {rank // 8}" for rank in everyone), readers=everyone)
-    source = StateDictSource({"w": torch.empty(1)})
     count = 0
 
     def profile(_frame: FrameType, event: str, _argument: Any) -> None:
@@ -44,16 +59,7 @@ def calls(route: str, ranks: int, *, tensors: int, axes: tuple[Placement, ...] =
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
-        plan_sources(
-            [Wanted(source=source, pieces=tuple(wanted), converted=())],
-            sights=[sight],
-            route=route,
-            rank=ranks // 2,
-            device=torch.device("cpu"),
-            staging_bytes=2**26,
-            cpu_storage="copy",
-            on_host=True,
-        )
+        plan_of(wanted, route, ranks)
     finally:
         sys.setprofile(before)
     return count
@@ -81,3 +87,13 @@ def test_ranks_that_exchange_list_each_other_once_and_not_for_each_tensor(
     assert many - few <= 6 * (MANY - FEW)
     more_tensors = calls(route, MANY, tensors=64, axes=axes) - calls(route, FEW, tensors=64, axes=axes)
     assert more_tensors <= 1.1 * max(many - few, MANY - FEW)
+
+
+@pytest.mark.parametrize("route", ["auto", "striped", "rank0"])
+def test_twenty_thousand_small_tensors_are_few_reads_and_messages(route: str) -> None:
+    wanted = wanted_of(layout_of((3, Shard(0))), [(8, 16)] * 20_000)
+    plan = plan_of(wanted, route, 3)
+    assert not plan.direct.reads
+    (exchange,) = plan.exchanges
+    assert sum(exchange.arriving.values()) > 20_000 * 8 * 16 / 4
+    assert len(exchange) <= 5  # rounds, of one read and one message to each rank
