@@ -3,7 +3,8 @@
     python benchmarks/bench_rank0.py [--parameters 1000000000] [--ranks 4] [--repeats 3] [--dtype bfloat16]
 
 The ways run in turn, each time in fresh processes on one generated Qwen3-shaped checkpoint. From files, rank 0 reads through
-staging buffers what it sends; otherwise it has loaded the model before. The floor sends as many bytes and keeps none. Printed are medians over the repeats: seconds from
+staging buffers what it sends; otherwise it has loaded the model before. The floors send as many bytes: from one buffer into one, and
+from files into fresh memory. Printed are medians over the repeats: seconds from
 the loaded (or empty) model to filled shards on all ranks, the same with the load before it, and the anonymous host memory
 of rank 0 and of the worst other rank over both. Figures go to `--json` as well.
 """
@@ -54,7 +55,10 @@ def main() -> None:
     equal = len(checksums) == 1
     _print(runs, console)
     console.print(f"all ways ended with equal shards: {equal}")
-    floor = "as many bytes as the other ranks' shards have, sent from one buffer of rank 0 into one of each"
+    floor = (
+        "as many bytes as the other ranks' shards have, sent from one buffer of rank 0 into one of each; or read by rank 0 and sent "
+        "into fresh memory of each"
+    )
     write_figures(options.json, "rank0", options, floor=floor, runs=runs, equal=equal)
 
 

@@ -28,8 +28,12 @@ def measure(arguments: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=20))
-    if arguments["way"] == SENT:
-        return _send_bytes(arguments["model"], getattr(torch, arguments["dtype"]))
+    if arguments["way"] in FLOORS:
+        return _send_bytes(
+            arguments["model"],
+            getattr(torch, arguments["dtype"]),
+            from_files=arguments["way"] == READ_AND_SENT,
+        )
     init_device_mesh("cpu", (dist.get_world_size(),))
     from_files = arguments["way"] == FROM_FILES
     strategy = NativeFSDPStrategy(mixed_precision="no", route="rank0" if from_files else "auto")
@@ -80,36 +84,54 @@ def _set_model_state_dict(strategy: NativeFSDPStrategy, model: nn.Module) -> Non
     del buffers
 
 
-def _send_bytes(directory: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Send each rank as many bytes as its shards have, from one buffer of rank 0's into one of its own."""
-    values = sum(
-        each.nbytes // each.dtype.itemsize
-        for each in SafetensorsSource.open(Path(directory)).tensors.values()
-    )
+def _send_bytes(directory: str, dtype: torch.dtype, *, from_files: bool) -> dict[str, Any]:
+    """Send each rank as many bytes as its shards have, and do nothing else with them.
+
+    Args:
+        directory: Of the checkpoint.
+        dtype: Of the shards.
+        from_files: Whether rank 0 reads them and the others receive them in fresh memory, as shards are; else they are sent from one
+            buffer of rank 0's into one of each other's.
+    """
+    source = SafetensorsSource.open(Path(directory))
+    values = sum(each.nbytes // each.dtype.itemsize for each in source.tensors.values())
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    left = values * dtype.itemsize // ranks
-    buffer = torch.zeros(_BUCKET_BYTES, dtype=torch.uint8)
+    total = values * dtype.itemsize // ranks
+    files = (path.open("rb") for path in sorted(Path(directory).glob("*.safetensors")))
+    buffers = [torch.zeros(_BUCKET_BYTES, dtype=torch.uint8) for _ in range(ranks)]
     dist.barrier()
     started = time.perf_counter()
-    while left > 0:
-        bucket = buffer[: min(left, _BUCKET_BYTES)]
-        if rank == 0:
-            for work in [dist.isend(bucket, other) for other in range(1, ranks)]:
-                work.wait()
-        else:
-            dist.recv(bucket, 0)
-        left -= len(bucket)
+    received = torch.empty(total if from_files and rank else 0, dtype=torch.uint8)
+    file = next(files)
+    for start in range(0, total, _BUCKET_BYTES):
+        nbytes = min(total - start, _BUCKET_BYTES)
+        if rank != 0:
+            dist.recv(received[start : start + nbytes] if from_files else buffers[0][:nbytes], 0)
+            continue
+        sending = []
+        for other in range(1, ranks):
+            bucket = buffers[other if from_files else 0][:nbytes]
+            if from_files and file.readinto(memoryview(bucket.numpy())) < nbytes:
+                file.seek(0)  # stored bytes of another dtype than the shards' are fewer
+                file = next(files, file)
+            sending.append(dist.isend(bucket, other))
+        for work in sending:
+            work.wait()
     dist.barrier()
     seconds = time.perf_counter() - started
     dist.destroy_process_group()
-    return {"host_anon_peak_bytes": _BUCKET_BYTES, "seconds": seconds, "load_seconds": 0.0, "checksum": None}
+    peak_bytes = (ranks * _BUCKET_BYTES if rank == 0 else total) if from_files else _BUCKET_BYTES
+    return {"host_anon_peak_bytes": peak_bytes, "seconds": seconds, "load_seconds": 0.0, "checksum": None}
 
 
 SENT = "floor: as many bytes sent"
+READ_AND_SENT = "floor: read, sent, into fresh memory"
+FLOORS = (SENT, READ_AND_SENT)
 _BUCKET_BYTES = 8 * 2**20
 FROM_FILES = "shardwise, from files"
 WAYS: dict[str, Callable[[NativeFSDPStrategy, nn.Module], None] | None] = {
     SENT: None,
+    READ_AND_SENT: None,
     FROM_FILES: _shardwise,
     "shardwise, from memory": _shardwise,
     "set_model_state_dict": _set_model_state_dict,

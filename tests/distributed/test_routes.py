@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
+from shardwise.checkpoint import SafetensorsSource
 from shardwise.errors import ChangedFileError, ConfigurationError, PeerError, RankError, RankMismatchError
 from shardwise.testing import RankPool
 from tests.distributed.models import from_checkpoint, transformers_fuses_experts, write_checkpoint
@@ -135,6 +139,69 @@ def load_mapped(directory: str, nodes: int) -> dict[str, Any]:
         stored = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
         assert strategy.last_report.storage_bytes <= 1.02 * stored
         return strategy.last_report.to_json()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for mapped files in /proc")
+@pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=str)
+def test_a_rank_that_reads_for_all_maps_its_own_shards(
+    pool: RankPool, checkpoints: dict[str, Path], tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    directory = str(checkpoints["qwen3_tied"])
+    stored = sum(path.stat().st_size for path in Path(directory).glob("*.safetensors"))
+    by_rank = pool.run(load_and_look, directory, shape, str(tmp_path), ranks=math.prod(shape))
+    for rank, cases in enumerate(by_rank):
+        assert set(cases) == {"auto", "copy", "cast", "refused"}
+        for name, (are_mapped, report) in cases.items():
+            assert are_mapped == ({"all whole shards"} if (rank, name) == (0, "auto") else set()), (
+                rank,
+                name,
+            )
+            assert report["storage_bytes"] <= 1.02 * stored
+            for what in ("storage_bytes", "network_bytes"):
+                assert report["predicted"][what] == report[what]
+
+
+def load_and_look(
+    directory: str, shape: tuple[int, ...], folder: str
+) -> dict[str, tuple[set[str], dict[str, Any]]]:
+    """Load as files that can be mapped, must be copied, are cast, and cannot be mapped after all; return what is mapped, and the report."""
+    from transformers import AutoModelForCausalLM
+
+    found: dict[str, tuple[set[str], dict[str, Any]]] = {}
+    for name in ("auto", "copy", "cast", "refused"):
+        strategy = sw.NativeFSDPStrategy(
+            mesh_of(shape),
+            mixed_precision="no",
+            route="rank0",
+            cpu_storage="copy" if name == "copy" else "auto",
+            timeout=TIMEOUT_SECONDS,
+        )
+        dtype = torch.float32 if name == "cast" else "auto"
+        refused = mock.patch.object(SafetensorsSource, "mapped", lambda _, runs: [None] * len(runs))
+        with refused if name == "refused" else nullcontext():
+            model = strategy.wrap_model(
+                strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=dtype)
+            )
+        require_equal(model, directory, dtype=dtype if name == "cast" else None)
+        assert sw.verify_shards(model, directory).is_equal
+        assert strategy.last_report is not None
+        found[name] = (mapped_shards(model), strategy.last_report.to_json())
+        if name == "auto":
+            sw.export_checkpoint(model, f"{folder}/exported")
+            require_equal(model, f"{folder}/exported")
+    return found
+
+
+def mapped_shards(model: nn.Module) -> set[str]:
+    """Return fqns of the shards that are pages of a checkpoint, or in a word that all are that need no padding."""
+    files = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split(maxsplit=5)
+        if name.endswith(".safetensors"):
+            files.append(range(*(int(address, 16) for address in addresses.split("-"))))
+    shards = {name: parameter.to_local() for name, parameter in model.named_parameters()}  # type: ignore[operator]
+    mapped = {name for name, shard in shards.items() if any(shard.data_ptr() in pages for pages in files)}
+    return {"all whole shards"} if mapped == {name for name, s in shards.items() if s.numel()} else mapped
 
 
 def test_a_flipped_bit_in_a_replica_is_found(pool: RankPool, checkpoints: dict[str, Path]) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from shardwise.checkpoint import StateDictSource, StoredTensor
 from shardwise.errors import ConfigurationError
+from shardwise.materialization.source_cost import cost_of_source
 from shardwise.materialization.source_plan import plan_sources
 from shardwise.materialization.wanted import Wanted
 from shardwise.plan import (
@@ -278,6 +279,44 @@ def test_pages_that_replicas_on_one_node_map_are_counted_once() -> None:
         plans = [plan_reads(wanted, rank=rank, max_read_bytes=2**20, node_of=node_of) for rank in range(4)]
         assert sum(plan.storage_bytes for plan in plans) == times * total, nodes
         assert all(len(plan.mapped) == 1 for plan in plans)
+
+
+@pytest.mark.parametrize("route", ["rank0", "node"])
+@pytest.mark.parametrize("layout", [FSDP, HSDP])
+def test_a_rank_that_alone_reads_for_others_maps_its_own_shards(layout: Layout, route: str) -> None:
+    seen = sight("aabb", (0, 3)) if route == "node" else sight(blind=(0,))
+    readers = (1, 2) if route == "node" else (1,)
+    mappable = wanted_of(layout, [(512, 1024), (3, 64), (256, 1024)], may_map=True)
+    cast = wanted_of(layout, [(512, 1024)], may_map=True, dtype=torch.float32)
+    own_bytes = sum(math.prod(shape) * 2 for shape in ((512, 1024), (256, 1024))) // len(
+        layout.ranks_of_shards
+    )
+    for tensors, mapped_bytes in ((mappable, own_bytes), (cast, 0)):
+        source = StateDictSource({"f": torch.empty(1)})
+        wanted = Wanted(source=source, pieces=tuple(tensors), converted=())
+        cost = cost_of_source(wanted, seen, route=route, staging_bytes=STAGING_BYTES, on_host=True).cost
+        for rank in seen.ranks:
+            (plan,) = plan_sources(
+                [wanted],
+                sights=[seen],
+                route=route,
+                rank=rank,
+                device=torch.device("cpu"),
+                on_host=True,
+                staging_bytes=STAGING_BYTES,
+                cpu_storage="auto",
+            )
+            mapped = {each.fqn: each.nbytes for each in plan.direct.mapped}
+            large = {
+                fqn: nbytes for fqn, nbytes in mapped.items() if fqn != "w1"
+            }  # of three rows one rank's is short
+            assert sum(large.values()) == (mapped_bytes if rank in readers else 0)
+            assert cost.mapped_bytes[rank] == sum(mapped.values())
+            assert cost.storage_bytes[rank] == plan.storage_bytes
+            assert (plan.storage_bytes > 0) == (rank in readers)
+            kept = {each.fqn for of in plan.exchanges for turn in of.rounds() for each in turn.kept}
+            assert not kept & mapped.keys()
+            assert mapped_bytes == 0 or "w0" not in kept
 
 
 def test_replicas_of_a_rank() -> None:

@@ -141,7 +141,9 @@ def _map(
 
 
 def _read_instead(plan: SourcePlan, unmapped: set[str], max_read_bytes: int) -> SourcePlan:
-    wanted = [dataclasses.replace(t, may_map=False) for t in plan.wanted.pieces if t.fqn in unmapped]
+    # What this rank reads for others too it keeps of that.
+    alone = unmapped.difference(*(each.mapped for each in plan.exchanges))
+    wanted = [dataclasses.replace(t, may_map=False) for t in plan.wanted.pieces if t.fqn in alone]
     extra = plan_reads(wanted, rank=plan.direct.rank, max_read_bytes=max_read_bytes)
     direct = ReadPlan(
         rank=plan.direct.rank,
@@ -149,7 +151,8 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], max_read_bytes: int) -> 
         reads=(*plan.direct.reads, *extra.reads),
         shared=plan.direct.shared - unmapped,
     )
-    return dataclasses.replace(plan, direct=direct)
+    exchanges = tuple(dataclasses.replace(each, mapped=each.mapped - unmapped) for each in plan.exchanges)
+    return dataclasses.replace(plan, direct=direct, exchanges=exchanges)
 
 
 def allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:

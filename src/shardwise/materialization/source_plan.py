@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from shardwise.plan import (
     arriving_directly,
     choose_route,
     divide,
+    mapped_of_reader,
     plan_exchange,
     plan_reads,
     require_covered,
@@ -168,17 +169,25 @@ def _plan_source(
         node_of=sight.node_of,
     )
     buffer_bytes = staging_bytes // EXCHANGE_BUFFERS
-    exchanges = tuple(
-        plan_exchange(
-            pieces,
-            sharing.chosen,
-            ranks=sharing.ranks,
-            rank=rank,
-            buffer_bytes=buffer_bytes,
-            readers=sharing.readers,
+    exchanges: list[ExchangePlan] = []
+    for sharing in division.sharings:
+        # Their bytes are read along with the others', and counted there.
+        own = mapped_of_reader(
+            pieces, sharing.chosen, ranks=sharing.ranks, readers=sharing.readers, rank=rank
         )
-        for sharing in division.sharings
-    )
+        mapped = frozenset(each.fqn for each in own)
+        direct = replace(direct, mapped=(*direct.mapped, *own), shared=direct.shared | mapped)
+        exchanges.append(
+            plan_exchange(
+                pieces,
+                sharing.chosen,
+                ranks=sharing.ranks,
+                rank=rank,
+                buffer_bytes=buffer_bytes,
+                readers=sharing.readers,
+                mapped=mapped,
+            )
+        )
     steps = plan_conversions(
         wanted.converted,
         ranks=division.converters.ranks,
@@ -201,7 +210,7 @@ def _plan_source(
         route=chosen,
         in_memory=sight.in_memory,
         direct=direct,
-        exchanges=exchanges,
+        exchanges=tuple(exchanges),
         replicated=replicated,
         converters=division.converters.ranks,
         steps=steps,

@@ -7,7 +7,7 @@ from shardwise.plan.division import Division, JobDivision, Sharing, divide
 from shardwise.plan.exchange_plan import ExchangePlan, Round, Transfer, plan_exchange
 from shardwise.plan.job_cost import JobCost, Staging, add_cost, cost_of_job
 from shardwise.plan.layout import Layout, Part
-from shardwise.plan.load_plan import Fragment, Read, ReadPlan, buffers_wanted, plan_reads
+from shardwise.plan.load_plan import Fragment, Read, ReadPlan, buffers_wanted, mapped_of_reader, plan_reads
 from shardwise.plan.routes import ROUTES, Route, check_route, choose_route
 from shardwise.plan.scatter_plan import (
     BUCKETS_IN_FLIGHT,
@@ -66,6 +66,7 @@ __all__ = [
     "dealt_layout",
     "divide",
     "exchanged",
+    "mapped_of_reader",
     "plan_exchange",
     "plan_reads",
     "plan_scatter",

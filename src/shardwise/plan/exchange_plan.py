@@ -88,6 +88,7 @@ class ExchangePlan:
         reaching: Which slices hold something of this rank, in order.
         arriving: Elements that reach this rank's shards, by fqn, with those that it reads itself.
         network_bytes: Of messages from other ranks, alignment included.
+        mapped: Fqns of this rank's shards that are pages of the files: what it reads of them is for others.
     """
 
     wanted: tuple[WantedTensor, ...]
@@ -99,6 +100,7 @@ class ExchangePlan:
     reaching: Counts
     arriving: Mapping[str, int]
     network_bytes: int
+    mapped: frozenset[str]
 
     def __len__(self) -> int:
         """Return the number of rounds, equal on every rank."""
@@ -141,7 +143,11 @@ class ExchangePlan:
                     outgoing[position_of[rank]] = _transfers(read, self.wanted, rank)
             yield Round(
                 read=read,
-                kept=_transfers(read, self.wanted, self.rank),
+                kept=tuple(
+                    transfer
+                    for transfer in _transfers(read, self.wanted, self.rank)
+                    if transfer.fqn not in self.mapped
+                ),
                 outgoing=tuple(outgoing),
                 incoming=tuple(incoming),
                 send_bytes=tuple(map(_length, outgoing)),
@@ -159,6 +165,7 @@ def plan_exchange(
     readers: Sequence[int],
     reader_of: Callable[[str], int] | None = None,
     slices: Slices | None = None,
+    mapped: frozenset[str] = frozenset(),
 ) -> ExchangePlan:
     """Plan one rank's part in the exchange.
 
@@ -171,6 +178,7 @@ def plan_exchange(
         readers: Those of `ranks` that read.
         reader_of: From a file to the one of `readers` that alone can read it; None where all can.
         slices: As `slices_of` returned for the same arguments, which count for all ranks; None to make them.
+        mapped: Fqns of this rank's shards that are pages of the files; only of one that reads for all.
 
     Returns:
         The plan.
@@ -186,6 +194,8 @@ def plan_exchange(
         message = _transfers(slices.slice(number), wanted, rank)
         network_bytes += _length(message) if readers[slices.reader[number]] != rank else 0
         for transfer in message:
+            if transfer.fqn in mapped:
+                continue
             arriving[transfer.fqn] = arriving.get(transfer.fqn, 0) + transfer.piece.numel
     return ExchangePlan(
         wanted=tuple(wanted),
@@ -197,6 +207,7 @@ def plan_exchange(
         reaching=reaching,
         arriving=arriving,
         network_bytes=network_bytes,
+        mapped=mapped,
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shardwise.plan.division import JobDivision, Sharing
 from shardwise.plan.exchange_plan import plan_exchange
-from shardwise.plan.load_plan import Read, buffers_wanted, plan_reads
+from shardwise.plan.load_plan import Read, buffers_wanted, mapped_of_reader, plan_reads
 from shardwise.plan.sight import Sight
 from shardwise.plan.slices import Counts
 from shardwise.plan.slicing import slices_of
@@ -179,6 +179,11 @@ def _cost_of_sharing(
         reader_of=None,
     )
     position_of = {rank: position for position, rank in enumerate(sharing.ranks)}
+    first = sharing.readers[0]
+    mapped = mapped_of_reader(
+        wanted, sharing.chosen, ranks=sharing.ranks, readers=sharing.readers, rank=first
+    )
+    cost.mapped_bytes[position_of[first]] = sum(each.nbytes for each in mapped)
     readers = np.array([position_of[reader] for reader in sharing.readers])
     cost.storage_bytes[readers] = cost.read_bytes[readers] = slices.bytes_of_reader
     cost.reads[readers] = slices.extents_of_reader

@@ -7,7 +7,7 @@ mapped instead, if its place allows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardwise.checkpoint import StoredTensor
@@ -76,7 +76,8 @@ class ReadPlan:
         rank: Global rank.
         mapped: Shards that need no reading.
         reads: In file order.
-        shared: Fqns of the mapped shards whose pages another rank of the node maps too, and counts.
+        shared: Fqns of the mapped shards whose bytes are counted elsewhere: another rank of the node maps the same pages, or
+            this rank reads them for others.
     """
 
     rank: int
@@ -164,6 +165,29 @@ def buffers_wanted(plans: Sequence[ReadPlan], *, most: int, nbytes: int) -> int:
     reads = [read for plan in plans for read in plan.reads]
     filled = -(-sum(read.nbytes for read in reads) // nbytes)
     return min(most, len(reads), filled + 1)
+
+
+def mapped_of_reader(
+    wanted: Sequence[WantedTensor],
+    chosen: Collection[int],
+    *,
+    ranks: Sequence[int],
+    readers: Sequence[int],
+    rank: int,
+) -> tuple[Mapped, ...]:
+    """Return what a rank maps of its own shards although it reads for others: the only one of them that does.
+
+    Args:
+        wanted: The tensors.
+        chosen: Indices of those that the ranks exchange.
+        ranks: Global ranks that exchange them.
+        readers: Those of them that read.
+        rank: Global rank.
+    """
+    if tuple(readers) != (rank,) or len(ranks) == 1:
+        return ()
+    found = (wanted[index].mapped_on(rank) for index in sorted(chosen))
+    return tuple(mapped for mapped in found if mapped is not None)
 
 
 def coalesce(
