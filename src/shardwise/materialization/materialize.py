@@ -206,7 +206,9 @@ def materialize(
         )
         filled = fill_from_files(model, binding.bound, absent, fill_options, agreement=agreement)
     with agreement.phase("report"):
-        stored = stored_dtypes(list(model.parameters()))
+        entries = entries_of(model)
+        parameters = [entry.tensor for entry in entries if entry.role == "parameter"]
+        stored = stored_dtypes(parameters)
         return collect_report(
             model,
             agreement,
@@ -215,7 +217,7 @@ def materialize(
             strategy="materialize",
             route=filled.route,
             route_reason=filled.reason,
-            shard_bytes=local_bytes_of(model),
+            shard_bytes=local_bytes_of(parameters),
             storage_bytes=filled.loaded.storage_bytes + compared_bytes,
             network_bytes=filled.loaded.network_bytes,
             retried_reads=filled.loaded.retried_reads,
@@ -223,7 +225,7 @@ def materialize(
                 **filled.predicted,
                 "storage_bytes": filled.predicted["storage_bytes"] + aliased_bytes(binding, source),
             },
-            origins=origins_of(entries_of(model), filled.origins),
+            origins=origins_of(entries, filled.origins),
             converted=filled.converted,
             dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
         )

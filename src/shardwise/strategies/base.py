@@ -153,7 +153,7 @@ class Strategy(ABC):
             )
         with agreement.whole_call():
             if is_deferred:
-                model, record, binding = load_deferred(
+                model, entries, record, binding = load_deferred(
                     model_cls,
                     pretrained_model_name_or_path,
                     dtype=dtype,
@@ -162,7 +162,7 @@ class Strategy(ABC):
                     direct_io=self.direct_io,
                     agreement=agreement,
                 )
-                self._records.add_deferred(model, record, binding)
+                self._records.add_deferred(model, entries, record, binding)
                 refuse_means(model)
             else:
                 model, record = load_on_source(
@@ -213,7 +213,7 @@ class Strategy(ABC):
                 Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
             )
         pretrained = Pretrained(name=type(model).__name__, absent=frozenset())
-        self._records.add_deferred(model, pretrained, nothing_bound(entries))
+        self._records.add_deferred(model, entries, pretrained, nothing_bound(entries))
         return model
 
     def add_adapter(
