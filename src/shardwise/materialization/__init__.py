@@ -12,7 +12,7 @@ from shardwise.materialization.binding import (
     nothing_bound,
     permitted,
 )
-from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.collector import find_dropped, resting_collector
 from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import (
     comparable_digests,
@@ -85,6 +85,7 @@ __all__ = [
     "entries_of",
     "fill_from_files",
     "fill_from_source",
+    "find_dropped",
     "kept_dtypes",
     "listed",
     "local_bytes_of",

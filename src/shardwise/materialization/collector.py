@@ -9,6 +9,8 @@ from contextlib import contextmanager
 _VERY_MANY = 100_000
 """Of new objects: a walk over fewer takes a few milliseconds, and what is garbage among them is found sooner."""
 
+_has_uncounted = False
+
 
 @contextmanager
 def resting_collector() -> Iterator[None]:
@@ -20,7 +22,9 @@ def resting_collector() -> Iterator[None]:
     holds values in cycles does not belong inside; on meta nothing has values.
 
     Very many new objects join the oldest generation at the end, as they would after three walks over them that find nothing to free.
+    The collector does not count them then; see `find_dropped`.
     """
+    global _has_uncounted
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -31,4 +35,16 @@ def resting_collector() -> Iterator[None]:
             if gc.get_count()[0] > _VERY_MANY and not somebody_freezes:
                 gc.freeze()
                 gc.unfreeze()
+                _has_uncounted = True
             gc.enable()
+
+
+def find_dropped() -> None:
+    """Free a model of very many objects that was dropped since it was loaded; called before the next one is loaded.
+
+    FSDP2's cycles keep the shards of a dropped model until a full collection, which the collector makes when it has counted enough.
+    """
+    global _has_uncounted
+    if _has_uncounted:
+        _has_uncounted = False
+        gc.collect()

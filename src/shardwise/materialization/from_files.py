@@ -105,12 +105,12 @@ def fill_from_files(
     """
     ranks, rank = agreement.ranks, agreement.rank
     with agreement.phase("compare plans") as compare:
-        entries = entries_of(model)
-        refuse_unswappable(entries)
-        refuse_uninitialisable(model, absent)
-        on_host = device_of_shards(model, options.device).type == "cpu"
-        dtype_of = kept_dtypes(entries, bound, options.dtype)
+        refuse_uninitialisable(model, absent)  # which may run modules' own code on values
         with resting_collector():
+            entries = entries_of(model)
+            refuse_unswappable(entries)
+            on_host = device_of_shards(model, options.device).type == "cpu"
+            dtype_of = kept_dtypes(entries, bound, options.dtype)
             wanted = wanted_of(
                 model,
                 entries,

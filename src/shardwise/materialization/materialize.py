@@ -34,7 +34,7 @@ from shardwise.materialization.binding import (
     permitted,
 )
 from shardwise.materialization.buffers import Buffers
-from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.collector import find_dropped, resting_collector
 from shardwise.materialization.comparing import comparable_structure
 from shardwise.materialization.cpu_storage import CpuStorage, checked_cpu_storage
 from shardwise.materialization.device import device_of_model
@@ -138,6 +138,7 @@ def materialize(
             staging_bytes=staging_bytes,
         )
         target = checked_device(device) if device is not None else device_of_model(model)
+    find_dropped()
     with ExitStack() as stack:
         stack.enter_context(agreement.whole_call())
         profile = stack.enter_context(profile_memory(device=target, proportional=False))
@@ -158,14 +159,15 @@ def materialize(
                 cpu_storage=cpu_storage,
                 device=target.type,
             )
-            entries = entries_of(model)
-            refuse_unswappable(entries)
-            check.same = comparable_structure(
-                Structure.of(entries),
-                (*storage_lines(entries), *options),
-                remedy="Build the model from the same config and pass the same arguments on every rank. Stages of a pipeline "
-                "are filled in calls of their own: pass the ranks of a stage as group=.",
-            )
+            with resting_collector():
+                entries = entries_of(model)
+                refuse_unswappable(entries)
+                check.same = comparable_structure(
+                    Structure.of(entries),
+                    (*storage_lines(entries), *options),
+                    remedy="Build the model from the same config and pass the same arguments on every rank. Stages of a pipeline "
+                    "are filled in calls of their own: pass the ranks of a stage as group=.",
+                )
         checkpoint = checkpoint_of(checkpoint, kind)
         source = None
         if checkpoint is not None:

@@ -26,6 +26,7 @@ from shardwise.materialization import (
     comparable_structure,
     default_staging_bytes,
     entries_of,
+    find_dropped,
     nothing_bound,
     refuse_uninitialisable,
     resting_collector,
@@ -125,6 +126,7 @@ class Strategy(ABC):
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
+        find_dropped()
         config_kwargs.setdefault("trust_remote_code", False)
         agreement = self._agreement("load_pretrained")
         is_deferred = defer and self.memory_efficient_init
@@ -202,6 +204,7 @@ class Strategy(ABC):
             CheckpointError: Parameters that only the class's constructor gives values, which it did on meta; they are listed.
             RankError: Ranks build different models, another rank failed, or one did not arrive.
         """
+        find_dropped()
         agreement = self._agreement("from_config")
         with agreement.phase("build") as build, resting_collector():
             refuse_device_map(config_kwargs)
