@@ -162,7 +162,7 @@ def peaks(directory: Path) -> None:
             module.reset_peak_memory_stats()
             with sw.profile_memory(device=device()) as profile:
                 report = sw.materialize(model, str(directory), dtype=dtype)
-            shards = local_bytes_of(model)
+            shards = local_bytes_of(model.parameters())
             rounding = 512 * (len(list(model.parameters())) + 8)
             peak = module.max_memory_allocated() - before
             assert peak <= shards + 2 * 16 * MEBIBYTE + rounding, (peak, shards)

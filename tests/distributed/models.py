@@ -54,6 +54,14 @@ def causal_model(kind: str) -> nn.Module:
                 **attention, intermediate_size=40, tie_word_embeddings=kind == "qwen3_tied"
             )
         )
+    if kind == "qwen3_deep":  # many small tensors
+        return transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                **{**attention, "num_hidden_layers": 20 * LAYERS},
+                intermediate_size=40,
+                tie_word_embeddings=False,
+            )
+        )
     if kind == "qwen3_wide":  # 16 MiB, nearly all of it one tensor
         return transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(

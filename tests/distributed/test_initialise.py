@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
-from shardwise.materialization import take_values
+from shardwise.materialization import entries_of, take_values
 from shardwise.materialization.freed import give_back_freed
 from shardwise.testing import RankPool
 from tests.distributed.models import causal_model, check_equal, from_checkpoint, transformers_fuses_experts
@@ -41,7 +41,7 @@ def start_adapter(directory: str) -> str:
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], r=5))
-    take_values(model, keep=False)
+    take_values(entries_of(model), keep=False)
     fully_shard(model)
     torch.manual_seed(7 if dist.get_rank() == 0 else 99 + dist.get_rank())
     sw.materialize(model, directory, missing=["*lora_*"])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from shardwise.materialization import local_bytes_of, take_values
+from shardwise.materialization import entries_of, local_bytes_of, take_values
 from shardwise.materialization.storage import allocate_parameters, fsdp_params_of
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet
@@ -27,7 +27,7 @@ CHANGED = (
 def sharded(*, on_meta: bool, placement: Callable[[nn.Parameter], Shard | None] | None = None) -> nn.Module:
     model = PlainNet()
     if on_meta:
-        take_values(model, keep=False)
+        take_values(entries_of(model), keep=False)
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
@@ -73,7 +73,7 @@ def compare_allocation() -> None:
     own = dict(sharded(on_meta=False).named_parameters())
     model = sharded(on_meta=True)
     identities = {fqn: id(p) for fqn, p in model.named_parameters()}
-    allocate_parameters(model, torch.device("cpu"))
+    allocate_parameters(model, entries_of(model), torch.device("cpu"))
     assert {fqn: id(p) for fqn, p in model.named_parameters()} == identities  # optimizers stay valid
     for record in fsdp_params_of(model):
         local, flat = record.sharded_param._local_tensor, record._sharded_param_data
@@ -91,7 +91,7 @@ def compare_allocation() -> None:
         assert parameter.to_local().stride() == like.to_local().stride()
         storages = [p.to_local().untyped_storage().nbytes() for p in (parameter, like)]
         assert storages[0] == storages[1], f"{fqn}: {storages[0]} bytes, torch has {storages[1]}"
-    assert local_bytes_of(model) == sum(
+    assert local_bytes_of(model.parameters()) == sum(
         record.padded_sharded_param_size.numel() * 4 for record in fsdp_params_of(model)
     )
 
@@ -104,7 +104,7 @@ def allocate_in_bfloat16() -> None:
     own = dict(sharded(on_meta=False).to(torch.bfloat16).named_parameters())
     model = sharded(on_meta=True)
     dtype_of = dict.fromkeys(own, torch.bfloat16)
-    allocate_parameters(model, torch.device("cpu"), dtype_of=dtype_of)
+    allocate_parameters(model, entries_of(model), torch.device("cpu"), dtype_of=dtype_of)
     for fqn, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert parameter.dtype == parameter.to_local().dtype == torch.bfloat16
@@ -123,7 +123,7 @@ def columns(parameter: nn.Parameter) -> Shard | None:
 
 def allocate_on_dim_1() -> None:
     model = sharded(on_meta=True, placement=columns)
-    allocate_parameters(model, torch.device("cpu"))
+    allocate_parameters(model, entries_of(model), torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().fill_(dist.get_rank())
@@ -147,7 +147,7 @@ def test_a_parameter_that_has_storage_is_left_alone(pool: RankPool) -> None:
 
 def allocate_twice() -> None:
     model = sharded(on_meta=True)
-    allocate_parameters(model, torch.device("cpu"))
+    allocate_parameters(model, entries_of(model), torch.device("cpu"))
     pointers = [p.to_local().untyped_storage().data_ptr() for p in model.parameters()]
-    allocate_parameters(model, torch.device("cpu"))
+    allocate_parameters(model, entries_of(model), torch.device("cpu"))
     assert [p.to_local().untyped_storage().data_ptr() for p in model.parameters()] == pointers

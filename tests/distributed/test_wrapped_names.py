@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
-from shardwise.materialization import take_values
+from shardwise.materialization import entries_of, take_values
 from shardwise.testing import RankPool
 from tests.distributed.models import causal_model, check_equal, from_checkpoint, named_tensors, same_bytes
 from tests.distributed.steps import Checkpoint
@@ -75,7 +75,7 @@ def fill_wrapped(directory: str, order: str) -> None:
         model = causal_model(KIND)
     for wrap in WRAPPERS[order]:
         model = wrap(model)
-    take_values(model, keep=False)  # PEFT makes its own parameters off meta
+    take_values(entries_of(model), keep=False)  # PEFT makes its own parameters off meta
     fully_shard(model)
     is_adapter = adapted in WRAPPERS[order]
     report = sw.materialize(model, directory, dtype="auto", missing=["*lora_*"] if is_adapter else "error")

@@ -88,7 +88,7 @@ def test_a_tied_parameter_is_bound_once() -> None:
     optimizer = SGD(model.parameters(), lr=1.0)
     records = check_optimizers(model, [optimizer])
     drop_references(records)
-    take_values(model, keep=False)
+    take_values(entries_of(model), keep=False)
     records[0].rebind(model)
     (group,) = optimizer.param_groups
     assert bound_names(model, optimizer) == [["embed.weight", "norm.weight", "norm.bias"]]
@@ -131,7 +131,7 @@ def test_dropped_references_keep_no_parameter_alive() -> None:
     storages = [weakref.ref(parameter.untyped_storage()) for parameter in model.parameters()]
     records = check_optimizers(model, [optimizer])
     drop_references(records)
-    take_values(model, keep=False)
+    take_values(entries_of(model), keep=False)
     gc.collect()
     assert [reference() for reference in parameters] == [None] * len(parameters)
     assert [reference() for reference in storages] == [None] * len(storages)
@@ -143,7 +143,7 @@ def test_without_the_drop_the_optimizer_keeps_them_alive() -> None:
     model = Layered()
     optimizer = grouped(model)
     parameter = weakref.ref(model.after.weight)
-    take_values(model, keep=False)
+    take_values(entries_of(model), keep=False)
     gc.collect()
     assert parameter() is optimizer.param_groups[0]["params"][0]
 

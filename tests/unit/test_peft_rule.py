@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shardwise as sw
-from shardwise.materialization import take_values
+from shardwise.materialization import entries_of, take_values
 
 pytest.importorskip("peft")
 # peft 0.21 asks transformers 5.23 for a property under its old name.
@@ -50,7 +50,7 @@ def adapted(**options: Any) -> Any:
 
 
 def without_values(model: Any) -> Any:
-    take_values(model, keep=False)
+    take_values(entries_of(model), keep=False)
     return model
 
 

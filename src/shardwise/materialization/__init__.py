@@ -12,7 +12,7 @@ from shardwise.materialization.binding import (
     nothing_bound,
     permitted,
 )
-from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.collector import find_dropped, resting_collector
 from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import (
     comparable_digests,
@@ -46,9 +46,10 @@ from shardwise.materialization.storage import (
     trained_parameters_of,
 )
 from shardwise.materialization.stored_ties import require_equal_aliases
-from shardwise.materialization.structure import Entry, Structure, entries_of
+from shardwise.materialization.structure import Entry, Structure, entries_of, renewed
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.materialization.verify import Mismatch, VerifyReport, verify_shards
+from shardwise.materialization.walking import modules_by_prefix, named_modules_of, parameters_of
 from shardwise.materialization.wanted import Wanted, wanted_of
 
 __all__ = [
@@ -84,22 +85,27 @@ __all__ = [
     "entries_of",
     "fill_from_files",
     "fill_from_source",
+    "find_dropped",
     "kept_dtypes",
     "listed",
     "local_bytes_of",
     "make_group",
     "materialize",
     "model_inside",
+    "modules_by_prefix",
+    "named_modules_of",
     "naming_out_of_memory",
     "needs_base_values",
     "nothing_bound",
     "open_source",
     "original_of",
     "origins_of",
+    "parameters_of",
     "permitted",
     "ranks_of_group",
     "reduce_waiting_gradients",
     "refuse_uninitialisable",
+    "renewed",
     "require_equal_aliases",
     "reshard",
     "resting_collector",

@@ -252,17 +252,22 @@ def check_bound(entries: Sequence[Entry], bound: Mapping[str, Bound]) -> None:
             continue
         of = bound[entry.fqn]
         dtypes = {stored.dtype for stored in of.stored}
-        where = f"{entry.fqn}: expected {tuple(entry.tensor.shape)} {dtype_name(entry.tensor.dtype)} from the model, "
-        got = f"got {of.shape} {' + '.join(sorted(map(dtype_name, dtypes)))} of {of.place}. "
         if tuple(entry.tensor.shape) != of.shape:
-            raise ShapeMismatchError(where + got + "Check that config.json belongs to this checkpoint.")
+            raise ShapeMismatchError(
+                f"{_mismatch(entry, of, dtypes)} Check that config.json belongs to this checkpoint."
+            )
         if not all(_castable(dtype, entry.tensor.dtype) for dtype in dtypes):
             raise CheckpointError(
-                where
-                + got
-                + "A quantised weight needs its scales: use an unquantised checkpoint, or build the model in "
-                "the checkpoint's dtype."
+                f"{_mismatch(entry, of, dtypes)} A quantised weight needs its scales: use an unquantised checkpoint, or build the "
+                "model in the checkpoint's dtype."
             )
+
+
+def _mismatch(entry: Entry, of: Bound, dtypes: Collection[torch.dtype]) -> str:
+    return (
+        f"{entry.fqn}: expected {tuple(entry.tensor.shape)} {dtype_name(entry.tensor.dtype)} from the model, got {of.shape} "
+        f"{' + '.join(sorted(map(dtype_name, dtypes)))} of {of.place}."
+    )
 
 
 def nothing_bound(entries: Sequence[Entry]) -> Binding:

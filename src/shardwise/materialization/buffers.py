@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,19 +13,25 @@ from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_digests, digest_of
 from shardwise.materialization.rerun import make_again
 from shardwise.materialization.rules import buffer_rules
-from shardwise.materialization.structure import Entry, entries_of
+from shardwise.materialization.structure import Entry
 
 Buffers = Mapping[str, torch.Tensor] | Callable[[str, torch.Tensor], torch.Tensor | None] | None
 _SEED = 0
 
 
 def fill_buffers(
-    model: nn.Module, buffers: Buffers, *, bound: Collection[str], device: torch.device
+    model: nn.Module,
+    entries: Sequence[Entry],
+    buffers: Buffers,
+    *,
+    bound: Collection[str],
+    device: torch.device,
 ) -> tuple[str, ...]:
     """Give every buffer on meta its values unless a checkpoint has them, and put all buffers on one device.
 
     Args:
         model: Sharded or not.
+        entries: Of the model.
         buffers: Values by name, or a function from name and meta tensor to values, or to None where it has none.
         bound: Names of buffers that a checkpoint holds.
         device: Where buffers go.
@@ -38,12 +44,12 @@ def fill_buffers(
         ConfigurationError: A value for something that is no buffer of the model.
         ShapeMismatchError: A value of another shape.
     """
-    entries = list(entries_of(model, roles=("buffer",)))
+    of_buffers = [entry for entry in entries if entry.role == "buffer"]
     if isinstance(buffers, Mapping):
-        _refuse_unknown(buffers, entries)
+        _refuse_unknown(buffers, of_buffers)
     values: dict[int, torch.Tensor] = {}
     without: list[Entry] = []
-    for entry in entries:
+    for entry in of_buffers:
         given = _given(entry, buffers)
         if given is not None:
             values[id(entry.tensor)] = given
@@ -66,16 +72,16 @@ def fill_buffers(
             "and their module does not make them again. Pass buffers= (values by name, or a function), give the module a "
             "reset_buffers method, or build buffers off meta, as accelerate.init_empty_weights does, which transformers 4.57 needs."
         )
-    filled = tuple(entry.fqn for entry in entries if id(entry.tensor) in values)
-    _put(model, values, device)
+    filled = tuple(entry.fqn for entry in of_buffers if id(entry.tensor) in values)
+    _put(entries, values, device)
     return filled
 
 
-def equal_buffers(model: nn.Module, *, but: Collection[str]) -> Comparable:
+def equal_buffers(entries: Iterable[Entry], *, but: Collection[str]) -> Comparable:
     """Return what makes ranks compare their buffers' values, except those named."""
     digests = {
         entry.fqn: digest_of(entry.tensor, kind=f"{entry.tensor.dtype} {tuple(entry.tensor.shape)} ")
-        for entry in entries_of(model, roles=("buffer",))
+        for entry in entries
         if entry.role == "buffer" and entry.fqn not in but and not entry.tensor.is_meta
     }
     return comparable_digests(
@@ -117,12 +123,13 @@ def _refuse_unknown(buffers: Mapping[str, torch.Tensor], entries: list[Entry]) -
         )
 
 
-def _put(model: nn.Module, values: dict[int, torch.Tensor], device: torch.device) -> None:
+def _put(entries: Iterable[Entry], values: dict[int, torch.Tensor], device: torch.device) -> None:
     """Replace buffers in all their places, plain attributes that are the same tensor included."""
-    for entry in entries_of(model, roles=("buffer", "attribute")):
+    others = [entry for entry in entries if entry.role != "parameter"]
+    for entry in others:
         if entry.role == "buffer" and not entry.tensor.is_meta:
             values.setdefault(id(entry.tensor), entry.tensor)
     on_device = {key: value.to(device) for key, value in values.items()}
-    for entry in entries_of(model, roles=("buffer", "attribute")):
-        if entry.role != "parameter" and id(entry.tensor) in on_device:
+    for entry in others:
+        if id(entry.tensor) in on_device:
             entry.replace(on_device[id(entry.tensor)])

@@ -73,12 +73,12 @@ def fill_from_source(
     """
     is_source = agreement.rank == source_rank
     with agreement.phase("describe"):
-        refuse_unswappable(entries_of(model))
+        entries = entries_of(model)
+        refuse_unswappable(entries)
         parameters = [
-            entry
-            for entry in entries_of(model)
-            if entry.role == "parameter" and (only is None or entry.fqn in only)
+            entry for entry in entries if entry.role == "parameter" and (only is None or entry.fqn in only)
         ]
+        del entries  # the others are replaced
         planned = [
             PlannedTensor(spec=_spec(entry), layout=layout_of(entry.tensor, ranks)) for entry in parameters
         ]
@@ -97,7 +97,7 @@ def fill_from_source(
         )
     with agreement.phase("allocate for the source rank's values" if only is not None else "allocate"):
         with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
-            allocate_parameters(model, device, only=only)
+            allocate_parameters(model, parameters, device)
         targets = {entry.fqn: local_of(entry.tensor) for entry in parameters}
         targets |= _place_plain_tensors(model, shared, source, device, is_source=is_source)
     with agreement.phase("transfer"):
@@ -114,7 +114,7 @@ def fill_from_source(
             )
             scatter.run(plane)
         if only is None:
-            refuse_meta(model)
+            refuse_meta(entries_of(model))
     return Filled(
         plan=plan,
         received_bytes=plan.bytes_to_rank[list(ranks).index(agreement.rank)],

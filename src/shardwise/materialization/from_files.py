@@ -26,7 +26,7 @@ from shardwise.materialization.progress import JobProgress
 from shardwise.materialization.sight import agreed_sights
 from shardwise.materialization.source_plan import plan_sources
 from shardwise.materialization.storage import device_of_shards
-from shardwise.materialization.structure import entries_of
+from shardwise.materialization.structure import entries_of, renewed
 from shardwise.materialization.swapping import refuse_unswappable
 from shardwise.materialization.wanted import wanted_of
 from shardwise.profiling import phase
@@ -105,12 +105,12 @@ def fill_from_files(
     """
     ranks, rank = agreement.ranks, agreement.rank
     with agreement.phase("compare plans") as compare:
-        entries = entries_of(model)
-        refuse_unswappable(entries)
-        refuse_uninitialisable(model, absent)
-        on_host = device_of_shards(model, options.device).type == "cpu"
-        dtype_of = kept_dtypes(entries, bound, options.dtype)
+        refuse_uninitialisable(model, absent)  # which may run modules' own code on values
         with resting_collector():
+            entries = entries_of(model)
+            refuse_unswappable(entries)
+            on_host = device_of_shards(model, options.device).type == "cpu"
+            dtype_of = kept_dtypes(entries, bound, options.dtype)
             wanted = wanted_of(
                 model,
                 entries,
@@ -160,15 +160,19 @@ def fill_from_files(
             "shown": options.show_progress,
         }
         planned = [json.loads(text) for text in agreement.gather("planned", json.dumps(own))]
-        kept = {e.fqn for e in entries_of(model, roles=("buffer",)) if not e.tensor.is_meta}
+        kept = {e.fqn for e in entries if e.role == "buffer" and not e.tensor.is_meta}
         given = GivenBuffers(options.buffers)
         with phase("buffers"):  # while parameters are on meta a module's own re-run cannot change them
-            filled_buffers = fill_buffers(model, given.buffers, bound=bound.keys(), device=options.device)
+            filled_buffers = fill_buffers(
+                model, entries, given.buffers, bound=bound.keys(), device=options.device
+            )
+        entries = renewed(entries)  # parameters stay the same objects from here on
         # What a buffer with storage holds is this rank's own affair: a counter of its steps may differ.
-        plan.same = equal_buffers(model, but=bound.keys() | (kept - given.fqns))
+        plan.same = equal_buffers(entries, but=bound.keys() | (kept - given.fqns))
     with agreement.phase("allocate"), resting_collector():
         plans, targets = allocate(
             model,
+            entries,
             plans,
             device=options.device,
             on_host=on_host,
@@ -199,7 +203,7 @@ def fill_from_files(
             done=progress.add,
         )
         del targets
-        refuse_meta(model)
+        refuse_meta(entries_of(model))
     predicted = {
         "storage_bytes": sum(of_rank["storage"] for of_rank in planned),
         "network_bytes": sum(of_rank["network"] for of_rank in planned),

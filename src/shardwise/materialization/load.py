@@ -25,7 +25,7 @@ from shardwise.materialization.replicas import require_equal_replicas
 from shardwise.materialization.source_plan import SourcePlan
 from shardwise.materialization.staging import StagingRing, ring_shape
 from shardwise.materialization.storage import allocate_parameters, around_local, local_of
-from shardwise.materialization.structure import entries_of
+from shardwise.materialization.structure import Entry, renewed
 from shardwise.plan import ReadPlan, buffers_wanted, plan_reads
 from shardwise.profiling import phase
 
@@ -50,6 +50,7 @@ class Loaded:
 
 def allocate(
     model: nn.Module,
+    entries: Sequence[Entry],
     plans: Sequence[SourcePlan],
     *,
     device: torch.device,
@@ -62,6 +63,7 @@ def allocate(
 
     Args:
         model: As planned.
+        entries: Of the model.
         plans: Of this rank.
         device: Of parameters outside of FSDP2.
         on_host: Whether shards lie in host memory.
@@ -96,10 +98,13 @@ def allocate(
         )
     planned = {fqn for plan in plans for fqn in plan.fqns}
     with naming_out_of_memory("the shards", device=device, rank=agreement.rank):
-        allocate_parameters(model, device, pages=pages, dtype_of=dtype_of)
-        allocate_buffers(model, planned, device)
-    entries = entries_of(model, roles=("parameter", "buffer"))
-    targets = {entry.fqn: local_of(entry.tensor) for entry in entries if entry.fqn in planned}
+        allocate_parameters(model, entries, device, pages=pages, dtype_of=dtype_of)
+        allocate_buffers(entries, planned, device)
+    targets = {
+        entry.fqn: local_of(entry.tensor)
+        for entry in renewed(entries)
+        if entry.role != "attribute" and entry.fqn in planned
+    }
     refuse_left_behind(targets)
     return final, targets
 
@@ -155,15 +160,15 @@ def _read_instead(plan: SourcePlan, unmapped: set[str], max_read_bytes: int) -> 
     return dataclasses.replace(plan, direct=direct, exchanges=exchanges)
 
 
-def allocate_buffers(model: nn.Module, bound: Collection[str], device: torch.device) -> None:
+def allocate_buffers(entries: Sequence[Entry], bound: Collection[str], device: torch.device) -> None:
     """Give buffers on meta storage, their values undefined.
 
     Args:
-        model: Sharded or not.
+        entries: Of a model, sharded or not.
         bound: Their fqns.
         device: Where they go.
     """
-    for entry in entries_of(model, roles=("buffer",)):
+    for entry in entries:
         if entry.role == "buffer" and entry.fqn in bound and entry.tensor.is_meta:
             shape = local_of(entry.tensor).shape  # of a DTensor this rank's shard, as of a parameter
             local = torch.empty(shape, dtype=entry.tensor.dtype, device=device)

@@ -34,7 +34,7 @@ from shardwise.materialization.binding import (
     permitted,
 )
 from shardwise.materialization.buffers import Buffers
-from shardwise.materialization.collector import resting_collector
+from shardwise.materialization.collector import find_dropped, resting_collector
 from shardwise.materialization.comparing import comparable_structure
 from shardwise.materialization.cpu_storage import CpuStorage, checked_cpu_storage
 from shardwise.materialization.device import device_of_model
@@ -138,6 +138,7 @@ def materialize(
             staging_bytes=staging_bytes,
         )
         target = checked_device(device) if device is not None else device_of_model(model)
+    find_dropped()
     with ExitStack() as stack:
         stack.enter_context(agreement.whole_call())
         profile = stack.enter_context(profile_memory(device=target, proportional=False))
@@ -158,14 +159,15 @@ def materialize(
                 cpu_storage=cpu_storage,
                 device=target.type,
             )
-            entries = entries_of(model)
-            refuse_unswappable(entries)
-            check.same = comparable_structure(
-                Structure.of(entries),
-                (*storage_lines(entries), *options),
-                remedy="Build the model from the same config and pass the same arguments on every rank. Stages of a pipeline "
-                "are filled in calls of their own: pass the ranks of a stage as group=.",
-            )
+            with resting_collector():
+                entries = entries_of(model)
+                refuse_unswappable(entries)
+                check.same = comparable_structure(
+                    Structure.of(entries),
+                    (*storage_lines(entries), *options),
+                    remedy="Build the model from the same config and pass the same arguments on every rank. Stages of a pipeline "
+                    "are filled in calls of their own: pass the ranks of a stage as group=.",
+                )
         checkpoint = checkpoint_of(checkpoint, kind)
         source = None
         if checkpoint is not None:
@@ -206,7 +208,9 @@ def materialize(
         )
         filled = fill_from_files(model, binding.bound, absent, fill_options, agreement=agreement)
     with agreement.phase("report"):
-        stored = stored_dtypes(list(model.parameters()))
+        entries = entries_of(model)
+        parameters = [entry.tensor for entry in entries if entry.role == "parameter"]
+        stored = stored_dtypes(parameters)
         return collect_report(
             model,
             agreement,
@@ -215,7 +219,7 @@ def materialize(
             strategy="materialize",
             route=filled.route,
             route_reason=filled.reason,
-            shard_bytes=local_bytes_of(model),
+            shard_bytes=local_bytes_of(parameters),
             storage_bytes=filled.loaded.storage_bytes + compared_bytes,
             network_bytes=filled.loaded.network_bytes,
             retried_reads=filled.loaded.retried_reads,
@@ -223,7 +227,7 @@ def materialize(
                 **filled.predicted,
                 "storage_bytes": filled.predicted["storage_bytes"] + aliased_bytes(binding, source),
             },
-            origins=origins_of(entries_of(model), filled.origins),
+            origins=origins_of(entries, filled.origins),
             converted=filled.converted,
             dtypes={"stored": stored, "compute": stored, "reduce": stored, "optimizer": None},
         )

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from shardwise.checkpoint import StateDictSource
 from shardwise.errors import LeftOnMetaError
-from shardwise.materialization.structure import entries_of
+from shardwise.materialization.structure import Entry
 
 
-def take_values(model: nn.Module, *, keep: bool) -> StateDictSource:
+def take_values(entries: Iterable[Entry], *, keep: bool) -> StateDictSource:
     """Replace every parameter by one on meta and hand over what it held.
 
     `nn.Module.to("meta")` makes one new parameter per place, which unties tied weights; here each parameter is
     replaced once, in all its places.
 
     Args:
-        model: Not sharded.
+        entries: Of a model that is not sharded; they hold what it held.
         keep: Whether this rank's values are wanted; otherwise they are dropped.
 
     Returns:
         The values by name: parameters, buffers and plain tensor attributes; empty unless `keep`.
     """
     values: dict[str, torch.Tensor] = {}
-    for entry in entries_of(model):
+    for entry in entries:
         if keep:
             values.setdefault(entry.fqn, entry.tensor.detach())
         if entry.role == "parameter" and not entry.tensor.is_meta:
@@ -36,13 +38,16 @@ def take_values(model: nn.Module, *, keep: bool) -> StateDictSource:
     return StateDictSource(values)
 
 
-def refuse_meta(model: nn.Module) -> None:
+def refuse_meta(entries: Iterable[Entry]) -> None:
     """Raise if anything of a model is left without values.
+
+    Args:
+        entries: Of the model.
 
     Raises:
         LeftOnMetaError: Listing names.
     """
-    left = [entry.fqn for entry in entries_of(model) if entry.tensor.is_meta]
+    left = [entry.fqn for entry in entries if entry.tensor.is_meta]
     if left:
         raise LeftOnMetaError(
             f"expected every tensor of the model to have values, got {', '.join(left[:10])} on meta "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
+"""Parts of names that activation checkpointing and `torch.compile` add."""
+
 _PEFT_PREFIX = "base_model.model."
 _PEFT_WRAPPERS = ("base_layer", "original_module")
 _PEFT_COPIES = "modules_to_save"
@@ -12,9 +14,9 @@ _PEFT_COPIES = "modules_to_save"
 
 def clean_fqn(fqn: str) -> str:
     """Return a name without the parts that activation checkpointing and `torch.compile` add."""
-    if not any(wrapper in fqn for wrapper in _WRAPPERS):
+    if not any(wrapper in fqn for wrapper in WRAPPERS):
         return fqn
-    return ".".join(part for part in fqn.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in fqn.split(".") if part not in WRAPPERS)
 
 
 def checkpoint_name_of(fqn: str) -> str:
@@ -47,7 +49,7 @@ def original_of(fqn: str) -> str:
 def without_wrappers(model: nn.Module) -> nn.Module:
     """Return the model that `torch.compile` and activation checkpointing wrap."""
     while (
-        inside := next((model._modules[name] for name in _WRAPPERS if name in model._modules), None)
+        inside := next((model._modules[name] for name in WRAPPERS if name in model._modules), None)
     ) is not None:
         model = inside
     return model

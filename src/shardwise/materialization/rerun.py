@@ -15,6 +15,7 @@ from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.rules import Rule
 from shardwise.materialization.shield import Shield, registered
 from shardwise.materialization.structure import Entry
+from shardwise.materialization.walking import named_modules_of
 
 _POISON = (0xFF, 0x55)  # as floats: not a number, and a number that nothing computes
 
@@ -78,7 +79,7 @@ def modules_of(model: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str
     owned: dict[int, list[Entry]] = {}
     for entry in entries:
         owned.setdefault(id(entry.slots[0].module), []).append(entry)
-    fqn_of = {id(module): fqn for fqn, module in model.named_modules()}
+    fqn_of = {id(module): fqn for fqn, module in named_modules_of(model)}
     for key, of_module in owned.items():
         yield fqn_of[key], of_module[0].slots[0].module, of_module
 

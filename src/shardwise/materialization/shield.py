@@ -10,7 +10,9 @@ from typing import Self
 import torch
 from torch import nn
 
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.structure import Entry
+from shardwise.materialization.walking import named_modules_of
 
 
 class _StandIn(nn.Parameter):
@@ -38,13 +40,20 @@ class Shield:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._registered = [
-            (module, dict(module._parameters), dict(module._buffers)) for module in model.modules()
-        ]
+        with resting_collector():
+            self._registered = [
+                (module, dict(module._parameters), dict(module._buffers))
+                for _, module in named_modules_of(model)
+            ]
         self._behind: dict[int, torch.Tensor] = {}  # a buffer with values, by the identity of its stand-in
 
     def __enter__(self) -> Self:
         """Put the stand-ins in place."""
+        with resting_collector():  # they go as soon as the context ends
+            self._replace_all()
+        return self
+
+    def _replace_all(self) -> None:
         stand_ins: dict[int, torch.Tensor] = {}
         for module, parameters, buffers in self._registered:
             for name, parameter in parameters.items():
@@ -59,7 +68,6 @@ class Shield:
                         self._behind[id(stand_ins[id(buffer)])] = buffer
                 if buffer is not None:
                     module._buffers[name] = stand_ins[id(buffer)]
-        return self
 
     def __exit__(
         self,

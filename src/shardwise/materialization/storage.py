@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +20,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 
-from shardwise.materialization.structure import Entry, entries_of
+from shardwise.materialization.structure import Entry
 from shardwise.materialization.swapping import swap
+from shardwise.materialization.walking import named_modules_of
 
 
 def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
     """Yield torch's own record (`FSDPParam`) of every parameter that FSDP2 manages in a model."""
     seen: set[int] = set()
-    for module in model.modules():
+    for _, module in named_modules_of(model):
         if not isinstance(module, FSDPModule):
             continue
         state = module._get_fsdp_state()
@@ -43,7 +44,7 @@ def fsdp_params_of(model: nn.Module) -> Iterator[Any]:
 
 def reshard(model: nn.Module) -> None:
     """Put shards in the place of parameters that a module keeps gathered after its forward."""
-    for module in model.modules():
+    for _, module in named_modules_of(model):
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -122,29 +123,27 @@ def mappable_parameters(model: nn.Module, entries: Sequence[Entry], device: torc
 
 def allocate_parameters(
     model: nn.Module,
+    entries: Sequence[Entry],
     device: torch.device,
     *,
     pages: Mapping[str, torch.Tensor] | None = None,
     dtype_of: Mapping[str, torch.dtype] | None = None,
-    only: Collection[str] | None = None,
 ) -> None:
-    """Give every meta parameter of a model storage on this rank, its values undefined, padding zero.
+    """Give meta parameters of a model storage on this rank, its values undefined, padding zero.
 
     A parameter stays the same object; a tied one stays tied.
 
     Args:
         model: Sharded by `fully_shard` while on meta; parameters that FSDP2 ignores get their full size.
+        entries: Of the parameters that get storage, among others.
         device: Where parameters outside of FSDP2 go; FSDP2's own go where its offload policy says.
         pages: Flat tensors to use in place of new memory, by name, each of a shard that needs no padding.
         dtype_of: By name, where it is not the parameter's own.
-        only: Names of the parameters to allocate; None is all.
     """
     pages, dtype_of = pages or {}, dtype_of or {}
     managed = {id(fsdp_param.sharded_param): fsdp_param for fsdp_param in fsdp_params_of(model)}
-    for entry in entries_of(model, roles=("parameter",)):
-        if not entry.tensor.is_meta:
-            continue
-        if only is not None and entry.fqn not in only:
+    for entry in entries:
+        if entry.role != "parameter" or not entry.tensor.is_meta:
             continue
         fsdp_param = managed.get(id(entry.tensor))
         dtype = dtype_of.get(entry.fqn, entry.tensor.dtype)
@@ -241,10 +240,10 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def local_bytes_of(model: nn.Module) -> int:
-    """Return the bytes of parameter storage on this rank, padding included, tied storage counted once."""
+def local_bytes_of(parameters: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of parameters' storage on this rank, padding included, tied storage counted once."""
     seen: dict[int, int] = {}
-    for parameter in model.parameters():
+    for parameter in parameters:
         local = local_of(parameter)
         if not local.is_meta:
             storage = local.untyped_storage()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from shardwise.materialization.collector import resting_collector
-from shardwise.materialization.names import clean_fqn
+from shardwise.materialization.walking import modules_by_prefix
 from shardwise.tensors import dtype_name
 
 Role = Literal["parameter", "buffer", "attribute"]
@@ -80,55 +80,75 @@ def entries_of(model: nn.Module, *, roles: Sequence[Role] = _ROLES) -> tuple[Ent
         return _found(model, roles)
 
 
+def renewed(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Return entries with the tensors that are registered in their places now, without walking the model again.
+
+    Args:
+        entries: Of a model that has the same places still: whose tensors were replaced, or whose parameters were sharded.
+    """
+    now = ((entry, _registered(entry.slots[0], entry.role)) for entry in entries)
+    return tuple(entry if entry.tensor is tensor else entry._replace(tensor=tensor) for entry, tensor in now)
+
+
+def _registered(slot: Slot, role: Role) -> Any:
+    if role == "parameter":
+        return slot.module._parameters[slot.name]
+    if role == "attribute" and slot.name in slot.module.__dict__:
+        return slot.module.__dict__[slot.name]
+    return slot.module._buffers[
+        slot.name
+    ]  # a buffer; or one that is a parameter too, which counts as an attribute
+
+
 def _found(model: nn.Module, roles: Sequence[Role]) -> tuple[Entry, ...]:
     found: dict[int, tuple[torch.Tensor, Role, list[Slot], bool]] = {}
     aliases: dict[int, list[Slot]] = {}
     # A shared module is every name that it has: a checkpoint may hold any one of them.
-    modules = list(_named_modules(model))
+    modules = modules_by_prefix(model)
     for role in roles:
-        for module_name, module in modules:
-            tensors = _tensors_of(module, role)
+        for prefix, module in modules:
+            # Only tensors are registered, and asking each of a great many for its class takes longer than the walk.
+            tensors: Mapping[str, Any] = (
+                module._parameters
+                if role == "parameter"
+                else module._buffers
+                if role == "buffer"
+                else _plain_tensors(module)
+            )
             if not tensors:
                 continue
-            prefix = clean_fqn(f"{module_name}.") if module_name else ""
-            for name, tensor in tensors:
-                slot = Slot(module=module, name=name, fqn=prefix + name)
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                slot = Slot(module, name, prefix + name)
                 key = id(tensor)
-                if key in found and found[key][1] != role:
-                    aliases.setdefault(key, []).append(slot)
-                elif key in found:
-                    found[key][2].append(slot)
-                else:
+                known = found.get(key)
+                if known is None:
                     persistent = role == "parameter" or (
                         role == "buffer" and name not in module._non_persistent_buffers_set
                     )
                     found[key] = (tensor, role, [slot], persistent)
+                elif known[1] == role:
+                    known[2].append(slot)
+                else:
+                    aliases.setdefault(key, []).append(slot)
     entries = [
-        Entry(tensor=tensor, role=role, slots=tuple(slots), persistent=persistent)
-        for tensor, role, slots, persistent in found.values()
+        Entry(tensor, role, tuple(slots), persistent) for tensor, role, slots, persistent in found.values()
     ]
     for key, slots in aliases.items():
         entries.append(Entry(tensor=found[key][0], role="attribute", slots=tuple(slots), persistent=False))
     return tuple(entries)
 
 
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what `model.named_modules(remove_duplicate=False)` does, without a generator for each level: models are walked often."""
-    left: list[tuple[str, nn.Module]] = [("", model)]
-    while left:
-        name, module = left.pop()
-        yield name, module
-        prefix = f"{name}." if name else ""
-        children = [(prefix + key, child) for key, child in module._modules.items() if child is not None]
-        left += reversed(children)
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
-def _tensors_of(module: nn.Module, role: Role) -> list[tuple[str, torch.Tensor]]:
-    if role == "attribute":
-        return [(name, value) for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)]
-    # Only tensors are registered, and asking each of a great many for its class takes longer than the walk.
-    registered: Mapping[str, Any] = module._parameters if role == "parameter" else module._buffers
-    return [(name, value) for name, value in registered.items() if value is not None] if registered else []
+def _plain_tensors(module: nn.Module) -> Mapping[str, torch.Tensor]:
+    # What torch itself keeps there is no tensor, and most modules have little else.
+    for name in module.__dict__.keys() - _OF_EVERY_MODULE:
+        if isinstance(module.__dict__[name], torch.Tensor):
+            return {name: value for name, value in module.__dict__.items() if isinstance(value, torch.Tensor)}
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwise.errors import LeftOnMetaError
-from shardwise.materialization import Entry, entries_of, listed
+from shardwise.materialization import Entry, listed
 
 _State = tuple[
     int, torch.Size
@@ -98,24 +98,25 @@ class Awaited:
     def __init__(self) -> None:
         self._noted: MutableMapping[torch.Tensor, _State] = WeakTensorKeyDictionary()
 
-    def add(self, model: nn.Module) -> None:
-        """Note the parameters and buffers on meta; those that are noted already keep their state."""
-        for entry in _on_meta(model):
-            if entry.tensor not in self._noted and not entry.tensor.is_inference():
-                self._noted[entry.tensor] = _state_of(entry.tensor)
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Note a model's parameters and buffers on meta; those that are noted already keep their state."""
+        for entry in _on_meta(entries):
+            if not entry.tensor.is_inference():
+                self._noted.setdefault(entry.tensor, _state_of(entry.tensor))
             if type(entry.tensor) is nn.Parameter:
                 entry.tensor.__class__ = AwaitedParameter
 
-    def take(self, model: nn.Module) -> tuple[str, ...]:
+    def take(self, entries: Sequence[Entry]) -> tuple[str, ...]:
         """Return the fqns of what has been edited since, and forget the model's tensors.
 
         A weak reference keeps torch from giving a parameter storage under the same object.
         """
         edited = []
-        for entry in _on_meta(model):
+        for entry in _on_meta(entries):
             if isinstance(entry.tensor, AwaitedParameter):
                 entry.tensor.__class__ = nn.Parameter  # type: ignore[assignment]
-            if entry.tensor in self._noted and self._noted.pop(entry.tensor) != _state_of(entry.tensor):
+            state = self._noted.pop(entry.tensor, None)  # each look-up makes a weak reference
+            if state is not None and state != _state_of(entry.tensor):
                 edited.append(entry.fqn)
         return tuple(edited)
 
@@ -134,8 +135,8 @@ def refuse_edited(fqns: Sequence[str]) -> None:
         )
 
 
-def _on_meta(model: nn.Module) -> list[Entry]:
-    return [e for e in entries_of(model, roles=("parameter", "buffer")) if e.tensor.is_meta]
+def _on_meta(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.role != "attribute" and entry.tensor.is_meta]
 
 
 def _state_of(tensor: torch.Tensor) -> _State:

@@ -26,6 +26,7 @@ from shardwise.materialization import (
     comparable_structure,
     default_staging_bytes,
     entries_of,
+    find_dropped,
     nothing_bound,
     refuse_uninitialisable,
     resting_collector,
@@ -126,6 +127,7 @@ class Strategy(ABC):
             PeerError: Another rank failed; its error is in the message.
             RankTimeoutError: A rank did not arrive within the timeout.
         """
+        find_dropped()
         config_kwargs.setdefault("trust_remote_code", False)
         agreement = self._agreement("load_pretrained")
         is_deferred = defer and self.memory_efficient_init
@@ -154,7 +156,7 @@ class Strategy(ABC):
             )
         with agreement.whole_call():
             if is_deferred:
-                model, record, binding = load_deferred(
+                model, entries, record, binding = load_deferred(
                     model_cls,
                     pretrained_model_name_or_path,
                     dtype=dtype,
@@ -163,7 +165,7 @@ class Strategy(ABC):
                     direct_io=self.direct_io,
                     agreement=agreement,
                 )
-                self._records.add_deferred(model, record, binding)
+                self._records.add_deferred(model, entries, record, binding)
                 refuse_means(model)
             else:
                 model, record = load_on_source(
@@ -203,6 +205,7 @@ class Strategy(ABC):
             CheckpointError: Parameters that only the class's constructor gives values, which it did on meta; they are listed.
             RankError: Ranks build different models, another rank failed, or one did not arrive.
         """
+        find_dropped()
         agreement = self._agreement("from_config")
         with agreement.phase("build") as build, resting_collector():
             refuse_device_map(config_kwargs)
@@ -214,7 +217,7 @@ class Strategy(ABC):
                 Structure.of(entries), (), remedy="Pass the same class, config and dtype on every rank."
             )
         pretrained = Pretrained(name=type(model).__name__, absent=frozenset())
-        self._records.add_deferred(model, pretrained, nothing_bound(entries))
+        self._records.add_deferred(model, entries, pretrained, nothing_bound(entries))
         return model
 
     def add_adapter(

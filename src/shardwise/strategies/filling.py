@@ -100,9 +100,12 @@ def shard_and_fill(
     """
     source_rank = source_rank_of(options.mesh)
     with agreement.phase("shard"), resting_collector():
-        held = _held_by_source(model, deferred, agreement, is_source=agreement.rank == source_rank)
+        entries = entries_of(model)
+        is_source = agreement.rank == source_rank
+        held = _held_by_source(entries, deferred, agreement, is_source=is_source)
         with phase("to meta"):
-            source = take_values(model, keep=agreement.rank == source_rank)
+            source = take_values(entries, keep=is_source and (held is None or bool(held)))
+        del entries  # they hold the full tensors
         with phase("fully_shard"):
             shard_units(model, units, options)
     sent = None
@@ -183,7 +186,7 @@ def _read_deferred(
                 agreement.phase("blank buffers"),
                 naming_out_of_memory("the buffers", device=device, rank=agreement.rank),
             ):
-                allocate_buffers(model, bound.keys(), device)
+                allocate_buffers(entries_of(model, roles=("buffer",)), bound.keys(), device)
             bound, absent = {}, frozenset()
         return fill_from_files(
             model,
@@ -203,14 +206,14 @@ def _read_deferred(
 
 
 def _held_by_source(
-    model: nn.Module, deferred: Deferred, agreement: Agreement, *, is_source: bool
+    entries: Sequence[Entry], deferred: Deferred, agreement: Agreement, *, is_source: bool
 ) -> frozenset[str] | None:
     """Return the parameters that the source rank has values of; None where nothing of the model is in files.
 
     Raises:
         LeftOnMetaError: Of a parameter neither the source rank nor a file has values.
     """
-    parameters = entries_of(model, roles=("parameter",))
+    parameters = [entry for entry in entries if entry.role == "parameter"]
     text = None
     if is_source:
         held = [entry.fqn for entry in parameters if not entry.tensor.is_meta]

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardwise.errors import OptimizerError
+from shardwise.materialization import parameters_of
 
 _MARK = "_shardwise_replaced"
 _looked_at: WeakSet[Optimizer] = WeakSet()
@@ -28,12 +29,12 @@ _looked_at: WeakSet[Optimizer] = WeakSet()
 @contextmanager
 def replaced_parameters_marked(model: nn.Module) -> Iterator[None]:
     """Mark the parameters of a model that are not in it any more when the body ends."""
-    for parameter in model.parameters():
+    for parameter in parameters_of(model):
         setattr(parameter, _MARK, True)
     try:
         yield
     finally:
-        for parameter in model.parameters():
+        for parameter in parameters_of(model):
             parameter.__dict__.pop(_MARK, None)
         _looked_at.clear()
         _watch()

@@ -6,6 +6,7 @@ By the tensor's identity, which outlives a new name: a model may become a part o
 from __future__ import annotations
 
 from collections.abc import Collection, MutableMapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +17,8 @@ from shardwise.materialization import Binding, Bound, Entry, entries_of
 from shardwise.strategies.deferred import Deferred
 from shardwise.strategies.resized import is_resized_head, output_head, resized
 
+_NOT_NOTED: Any = object()
+
 
 class Bindings:
     """Which tensor of which checkpoint gives a meta tensor its values."""
@@ -24,9 +27,9 @@ class Bindings:
         self._bound: MutableMapping[torch.Tensor, Bound | None] = WeakTensorKeyDictionary()
         self._heads: WeakKeyDictionary[nn.Module, dict[str, Bound]] = WeakKeyDictionary()
 
-    def add_model(self, model: nn.Module, binding: Binding) -> None:
+    def add_model(self, model: nn.Module, entries: Sequence[Entry], binding: Binding) -> None:
         """Note where a transformers model's values are, and those of its output head apart: resizing makes a new one."""
-        self.add(entries_of(model, roles=("parameter", "buffer")), binding)
+        self.add(entries, binding)
         head = output_head(model)
         if head is not None:
             of_head = ((name, self._bound.get(parameter)) for name, parameter in head.named_parameters())
@@ -34,17 +37,21 @@ class Bindings:
 
     def add(self, entries: Sequence[Entry], binding: Binding) -> None:
         """Note where a model's values are; what the checkpoint lacks is noted as permitted to be absent."""
+        absent = frozenset(binding.absent)
         for entry in entries:
-            if entry.fqn in binding.bound:
-                self._bound[entry.tensor] = binding.bound[entry.fqn]
-            elif entry.fqn in binding.absent:
+            if entry.role == "attribute":
+                continue
+            of = binding.bound.get(entry.fqn)
+            if of is not None:
+                self._bound[entry.tensor] = of
+            elif entry.fqn in absent:
                 self._bound[entry.tensor] = None
 
     def has(self, model: nn.Module) -> bool:
         """Return whether values of a model are still to be read."""
         return any(entry.tensor in self._bound for entry in entries_of(model, roles=("parameter",)))
 
-    def take(self, model: nn.Module) -> Deferred:
+    def take(self, model: nn.Module, entries: Sequence[Entry]) -> Deferred:
         """Return what is noted of a model's tensors, by the names that they have now, and forget it.
 
         A weak reference keeps torch from giving a parameter storage under the same object.
@@ -52,10 +59,12 @@ class Bindings:
         bound: dict[str, Bound] = {}
         absent: set[str] = set()
         self._note_new_heads(model)
-        for entry in entries_of(model, roles=("parameter", "buffer")):
-            if not entry.tensor.is_meta or entry.tensor not in self._bound:
+        for entry in entries:
+            if entry.role == "attribute" or not entry.tensor.is_meta:
                 continue
-            of = self._bound.pop(entry.tensor)
+            of = self._bound.pop(entry.tensor, _NOT_NOTED)  # each look-up makes a weak reference
+            if of is _NOT_NOTED:
+                continue
             if of is None:
                 absent.add(entry.fqn)
             else:
@@ -65,9 +74,11 @@ class Bindings:
         return Deferred(bound=bound, absent=frozenset(absent), blank=False)
 
     def _note_new_heads(self, model: nn.Module) -> None:
-        for module in model.modules():
-            former = self._heads.pop(module, None)
-            if former and is_resized_head(module, former):
+        for module in list(self._heads):
+            if not any(module is each for each in model.modules()):
+                continue
+            former = self._heads.pop(module)
+            if is_resized_head(module, former):
                 for name, parameter in output_head(module).named_parameters():  # type: ignore[union-attr]
                     if name in former and parameter not in self._bound:
                         self._bound[parameter] = former[name]
@@ -95,9 +106,9 @@ class Origins:
                     "checkpoint" if entry.persistent and not lacked else "recomputed"
                 )
 
-    def take(self, model: nn.Module) -> dict[str, str]:
+    def take(self, entries: Sequence[Entry]) -> dict[str, str]:
         """Return what is noted of a model's tensors, by the names that they have now, and forget it; as `Bindings.take`."""
         if not self._origins:
             return {}
-        entries = entries_of(model, roles=("parameter", "buffer"))
-        return {e.fqn: self._origins.pop(e.tensor) for e in entries if e.tensor in self._origins}
+        found = ((e.fqn, self._origins.pop(e.tensor, None)) for e in entries if e.role != "attribute")
+        return {fqn: origin for fqn, origin in found if origin is not None}

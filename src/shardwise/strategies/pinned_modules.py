@@ -11,7 +11,7 @@ from collections import Counter
 from torch import nn
 
 from shardwise.conversion import pinned_dtypes
-from shardwise.materialization import clean_fqn, model_inside
+from shardwise.materialization import clean_fqn, model_inside, parameters_of
 
 
 def pinned_modules(model: nn.Module) -> list[str]:
@@ -23,7 +23,7 @@ def pinned_modules(model: nn.Module) -> list[str]:
     Returns:
         Their names, as `get_submodule` takes them.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    trainable = [p for p in parameters_of(model) if p.requires_grad and p.is_floating_point()]
     dtypes = Counter(parameter.dtype for parameter in trainable)
     if len(dtypes) < 2:
         return []

@@ -27,6 +27,7 @@ from shardwise.materialization import (
     entries_of,
     open_source,
     permitted,
+    renewed,
     require_equal_aliases,
     resting_collector,
     warn_of_unexpected,
@@ -63,7 +64,7 @@ def load_deferred(
     config_kwargs: dict[str, Any],
     direct_io: bool,
     agreement: Agreement,
-) -> tuple[nn.Module, Pretrained, Binding]:
+) -> tuple[nn.Module, tuple[Entry, ...], Pretrained, Binding]:
     """Build a model on meta on every rank and find its values in the checkpoint's headers.
 
     Args:
@@ -76,7 +77,7 @@ def load_deferred(
         agreement: Of the call.
 
     Returns:
-        The model, what is on record of it, and where its values are.
+        The model, its tensors, what is on record of it, and where its values are.
 
     Raises:
         ConfigurationError: An argument that cannot be combined with the strategy.
@@ -113,12 +114,13 @@ def load_deferred(
             )
             check_bound(entries, binding.bound)
             await_values(model, entries, binding, chosen)
+            entries = renewed(entries)
             warn_of_unexpected(binding, name, agreement)
     if binding.aliases:
         staging_bytes = default_staging_bytes("cpu")  # the values stay on the host
         require_equal_aliases(binding, opened.source, agreement=agreement, staging_bytes=staging_bytes)
         opened.source.close()  # until the wrap, which opens what it reads
-    return model, Pretrained(name=str(name), absent=frozenset()), binding
+    return model, entries, Pretrained(name=str(name), absent=frozenset()), binding
 
 
 def await_values(model: nn.Module, entries: Sequence[Entry], binding: Binding, chosen: torch.dtype) -> None:

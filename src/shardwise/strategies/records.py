@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shardwise.materialization import Binding, model_inside
+from shardwise.materialization import Binding, Entry, entries_of, model_inside, resting_collector
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.awaited import Awaited
 from shardwise.strategies.deferred import Deferred
@@ -47,10 +47,13 @@ class Records:
         self._origins = Origins()
         self._blank: WeakSet[nn.Module] = WeakSet()
 
-    def add_deferred(self, model: nn.Module, pretrained: Pretrained, binding: Binding) -> None:
+    def add_deferred(
+        self, model: nn.Module, entries: Sequence[Entry], pretrained: Pretrained, binding: Binding
+    ) -> None:
         """Note a model on meta whose values come at the wrap."""
-        self.bindings.add_model(model, binding)
-        self._awaited.add(model)
+        with resting_collector():
+            self.bindings.add_model(model, entries, binding)
+            self._awaited.add(entries)
         self._refusals[model] = refuse_values_for_meta(model)
         self._pretrained[model] = pretrained
 
@@ -61,7 +64,7 @@ class Records:
 
     def add_around(self, model: nn.Module) -> None:
         """Note what was put around a model, or into it, without values."""
-        self._awaited.add(model)
+        self._awaited.add(entries_of(model))
 
     def leave_blank(self, model: nn.Module) -> None:
         """Note that the next wrap reads and initialises nothing."""
@@ -79,14 +82,19 @@ class Records:
         refusal = self._refusals.pop(inside, None)
         if refusal is not None:
             refusal.remove()
-        edited = self._awaited.take(model)
-        restore_means(inside)
-        deferred = with_adapters(self.bindings.take(model), model, always=not efficient)
+        with resting_collector():
+            entries = entries_of(model)
+            edited = self._awaited.take(entries)
+            restore_means(inside)
+            deferred = self.bindings.take(model, entries)
+            origins = self._origins.take(entries)
+            del entries  # they hold the full tensors
+        deferred = with_adapters(deferred, model, always=not efficient)
         if inside in self._blank and efficient:
             deferred = dataclasses.replace(deferred, blank=True)
         return Record(
             name=pretrained.name if pretrained is not None else type(model).__name__,
             deferred=deferred,
-            origins=self._origins.take(model),
+            origins=origins,
             edited=edited,
         )

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.errors import CallOrderError, ConfigurationError, ShapeMismatchError
-from shardwise.materialization import Bound, Entry
+from shardwise.materialization import Bound, Entry, named_modules_of
 from shardwise.plan import StoredPiece
 from shardwise.tensors import Region
 
@@ -95,7 +95,7 @@ def skip_means(model: nn.Module) -> None:
 
 def restore_means(model: nn.Module) -> None:
     """Give a model its own methods back."""
-    for module in model.modules():
+    for _, module in named_modules_of(model):
         for name in _OF_MEANS:
             vars(module).pop(name, None)
 
@@ -118,7 +118,7 @@ def _inside(model: nn.Module, method: str) -> nn.Module | None:
 
 def _replace(model: nn.Module, names: tuple[str, ...], method: Any) -> None:
     # On the object, where transformers looks them up: it offers no hook between the old rows and the new ones.
-    for module in model.modules():
+    for _, module in named_modules_of(model):
         for name in names:
             if hasattr(type(module), name):
                 setattr(module, name, method)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from shardwise.materialization import device_of, entries_of
+from shardwise.materialization import device_of, entries_of, named_modules_of
 from shardwise.strategies.mesh import source_rank_of
 from shardwise.strategies.placement import keeps_a_part, log_placements, thrifty_placement
 from shardwise.strategies.wrap_options import WrapOptions
@@ -67,7 +67,9 @@ def _reduce_what_a_rank_has_not_used(modules: Sequence[nn.Module]) -> None:
     exchange buffers of different sizes, and gloo ends the process. Units without a list of modules keep "no gradient" for what
     was not used.
     """
-    has_list = any(isinstance(inner, nn.ModuleList) for module in modules for inner in module.modules())
+    has_list = any(
+        isinstance(inner, nn.ModuleList) for module in modules for _, inner in named_modules_of(module)
+    )
     allow = getattr(modules[0], "set_reduce_scatter_unused_params", None)  # torch 2.13 has it
     if has_list and allow is not None:
         allow(True, recurse=False)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -98,6 +99,8 @@ def wrap(
             own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
             known: dict[str, str] = json.loads(agreement.publish("origins", own))
     with agreement.phase("report"):
+        entries = entries_of(model, roles=("parameter", "buffer"))
+        parameters = [entry.tensor for entry in entries if entry.role == "parameter"]
         return collect_report(
             model,
             agreement,
@@ -106,14 +109,14 @@ def wrap(
             strategy=options.strategy,
             route=cost.route,
             route_reason=cost.reason,
-            shard_bytes=local_bytes_of(model),
+            shard_bytes=local_bytes_of(parameters),
             storage_bytes=cost.storage_bytes,
             network_bytes=cost.network_bytes,
             retried_reads=cost.retried_reads,
             predicted=cost.predicted,
-            origins=origins_of(entries_of(model, roles=("parameter", "buffer")), known | cost.origins),
+            origins=origins_of(entries, known | cost.origins),
             converted=cost.converted,
-            dtypes=_dtypes(model, options, optimizers),
+            dtypes=_dtypes(parameters, options, optimizers),
         )
 
 
@@ -153,8 +156,9 @@ def _rebound_if_it_fails(records: tuple[DetachedOptimizer, ...], model: nn.Modul
         raise
 
 
-def _dtypes(model: nn.Module, options: WrapOptions, optimizers: Sequence[Optimizer]) -> dict[str, str | None]:
-    parameters = list(model.parameters())
+def _dtypes(
+    parameters: Sequence[torch.Tensor], options: WrapOptions, optimizers: Sequence[Optimizer]
+) -> dict[str, str | None]:
     stored = stored_dtypes(parameters)
     held = {dtype_name(p.dtype) for o in optimizers for g in o.param_groups for p in g["params"]}
     policy = options.policy

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
-from shardwise.materialization import Entry, clean_fqn
+from shardwise.materialization import Entry, clean_fqn, modules_by_prefix, named_modules_of
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.pinned_modules import pinned_modules
 from shardwise.tensors import dtype_name
@@ -124,16 +124,18 @@ def _list_entries(model: nn.Module) -> list[str]:
     """Return the entries of the outermost module lists: the layers of a model that does not name them."""
     found: list[str] = []
     for fqn, module in _inner_modules(model):
-        inside = any(fqn.startswith(f"{outer}.") for outer in found)
-        parent = model.get_submodule(fqn.rpartition(".")[0])
-        if not inside and isinstance(parent, nn.ModuleList) and any(True for _ in module.parameters()):
+        inside = bool(found) and fqn.startswith(f"{found[-1]}.")  # what is inside of a module follows it
+        parent = None if inside else model.get_submodule(fqn.rpartition(".")[0])
+        if isinstance(parent, nn.ModuleList) and any(True for _ in module.parameters()):
             found.append(fqn)
     return found
 
 
 def _inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for fqn, module in model.named_modules():
-        parent = model.get_submodule(fqn.rpartition(".")[0]) if fqn else None
+    known: dict[str, nn.Module] = {}  # a parent comes before its children
+    for fqn, module in named_modules_of(model):
+        known[fqn] = module
+        parent = known[fqn.rpartition(".")[0]] if fqn else None
         is_container = isinstance(
             module, (nn.ModuleList, nn.ModuleDict)
         )  # never called, so they cannot be units
@@ -186,7 +188,7 @@ def _join_tied(model: nn.Module, entries: Sequence[Entry], groups: list[list[str
 
 def _module_fqns(model: nn.Module, modules: Iterable[nn.Module]) -> list[str]:
     names: dict[int, str] = {}
-    for fqn, module in model.named_modules():
+    for fqn, module in named_modules_of(model):
         names.setdefault(id(module), fqn)
     return [names[id(module)] for module in modules]
 
@@ -215,16 +217,19 @@ def refuse_wrapped(model: nn.Module) -> None:
         AlreadyWrappedError: Naming the module that went through `fully_shard`.
         UnsupportedParameterError: Naming a parameter that is a DTensor for another reason.
     """
-    for fqn, module in model.named_modules():
+    modules = modules_by_prefix(model)
+    for prefix, module in modules:
         if isinstance(module, FSDPModule):
             raise AlreadyWrappedError(
-                f"wrap_model: expected a model that is not sharded, got {clean_fqn(fqn) or type(model).__name__} under "
+                f"wrap_model: expected a model that is not sharded, got {prefix[:-1] or type(model).__name__} under "
                 "fully_shard already. Call wrap_model once per model; a wrapped model is used as it is."
             )
-    for name, parameter in model.named_parameters():
+    for name, parameter in (
+        (f"{prefix}{name}", p) for prefix, m in modules for name, p in m._parameters.items()
+    ):
         if isinstance(parameter, DTensor):
             raise UnsupportedParameterError(
-                f"{clean_fqn(name)}: expected a plain tensor, got a DTensor with placements {parameter.placements}. "
+                f"{name}: expected a plain tensor, got a DTensor with placements {parameter.placements}. "
                 "Wrap a model that is not distributed yet; tensor parallelism cannot be combined with the strategies "
                 "in this version."
             )
@@ -293,15 +298,17 @@ def refuse_mixed_dtypes(model: nn.Module, units: tuple[Unit, ...], ignored: set[
     Raises:
         UnsupportedParameterError: Naming a parameter of each dtype.
     """
-    taken: set[nn.Parameter] = set(ignored)
+    taken = {id(parameter) for parameter in ignored}
     for fqns in [*(unit.fqns for unit in units), ("",)]:
         by_dtype: dict[torch.dtype, str] = {}
         for fqn in fqns:
-            for name, parameter in model.get_submodule(fqn).named_parameters(prefix=fqn):
-                if parameter not in taken:
-                    taken.add(parameter)
-                    if parameter.requires_grad:
-                        by_dtype.setdefault(parameter.dtype, clean_fqn(name))
+            for within, module in named_modules_of(model.get_submodule(fqn)):
+                for name, parameter in module._parameters.items():
+                    if parameter is None or id(parameter) in taken:
+                        continue
+                    taken.add(id(parameter))
+                    if parameter.requires_grad and parameter.dtype not in by_dtype:
+                        by_dtype[parameter.dtype] = clean_fqn(".".join(filter(None, (fqn, within, name))))
         if len(by_dtype) > 1:
             examples = ", ".join(f"{name} is {dtype_name(d)}" for d, name in by_dtype.items())
             raise UnsupportedParameterError(
