@@ -31,8 +31,8 @@ def resting_collector() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            somebody_freezes = gc.get_freeze_count() > 0
-            if gc.get_count()[0] > _VERY_MANY and not somebody_freezes:
+            # What somebody has frozen is left so; to count it takes as long as to walk it, and is asked last.
+            if gc.get_count()[0] > _VERY_MANY and gc.get_freeze_count() == 0:
                 gc.freeze()
                 gc.unfreeze()
                 _has_uncounted = True
