@@ -159,7 +159,7 @@ def _plan(directory: str | None, mesh: tuple[int, ...], route: str) -> dict[str,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu_started,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "plan": plan.to_json(),
+        "plan": {**plan.to_json(), "model": "DeepSeek-V3's shape"},
     }
 
 

@@ -26,16 +26,19 @@ SHAPES = [
 ]  # rows that every number of ranks here divides
 
 
-def plan_of(wanted: list[WantedTensor], route: str, ranks: int) -> SourcePlan:
-    """Return what one rank does for its part of a load."""
+def sight_of(ranks: int) -> Sight:
     everyone = tuple(range(ranks))
-    sight = Sight(ranks=everyone, nodes=tuple(f"node {rank // 8}" for rank in everyone), readers=everyone)
+    return Sight(ranks=everyone, nodes=tuple(f"node {rank // 8}" for rank in everyone), readers=everyone)
+
+
+def plan_of(wanted: list[WantedTensor], route: str, sight: Sight) -> SourcePlan:
+    """Return what one rank does for its part of a load."""
     source = StateDictSource({"w": torch.empty(1)})
     (plan,) = plan_sources(
         [Wanted(source=source, pieces=tuple(wanted), converted=())],
         sights=[sight],
         route=route,
-        rank=ranks // 2,
+        rank=len(sight.ranks) // 2,
         device=torch.device("cpu"),
         staging_bytes=2**26,
         cpu_storage="copy",
@@ -50,6 +53,7 @@ def calls(route: str, ranks: int, *, tensors: int, axes: tuple[Placement, ...] =
     wanted = wanted_of(
         layout_of(*zip(sizes, axes, strict=True)), [SHAPES[i % len(SHAPES)] for i in range(tensors)]
     )
+    sight = sight_of(ranks)
     count = 0
 
     def profile(_frame: FrameType, event: str, _argument: Any) -> None:
@@ -59,7 +63,7 @@ def calls(route: str, ranks: int, *, tensors: int, axes: tuple[Placement, ...] =
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
-        plan_of(wanted, route, ranks)
+        plan_of(wanted, route, sight)
     finally:
         sys.setprofile(before)
     return count
@@ -92,7 +96,7 @@ def test_ranks_that_exchange_list_each_other_once_and_not_for_each_tensor(
 @pytest.mark.parametrize("route", ["auto", "striped", "rank0"])
 def test_twenty_thousand_small_tensors_are_few_reads_and_messages(route: str) -> None:
     wanted = wanted_of(layout_of((3, Shard(0))), [(8, 16)] * 20_000)
-    plan = plan_of(wanted, route, 3)
+    plan = plan_of(wanted, route, sight_of(3))
     assert not plan.direct.reads
     (exchange,) = plan.exchanges
     assert sum(exchange.arriving.values()) > 20_000 * 8 * 16 / 4
