@@ -269,8 +269,7 @@ def fail_on_last_rank(name: str) -> None:
     make_strategy(name).wrap_model(model, torch.optim.SGD(owner.parameters(), lr=0.1))
 
 
-@by_strategy
-@pytest.mark.parametrize("late", [0, 3])
+@pytest.mark.parametrize(("strategy", "late"), [("native_fsdp", 0), ("accelerate", 3)])
 def test_a_rank_that_never_arrives_is_named_at_the_timeout(pool: RankPool, strategy: str, late: int) -> None:
     started = time.monotonic()
     texts = pool.run(stay_away, strategy, late, ranks=4, timeout_seconds=60)

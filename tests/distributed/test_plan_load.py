@@ -178,16 +178,16 @@ def load_after_a_small_one(
     return load(directory, shape, route, dtype, "copy")
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "route"),
+    ("shape", "route", "dtype"),
     [
-        ((1,), "direct"),
-        ((4,), "direct"),
-        ((2,), "rank0"),
-        ((2,), "striped"),
-        ((2, 2), "replicate"),
-        ((2, 2), "node"),
+        ((1,), "direct", None),
+        ((4,), "direct", torch.float32),
+        ((2,), "rank0", torch.float32),
+        ((2,), "striped", None),
+        ((2, 2), "replicate", None),
+        ((2, 2), "replicate", torch.float32),
+        ((2, 2), "node", None),
     ],
     ids=str,
 )
@@ -213,12 +213,4 @@ def test_the_host_peak_is_within_a_tenth_of_the_measured_one(
     small = str(checkpoints["qwen3_tied"])
     report = pool.run(load_after_a_small_one, small, directory, shape, route, dtype, ranks=ranks)[0]
     measured = max(rank["host_anon_peak_bytes"] for rank in report["ranks"])
-    print(
-        shape,
-        route,
-        dtype,
-        f"{plan.host_peak_bytes / MEBIBYTE:.1f}",
-        f"{measured / MEBIBYTE:.1f}",
-        f"{plan.shard_bytes / MEBIBYTE:.1f}",
-    )
     assert abs(plan.host_peak_bytes - measured) <= 0.1 * measured
