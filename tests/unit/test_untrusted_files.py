@@ -117,6 +117,16 @@ def test_a_file_larger_than_it_may_be_is_not_read_whole(tmp_path: Path) -> None:
         read_text(tmp_path / "gone", most_bytes=1, what="a text")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/version"), reason="files without a size are those of Linux")
+def test_a_file_whose_size_the_system_does_not_say_is_read_whole() -> None:
+    path = Path("/proc/version")
+    assert path.stat().st_size == 0
+    whole = path.read_text()
+    assert read_text(path, most_bytes=len(whole), what="a text") == whole
+    with pytest.raises(DamagedFileError, match="got more"):
+        read_text(path, most_bytes=len(whole) - 1, what="a text")
+
+
 # --- time that grows with the square of the size would be minutes here ---
 
 MANY = 60_000

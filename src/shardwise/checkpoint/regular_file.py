@@ -16,6 +16,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
+_PIECE_BYTES = 2**20
 
 
 _REMEDIES = {
@@ -73,8 +74,13 @@ def read_text(path: Path, *, most_bytes: int, what: str) -> str:
     """
     try:
         with os.fdopen(open_regular(path, flags=0), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(min(size, most_bytes) + 1)  # all that is asked for is allocated at once
+            content = bytearray()
+            # A file may have another size than the system says, which is 0 on some; and all that is asked for is allocated at once.
+            while len(content) <= most_bytes:
+                piece = file.read(min(_PIECE_BYTES, most_bytes + 1 - len(content)))
+                if not piece:
+                    break
+                content += piece
     except OSError as error:
         raise unreadable(path, error, what="reading it") from error
     if len(content) > most_bytes:
