@@ -2,28 +2,22 @@
 
 An adapter of PEFT is such a case: each rank trains one of its own, every loss looks right, and a save keeps the first rank's. The
 model tells nobody of a new parameter, so each optimizer's first step after a wrap looks for it, and `wrap_optimizer` does.
-
-Source: `torch.optim.optimizer.register_optimizer_step_pre_hook`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from shardwise.errors import OptimizerError
 from shardwise.materialization import clean_fqn, trained_parameters_of
+from shardwise.strategies.first_step import check_first_steps
 
 _plain_at_the_wrap: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-_looked_at: WeakSet[Optimizer] = WeakSet()
 
 
 def watch_for_parameters_added_to(model: nn.Module) -> None:
@@ -33,8 +27,7 @@ def watch_for_parameters_added_to(model: nn.Module) -> None:
         model: Just wrapped, over several ranks. What is not sharded in it now, the user has left out on purpose.
     """
     _plain_at_the_wrap[model] = {id(p) for p in model.parameters() if not isinstance(p, DTensor)}
-    _looked_at.clear()
-    _watch()
+    check_first_steps(refuse_added_later)
 
 
 def refuse_added_later(optimizer: Optimizer) -> None:
@@ -58,15 +51,3 @@ def refuse_added_later(optimizer: Optimizer) -> None:
 def _first(names: Iterable[str]) -> str:
     first, *others = names
     return f"{first} and {len(others)} more" if others else first
-
-
-@functools.cache
-def _watch() -> None:
-    register_optimizer_step_pre_hook(_look)
-
-
-def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or optimizer in _looked_at:
-        return
-    refuse_added_later(optimizer)
-    _looked_at.add(optimizer)
