@@ -87,10 +87,14 @@ def model_name(comparison: Mapping[str, Any]) -> str:
 
 def counted_ranks(comparison: Mapping[str, Any], runs: Sequence[Run]) -> str:
     """Return how many ranks the runs had, for people; nothing where none came to its end."""
-    ranks, replicas = max(run.world_size for run in runs), comparison.get("replicas", 1)
-    if not ranks:
-        return ""
-    return f"{ranks} rank{'' if ranks == 1 else 's'}{f' ({replicas} replicas)' if replicas > 1 else ''}"
+    replicas = comparison.get("replicas", 1)
+    counted = ranks_in_words(max(run.world_size for run in runs))
+    return f"{counted} ({replicas} replicas)" if counted and replicas > 1 else counted
+
+
+def ranks_in_words(ranks: int) -> str:
+    """Return a number of ranks for people; nothing for none."""
+    return f"{ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
 
 
 def read_comparison(comparison: Mapping[str, Any]) -> tuple[Run, ...]:

@@ -11,7 +11,14 @@ from shardwise.errors import ConfigurationError
 from shardwise.profiling import PROFILE_SCHEMA, Figure, LoadReport, Timeline, node_peak_bytes
 from shardwise.profiling.load_report import SCHEMA as LOAD_SCHEMA
 from shardwise.report.comparison import SCHEMA as COMPARISON_SCHEMA
-from shardwise.report.comparison import HostPeaks, Run, counted_ranks, model_name, read_comparison
+from shardwise.report.comparison import (
+    HostPeaks,
+    Run,
+    counted_ranks,
+    model_name,
+    ranks_in_words,
+    read_comparison,
+)
 
 PROFILES_MODE = "memory profile"
 
@@ -45,7 +52,7 @@ def read_documents(documents: Sequence[Mapping[str, Any]]) -> Shown:
         runs = read_comparison(documents[0])
         counted = counted_ranks(documents[0], runs)
         return Shown(
-            title=f"Loading {model_name(documents[0])}{counted and ' on '}{counted}",
+            title=f"Loading {model_name(documents[0])}{_on(counted)}",
             runs=runs,
             comparison=documents[0],
         )
@@ -53,21 +60,21 @@ def read_documents(documents: Sequence[Mapping[str, Any]]) -> Shown:
         report = LoadReport.from_json(documents[0])
         name = model_name({"model": report.model})
         return Shown(
-            title=f"Loading {name}{_on_ranks(report.world_size)}",
+            title=f"Loading {name}{_on(ranks_in_words(report.world_size))}",
             runs=(_run_of_report(report),),
             comparison=None,
         )
     if schemas and set(schemas) == {PROFILE_SCHEMA}:
         run = _run_of_profiles(documents)
-        return Shown(title=f"Memory{_on_ranks(run.world_size)}", runs=(run,), comparison=None)
+        return Shown(title=f"Memory{_on(ranks_in_words(run.world_size))}", runs=(run,), comparison=None)
     raise ConfigurationError(
         f"report: expected one document of {COMPARISON_SCHEMA} or {LOAD_SCHEMA}, or some of {PROFILE_SCHEMA}, got "
         f"{schemas}. Pass what `shardwise compare`, LoadReport.save or MemoryProfile.save of this version wrote."
     )
 
 
-def _on_ranks(ranks: int) -> str:
-    return f" on {ranks} rank{'' if ranks == 1 else 's'}" if ranks else ""
+def _on(counted: str) -> str:
+    return f" on {counted}" if counted else ""
 
 
 def _run_of_report(report: LoadReport) -> Run:
