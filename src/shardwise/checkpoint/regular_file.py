@@ -16,7 +16,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**16
 
 
 _REMEDIES = {
