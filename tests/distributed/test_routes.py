@@ -22,6 +22,8 @@ from torch.distributed.fsdp import fully_shard
 import shardwise as sw
 from shardwise.checkpoint import SafetensorsSource
 from shardwise.errors import ChangedFileError, ConfigurationError, PeerError, RankError, RankMismatchError
+from shardwise.materialization.data_plane import DataPlane
+from shardwise.strategies import base
 from shardwise.testing import RankPool
 from tests.distributed.models import from_checkpoint, transformers_fuses_experts, write_checkpoint
 
@@ -101,6 +103,43 @@ def load_on_route(
     require_equal(model, directory, dtype=dtype)
     assert strategy.last_report is not None
     return strategy.last_report.to_json()
+
+
+@pytest.mark.parametrize(("route", "most"), [("rank0", [2, 1]), ("striped", [1, 1])])
+def test_a_reader_that_receives_nothing_packs_while_it_sends(
+    pool: RankPool, checkpoints: dict[str, Path], route: str, most: list[int]
+) -> None:
+    assert pool.run(most_in_flight, str(checkpoints["qwen3_large"]), route, ranks=2) == most
+
+
+def most_in_flight(directory: str, route: str) -> int:
+    """Return how many rounds this rank had begun and not ended, at most."""
+    from transformers import AutoModelForCausalLM
+
+    begun: set[dist.Work] = set()
+    counts: list[int] = []
+    start, wait = DataPlane.all_to_all, DataPlane.wait
+
+    def counted_start(*args: Any, **options: Any) -> dist.Work:
+        work = start(*args, **options)
+        begun.add(work)
+        counts.append(len(begun))
+        return work
+
+    def counted_wait(plane: DataPlane, work: dist.Work, *, what: str) -> None:
+        wait(plane, work, what=what)
+        begun.discard(work)
+
+    with (
+        mock.patch.object(DataPlane, "all_to_all", counted_start),
+        mock.patch.object(DataPlane, "wait", counted_wait),
+        mock.patch.object(base, "default_staging_bytes", return_value=2**20),
+    ):
+        strategy = sw.NativeFSDPStrategy(mixed_precision="no", route=route, timeout=TIMEOUT_SECONDS)
+        model = strategy.wrap_model(strategy.load_pretrained(AutoModelForCausalLM, directory))
+    require_equal(model, directory)
+    assert not begun
+    return max(counts)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from shardwise.materialization.awaited_source import AwaitedSource
 from shardwise.materialization.data_plane import DataPlane
@@ -17,6 +20,27 @@ from shardwise.plan import ExchangePlan, Round, Transfer
 
 _SCRATCH_BYTES = 16 * 2**20
 """Of device memory, from which pieces are placed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _InFlight:
+    """A round whose messages travel.
+
+    Args:
+        turn: The round.
+        plane: That carries them.
+        work: To wait for.
+        send: What is sent, which must stay as it is.
+        receive: Where the messages arrive.
+        what: For messages.
+    """
+
+    turn: Round
+    plane: DataPlane
+    work: dist.Work
+    send: torch.Tensor
+    receive: torch.Tensor
+    what: str
 
 
 class Exchange:
@@ -49,7 +73,11 @@ class Exchange:
         most_sent, most_received = plan.slices.most_sent_bytes, plan.slices.most_received_bytes
         # Pinned for what reads it, which is the device that sends, or the one that is filled.
         reader = on if on.type != "cpu" else self._destination
-        self._send = GrowingBuffer(torch.device("cpu"), expected_bytes=most_sent, pinned_for=on)
+        self._send = [
+            GrowingBuffer(torch.device("cpu"), expected_bytes=most_sent, pinned_for=on)
+            for _ in range(plan.rounds_in_flight)
+        ]
+        self._in_flight: deque[_InFlight] = deque()
         self._receive = GrowingBuffer(
             on,
             expected_bytes=min(most_received, plan.network_bytes),
@@ -69,7 +97,8 @@ class Exchange:
         """
         nothing = torch.empty(0, dtype=torch.uint8)
         with ExitStack() as stack:
-            stack.callback(self._send.close)
+            for buffer in self._send:
+                stack.callback(buffer.close)
             stack.callback(self._receive.close)
             ahead = ReadAhead(
                 list(self._plan.extents()),
@@ -86,27 +115,34 @@ class Exchange:
                 stack.callback(self._placing.close)
             for number, turn in enumerate(self._plan.rounds(), start=1):
                 content = ahead.content_of(turn.read) if turn.read is not None else nothing
-                self._run_round(turn, content, what=f"round {number} of {len(self._plan)} of the exchange")
+                if self._plane is not None:
+                    self._begin(turn, content, self._plane, number=number)
+                kept = self._place_kept(turn, content)  # while the messages travel
+                if len(self._in_flight) == len(self._send):
+                    self._end_first()
+                if kept is not None:
+                    kept.synchronize()
+            while self._in_flight:
+                self._end_first()
 
-    def _run_round(self, turn: Round, content: torch.Tensor, *, what: str) -> None:
+    def _begin(self, turn: Round, content: torch.Tensor, plane: DataPlane, *, number: int) -> None:
         receive = self._receive.first(sum(turn.receive_bytes))
-        work = None
-        if self._plane is not None:
-            send = self._send.first(sum(turn.send_bytes))
-            self._pack(turn, content, send)
-            work = self._plane.all_to_all(
-                receive,
-                send.to(self._plane.device),
-                receive_bytes=turn.receive_bytes,
-                send_bytes=turn.send_bytes,
-            )
-        copied = [self._place_kept(turn, content)]  # while the messages travel
-        if self._plane is not None and work is not None:
-            self._plane.wait(work, what=what)
-            copied.append(self._unpack(turn, receive))
-        for event in copied:
-            if event is not None:
-                event.synchronize()
+        packed = self._send[number % len(self._send)].first(sum(turn.send_bytes))
+        self._pack(turn, content, packed)
+        send = packed.to(plane.device)
+        work = plane.all_to_all(receive, send, receive_bytes=turn.receive_bytes, send_bytes=turn.send_bytes)
+        what = f"round {number} of {len(self._plan)} of the exchange"
+        self._in_flight.append(
+            _InFlight(turn=turn, plane=plane, work=work, send=send, receive=receive, what=what)
+        )
+
+    def _end_first(self) -> None:
+        """Wait for the messages that have travelled longest, and place what has arrived."""
+        first = self._in_flight.popleft()
+        first.plane.wait(first.work, what=first.what)
+        arrived = self._unpack(first.turn, first.receive)
+        if arrived is not None:
+            arrived.synchronize()
 
     @staticmethod
     def _pack(turn: Round, content: torch.Tensor, send: torch.Tensor) -> None:

@@ -113,6 +113,11 @@ class ExchangePlan:
         return int(self.slices.bytes_of_reader[at]) if at is not None else 0
 
     @property
+    def rounds_in_flight(self) -> int:
+        """Most rounds that this rank has begun and not ended."""
+        return self.slices.rounds_in_flight if self._reader is not None else 1
+
+    @property
     def _reader(self) -> int | None:
         return self.readers.index(self.rank) if self.rank in self.readers else None
 

@@ -214,6 +214,7 @@ def _cost_of_sharing(
     received = np.full(len(sharing.ranks), slices.most_received_bytes)
     if len(sharing.readers) == 1:
         received[readers] = 0
+        sent *= slices.rounds_in_flight
     cost.staging_bytes[:] = received
     cost.device_staging_bytes[:] = received
     cost.staging_bytes[readers] += slices.two_extents_bytes

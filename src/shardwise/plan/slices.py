@@ -132,6 +132,14 @@ class Slices:
         """Number of rounds."""
         return int(np.diff(self._first_of_reader).max(initial=0))
 
+    @property
+    def rounds_in_flight(self) -> int:
+        """Most rounds that a reader has begun and not ended.
+
+        The only one receives nothing: in the place of what would arrive it keeps what it sends beside.
+        """
+        return min(self.rounds, 2) if self.readers == 1 else 1
+
     @cached_property
     def bytes_of_reader(self) -> Counts:
         """Bytes that each reader requests."""
