@@ -226,6 +226,22 @@ def test_picture_is_a_png_of_sensible_size(tmp_path: Path, ranks: int, device_mi
     assert 1200 <= height <= 2000
 
 
+@pytest.mark.parametrize(
+    ("model", "is_whole"),
+    [("short", True), ("mixture of 64 experts, 1 B parameters", True), ("x" * 400, False)],
+)
+def test_no_words_of_the_picture_are_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, is_whole: bool
+) -> None:
+    panels = drawn({**comparison(), "model": model}, tmp_path / "report.png", monkeypatch)
+    figure = panels[0][0].figure
+    words = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    assert all(word.get_window_extent().x0 >= 0 for word in words)
+    assert all(word.get_window_extent().x1 <= figure.bbox.width for word in words)
+    (title,) = (text.get_text() for text in figure.texts if text.get_text().startswith("Memory"))
+    assert (model in title) == is_whole
+
+
 def test_picture_grows_by_one_panel_a_mode(tmp_path: Path) -> None:
     document = comparison()
     save_figure(document, tmp_path / "four.png")

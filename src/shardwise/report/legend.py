@@ -27,6 +27,8 @@ _STEP_NOTE: Final = (
     "The training step ran after the comparison, which gathers every tensor and runs the model: its start holds what that left "
     "in memory, above the value after the imports. It has scales of its own."
 )
+_SMALLEST_TITLE_POINTS: Final = 9
+_TITLE_MARGIN_PIXELS: Final = 20
 _NOTE_LETTERS: Final = 150  # per line of the footnote
 _OTHER_PHASE_COLOUR: Final = "#E6E6E6"
 _PHASE_WORDS: Final = {
@@ -91,7 +93,7 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
     inches = figure.get_figheight()
     left = first.get_position().x0
     counted = counted_ranks(comparison, runs)
-    figure.text(
+    title = figure.text(
         left,
         1 - 0.32 / inches,
         f"Memory while loading and sharding {model_name(comparison)}{counted and ' on '}{counted}",
@@ -100,6 +102,7 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
         va="center",
         parse_math=False,
     )
+    _shrink_to_fit(figure, title)
     several = ranks > len(RANK_COLOURS)
     each: list[Any] = [
         Line2D([], [], color=rank_colour(rank, ranks), linewidth=2.5, label=f"rank {rank}")
@@ -149,3 +152,17 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
     figure.text(
         left, 0.12 / inches, "\n".join(notes), fontsize=8, color="#444444", va="bottom", linespacing=1.35
     )
+
+
+def _shrink_to_fit(figure: Any, title: Any) -> None:
+    """Make a title of a long name smaller; one that is too long all the same ends in an ellipsis."""
+
+    def room() -> (
+        float
+    ):  # in pixels; widths of letters grow in jumps, so that it cannot be computed from the size
+        return float(figure.bbox.width - _TITLE_MARGIN_PIXELS - title.get_window_extent().x1)
+
+    while room() < 0 and title.get_fontsize() > _SMALLEST_TITLE_POINTS:
+        title.set_fontsize(title.get_fontsize() - 1)
+    while room() < 0:
+        title.set_text(title.get_text().removesuffix("\u2026")[:-5] + "\u2026")
