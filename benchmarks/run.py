@@ -66,6 +66,16 @@ BENCHMARKS = (
         needs="root",
     ),
     Benchmark(
+        result="direct-2-ranks-cold-4b.json",
+        command=(
+            "bench_direct.py",
+            *("--cold", "--parameters", "4000000000"),
+            *_ways("floor", "raw read", "shardwise, mapped"),
+        ),
+        floor=f"{_DIRECT}, from the disk",
+        needs="root",
+    ),
+    Benchmark(
         result="direct-2-ranks-float32.json",
         command=("bench_direct.py", "--dtype", "float32", *_ways(*_WITHOUT_WHOLE, "DCP reader")),
         floor=_DIRECT,
