@@ -304,6 +304,28 @@ def forget_optimizer(directory: str, name: str, way: str) -> None:
     shared.step()
 
 
+def test_an_optimizer_that_was_made_after_a_forward_does_not_step(pool: RankPool) -> None:
+    """FSDP2 leaves what it has gathered, or cut over fewer ranks, in the place of shards: these got no gradient, and nobody said so."""
+    pool.run(make_after_a_forward, ranks=4)
+
+
+def make_after_a_forward() -> None:
+    x = torch.ones(2, 8)
+    for reshard in (None, 2):
+        strategy = make_strategy("native_fsdp", fsdp_config={"reshard_after_forward": reshard})
+        model = strategy.wrap_model(PlainNet())
+        with torch.no_grad():
+            model(x)
+        early = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(sw.OptimizerError, match="not between a forward and its backward"):
+            strategy.wrap_optimizer(early)
+        model(x).sum().backward()
+        late = strategy.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(sw.OptimizerError, match=r"SGD.step: .* stand for shards .* not trained"):
+            early.step()
+        late.step()
+
+
 @by_strategy
 def test_a_wrap_that_fails_marks_nothing(pool: RankPool, strategy: str) -> None:
     pool.run(fail_and_step, strategy, ranks=2)

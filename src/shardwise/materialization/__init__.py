@@ -43,6 +43,7 @@ from shardwise.materialization.storage import (
     local_bytes_of,
     reduce_waiting_gradients,
     reshard,
+    stand_ins_among,
     trained_parameters_of,
 )
 from shardwise.materialization.stored_ties import require_equal_aliases
@@ -110,6 +111,7 @@ __all__ = [
     "reshard",
     "resting_collector",
     "shown_by_default",
+    "stand_ins_among",
     "stored_dtypes",
     "take_values",
     "telling",

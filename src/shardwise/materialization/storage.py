@@ -52,12 +52,32 @@ def reshard(model: nn.Module) -> None:
 def trained_parameters_of(model: nn.Module) -> set[int]:
     """Return the identities of the parameters that an optimizer of a sharded model must hold.
 
-    A parameter that is gathered at this moment is left out: FSDP2 replaces it by its shard after the step.
+    One that stands for a shard at this moment is left out: FSDP2 puts the shard back before the step.
     """
-    managed = list(fsdp_params_of(model))
-    gathered = {id(getattr(fsdp_param, "_unsharded_param", None)) for fsdp_param in managed}
-    registered = {id(parameter) for parameter in model.parameters()}
-    return {id(fsdp_param.sharded_param) for fsdp_param in managed} | (registered - gathered)
+    registered = list(model.parameters())
+    shards = {id(fsdp_param.sharded_param) for fsdp_param in fsdp_params_of(model)}
+    return (shards | {id(p) for p in registered}) - {id(p) for p in stand_ins_among(registered, model)}
+
+
+def stand_ins_among(parameters: Iterable[torch.Tensor], model: nn.Module) -> list[torch.Tensor]:
+    """Return those parameters that FSDP2 puts in the place of a model's shards for a while, or has put there.
+
+    From a forward to its backward they are gathered, or with `reshard_after_forward=N` cut over fewer ranks; the root's stay so after
+    a forward without a backward.
+    """
+    gathered: set[int] = set()
+    of_fewer_ranks: set[int] = set()  # the meshes: there are new parameters after each forward
+    for fsdp_param in fsdp_params_of(model):
+        gathered.add(id(getattr(fsdp_param, "_unsharded_param", None)))
+        after_forward = fsdp_param.post_forward_mesh_info
+        if after_forward is not None and after_forward is not fsdp_param.mesh_info:
+            of_fewer_ranks.add(id(after_forward.mesh))
+    return [
+        parameter
+        for parameter in parameters
+        if id(parameter) in gathered
+        or (isinstance(parameter, DTensor) and id(parameter.device_mesh) in of_fewer_ranks)
+    ]
 
 
 def reduce_waiting_gradients(model: nn.Module) -> None:

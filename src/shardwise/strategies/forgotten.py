@@ -1,21 +1,25 @@
-"""An optimizer that was made before the wrap and not passed to it holds parameters that no forward uses: it would train nothing.
+"""An optimizer whose parameters are not those that gradients come to would train nothing, and each loss would look right.
 
-What a wrap takes out of a model carries a mark, and each optimizer's first step after a wrap looks for it.
+So it is with one that was made before the wrap and not passed to it: what a wrap takes out of a model carries a mark. And with one that
+was made after a forward, on what FSDP2 leaves in the place of shards until a backward. Each optimizer's first step after a wrap looks
+for both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.errors import OptimizerError
-from shardwise.materialization import parameters_of
+from shardwise.materialization import parameters_of, stand_ins_among
 from shardwise.strategies.first_step import check_first_steps
 
 _MARK = "_shardwise_replaced"
+_wrapped: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -29,6 +33,8 @@ def replaced_parameters_marked(model: nn.Module) -> Iterator[None]:
         for parameter in parameters_of(model):
             parameter.__dict__.pop(_MARK, None)
         check_first_steps(_refuse_forgotten)
+    _wrapped.add(model)
+    check_first_steps(_refuse_stand_ins)
 
 
 def _refuse_forgotten(optimizer: Optimizer) -> None:
@@ -40,3 +46,16 @@ def _refuse_forgotten(optimizer: Optimizer) -> None:
             f"out of it, the first of shape {tuple(replaced[0].shape)}: an optimizer that was made before the wrap and not "
             "passed to it trains nothing. Use wrap_model(model, optimizer), or make it on model.parameters() after the wrap."
         )
+
+
+def _refuse_stand_ins(optimizer: Optimizer) -> None:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for model in _wrapped:
+        stand_ins = stand_ins_among(held, model)
+        if stand_ins:
+            raise OptimizerError(
+                f"{type(optimizer).__name__}.step: expected the shards of the wrapped model, got {len(stand_ins)} parameters that "
+                f"stand for shards from a forward to its backward, the first of shape {tuple(stand_ins[0].shape)}: they are not "
+                "trained. Make the optimizer before the first forward, or after a backward; or call reshard() on the model's FSDP "
+                "modules before."
+            )
