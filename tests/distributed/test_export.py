@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -370,3 +371,26 @@ def export_ungathered(source: str, target: str) -> None:
         sw.export_checkpoint(model, target)
     same(stored_in(target), load_file(source))
     assert before == {name: local_of(p).data_ptr() for name, p in model.named_parameters()}
+
+
+def test_copies_that_ranks_do_not_keep_equal_are_those_of_one_rank(pool: RankPool, tmp_path: Path) -> None:
+    """Statistics of batches and ignored parameters are each rank's own: the mean was one rank's, the variance another's."""
+    pool.run(export_own_copies, str(tmp_path), ranks=2)
+    for sharded in (True, False):
+        written = load_file(tmp_path / str(sharded) / "model.safetensors")
+        own = [written[name].flatten()[0].item() for name in ("1.running_mean", "1.running_var")]
+        if sharded:
+            own += [written[name].flatten()[0].item() for name in ("2.weight", "2.bias")]
+        assert own == [0.0] * len(own)
+
+
+def export_own_copies(folder: str) -> None:
+    for sharded in (True, False):
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params=set(model[2].parameters()))
+        own = [model[1].running_mean, model[1].running_var, *(model[2].parameters() if sharded else ())]
+        with torch.no_grad():
+            for tensor in own:
+                tensor.fill_(dist.get_rank())
+        sw.export_checkpoint(model, f"{folder}/{sharded}")

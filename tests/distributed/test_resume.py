@@ -320,3 +320,23 @@ def go_on_without_the_base(directory: str, saved: str, name: str) -> list[float]
     assert report.storage_bytes == 0
     assert report.route_reason == "the values come from the state of a training"
     return train(model, range(2, 5))
+
+
+def test_copies_that_ranks_do_not_keep_equal_are_those_of_one_rank(
+    pool: RankPool, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """torch's planner takes each of the ranks with the least to write: one was one rank's, the next another's."""
+    pool.run(save_own_copies, checkpoint("qwen3_untied"), str(tmp_path / "saved"), ranks=2)
+
+
+def save_own_copies(directory: str, saved: str) -> None:
+    ignored = [f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1)]
+    model = facade(directory, "native_fsdp", fsdp_config={"ignored_params": ignored})
+    model.forward(own(batch(0)))
+    own_copies = [dict(model.model.named_parameters())[fqn] for fqn in ignored]
+    with torch.no_grad():
+        for parameter in own_copies:
+            parameter.fill_(dist.get_rank())
+    model.save(saved)
+    model.load(saved)
+    assert [parameter[0].item() for parameter in own_copies] == [0.0, 0.0]

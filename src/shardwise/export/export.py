@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shardwise.conversion import is_transformers_model, saved_tensors
 from shardwise.errors import ConfigurationError
@@ -266,9 +267,15 @@ def _parts_of(
     shards: dict[str, torch.Tensor] = {}
     if chunks is None:
         layouts = agreed_layouts(entries, agreement=agreement)
+        is_sharded = any(isinstance(entry.tensor, DTensor) for entry in entries)
+        of_first_rank = Layout.replicated(agreement.ranks[:1])
         for entry in entries:
+            layout = layouts[entry.fqn]
+            if not isinstance(entry.tensor, DTensor) and (is_sharded or entry.role == "buffer"):
+                # Nothing keeps such copies equal (statistics of batches, `ignored_params`): all are taken from one rank.
+                layout = of_first_rank
             whole = Region.whole(tuple(entry.tensor.shape))
-            parts[entry.fqn] = (Part(key=entry.fqn, region=whole, layout=layouts[entry.fqn]),)
+            parts[entry.fqn] = (Part(key=entry.fqn, region=whole, layout=layout),)
             shards[entry.fqn] = local_of(entry.tensor)
         return parts, shards
     layout = Layout.replicated(agreement.ranks)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardwise.checkpoint import sync
@@ -108,6 +109,9 @@ def prepare(
     """
     unfinished = directory.parent / f".{directory.name}.unfinished"
     tensors = _model_tensors(training.model) | _optimizer_tensors(training)
+    if agreement.rank != agreement.ranks[0]:
+        # Nothing keeps copies of others equal (statistics of batches, `ignored_params`): all are taken from one rank.
+        tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
     tensors |= _random_tensors(training, agreement)
     if agreement.rank == agreement.ranks[0]:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

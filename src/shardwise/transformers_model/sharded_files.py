@@ -52,7 +52,7 @@ def write_tensors(
     """Write tensors, each rank its shards. All ranks of the group call this together.
 
     Args:
-        tensors: By name; a plain tensor is the same on all ranks that have its name.
+        tensors: By name; a plain tensor is one for all ranks that have its name.
         directory: Empty or not there.
         group: None is the default one.
 
