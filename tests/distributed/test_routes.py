@@ -98,8 +98,11 @@ def load_on_route(
     strategy = sw.NativeFSDPStrategy(
         mesh_of(shape), mixed_precision="no", route=route, cpu_storage="copy", timeout=TIMEOUT_SECONDS
     )
-    model = strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto")
-    model = strategy.wrap_model(model)
+    with torch.device(
+        "meta"
+    ):  # a default device, as an accelerator often is: host memory must be asked for by name
+        model = strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=dtype or "auto")
+        model = strategy.wrap_model(model)
     require_equal(model, directory, dtype=dtype)
     assert strategy.last_report is not None
     return strategy.last_report.to_json()

@@ -330,3 +330,11 @@ def test_a_shared_module_is_stored_under_either_name(tmp_path: Path, kept: str) 
     assert sw.verify_shards(model, tmp_path / "a.safetensors").is_equal
     save_model(Shared(), str(tmp_path / "b.safetensors"))
     sw.materialize(on_meta(Shared), tmp_path / "b.safetensors")
+
+
+def test_a_call_within_the_context_that_builds_on_meta() -> None:
+    """It ended in an error about a device module of the name meta."""
+    with torch.device("meta"):
+        model = nn.Linear(3, 4)
+        sw.materialize(model, {"weight": torch.ones(4, 3, device="cpu"), "bias": torch.ones(4, device="cpu")})
+    assert all(parameter.device.type == "cpu" and parameter.eq(1).all() for parameter in model.parameters())

@@ -185,7 +185,7 @@ def gathered_small(
         plane: Carries it; None where there is one rank.
     """
     shape = tuple(max(ends) for ends in zip(*(part.region.stop for part in parts), strict=True))
-    result = torch.empty(shape, dtype=shards[parts[0].key].dtype)
+    result = torch.empty(shape, dtype=shards[parts[0].key].dtype, device="cpu")
     for part in parts:
         shard, into = shards[part.key].detach(), result[part.region.slices()]
         if part.layout.copies == len(ranks) or plane is None:
@@ -195,7 +195,7 @@ def gathered_small(
         boxes = {owner: layout.parts(size, owner) for owner in ranks}
         counts = [sum(box.region.numel for box in boxes[owner]) * shard.dtype.itemsize for owner in ranks]
         own = [shard[box.local.slices()].reshape(-1).view(torch.uint8) for box in boxes[rank]]
-        message = torch.cat(own) if own else torch.empty(0, dtype=torch.uint8)
+        message = torch.cat(own) if own else torch.empty(0, dtype=torch.uint8, device="cpu")
         send = message.to(plane.device).repeat(len(ranks))
         receive = torch.empty(sum(counts), dtype=torch.uint8, device=plane.device)
         work = plane.all_to_all(receive, send, receive_bytes=counts, send_bytes=[len(message)] * len(ranks))

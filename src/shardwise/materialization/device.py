@@ -19,14 +19,17 @@ def device_of(mesh: DeviceMesh) -> torch.device:
 
 
 def device_of_model(model: nn.Module) -> torch.device:
-    """Return the device of the mesh that a model lies on, else of its values, else torch's default device."""
+    """Return the device of the mesh that a model lies on, else of its values, else torch's default device, if values can be there."""
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             return device_of(parameter.device_mesh)
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             return tensor.device
-    return torch.get_default_device()
+    default = torch.get_default_device()
+    return (
+        torch.device("cpu") if default.type == "meta" else default
+    )  # still in the context that the model was built in
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -136,7 +136,7 @@ class DevicePlacing:
         self._next += 1
         if longest > len(lane.scratch):
             lane.stream.synchronize()
-            lane.scratch = torch.empty(0, dtype=torch.uint8)  # the two never live together
+            lane.scratch = torch.empty(0, dtype=torch.uint8, device="cpu")  # the two never live together
             lane.scratch = self._scratch(longest)
             lane.stream.wait_stream(torch.accelerator.current_stream(self._device))
         return lane

@@ -95,7 +95,7 @@ class Exchange:
             CheckpointError: A read failed.
             PeerError: Another rank failed.
         """
-        nothing = torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         with ExitStack() as stack:
             for buffer in self._send:
                 stack.callback(buffer.close)

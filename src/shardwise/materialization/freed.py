@@ -23,6 +23,6 @@ def in_own_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return an empty tensor in pages that go back to the system at once: malloc would keep some of them, and the next would come on top."""
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     if not nbytes:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -32,7 +32,8 @@ def require_equal_replicas(
     Raises:
         RankMismatchError: Naming the tensors.
     """
-    own = torch.tensor([digest_of_shard(targets[fqn]) for fqn in fqns], dtype=torch.int64)
+    digests_of_own = [digest_of_shard(targets[fqn]) for fqn in fqns]
+    own = torch.tensor(digests_of_own, dtype=torch.int64, device="cpu")
     message = own.view(torch.uint8).to(plane.device)
     lengths = [message.numel()] * len(ranks)
     received = torch.empty(sum(lengths), dtype=torch.uint8, device=plane.device)

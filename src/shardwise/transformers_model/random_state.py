@@ -26,8 +26,8 @@ def random_state(device_type: str) -> dict[str, torch.Tensor]:
     _, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))
     state = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words, reserve], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), *rest], dtype=torch.float64),
+        "python": torch.tensor([version, *words, reserve], dtype=torch.float64, device="cpu"),
+        "numpy": torch.tensor([*keys.tolist(), *rest], dtype=torch.float64, device="cpu"),
     }
     if device_type != "cpu":
         state["device"] = torch.get_device_module(device_type).get_rng_state()

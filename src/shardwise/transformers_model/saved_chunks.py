@@ -119,7 +119,7 @@ def _mapped(
                 f"{payload.file_size} bytes of order {order}, method {payload.compress_type}; expected {expected}"
             )
         if not expected:
-            return torch.empty(like.shape, dtype=like.dtype), memoryview(b""), 0
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu"), memoryview(b""), 0
         if path.name not in pages:
             # For reading alone: of pages that could be written to, memory would have to be there for the whole file.
             pages[path.name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
