@@ -91,6 +91,23 @@ def require_option(model: nn.Module, option: str) -> None:
         assert all(record.offload_to_cpu for record in fsdp_params_of(model))
 
 
+@pytest.mark.parametrize("efficient", [True, False])
+def test_ranks_that_would_cut_a_parameter_differently(pool: RankPool, efficient: bool) -> None:
+    """FSDP2 gathers rows of one rank and columns of another, whose sizes are the same, without a word."""
+    for error in pool.run_to_errors(cut_differently, efficient, ranks=2):
+        assert isinstance(error, sw.RankError)
+        assert "shard_placement_fn 0.weight: S(0)" in str(error)
+        assert "shard_placement_fn 0.weight: S(1)" in str(error)
+
+
+def cut_differently(efficient: bool) -> None:
+    own = Shard(dist.get_rank())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    options = {"shard_placement_fn": lambda _: own}
+    make_strategy("native_fsdp", fsdp_config=options, memory_efficient_init=efficient).wrap_model(model)
+
+
 # --- several meshes in one process ---
 
 

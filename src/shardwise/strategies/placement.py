@@ -89,6 +89,28 @@ def refuse_reshard(
             )
 
 
+def placement_lines(
+    entries: Collection[Entry], ignored: Collection[nn.Parameter], config: FSDPConfig
+) -> list[str]:
+    """Return where the caller's function cuts each parameter, for ranks to compare: FSDP2 would gather a mixture of rows and columns.
+
+    Args:
+        entries: Of the model, before it is sharded.
+        ignored: Parameters that are not sharded.
+        config: Of the strategy.
+    """
+    decide = config.shard_placement_fn
+    if decide is None:
+        return []
+    lines = []
+    for entry in entries:
+        if isinstance(entry.tensor, nn.Parameter) and entry.tensor not in ignored:
+            found = decide(entry.tensor)
+            # Of a ShardPlacementResult; its mesh has no text that ranks could compare.
+            lines.append(f"shard_placement_fn {entry.fqn}: {getattr(found, 'placement', found)}")
+    return lines
+
+
 def thrifty_placement(shard_ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     """Return a `shard_placement_fn` of `fully_shard` that shards each parameter on its `thrifty_dim`.
 

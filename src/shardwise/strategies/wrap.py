@@ -27,7 +27,7 @@ from shardwise.strategies.equal_models import sampled_values, structure_of_units
 from shardwise.strategies.filling import fill_whole, shard_and_fill
 from shardwise.strategies.mesh import ranks_of, source_rank_of
 from shardwise.strategies.optimizers import DetachedOptimizer, check_optimizers, drop_references
-from shardwise.strategies.placement import refuse_reshard
+from shardwise.strategies.placement import placement_lines, refuse_reshard
 from shardwise.strategies.sharding import shard_units
 from shardwise.strategies.wrap_options import WrapOptions
 from shardwise.strategies.wrapping import (
@@ -134,7 +134,8 @@ def _check(
     ignored = ignored_parameters(entries, options.config)
     refuse_mixed_dtypes(model, units, ignored)
     refuse_reshard(entries, ignored, options.config, shard_ranks=options.mesh.size(-1))
-    return records, units, Structure.of(entries)
+    lines = (*Structure.of(entries).lines, *placement_lines(entries, ignored, options.config))
+    return records, units, Structure(lines=lines)
 
 
 def _shard_values(model: nn.Module, agreement: Agreement, shard: Callable[[], None]) -> None:
