@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import shardwise as sw
 from shardwise.errors import UnsupportedFormatError
@@ -93,3 +94,17 @@ def test_an_unquantised_checkpoint_loads(tmp_path: Path, config: dict[str, Any])
     model = model_on_meta()
     sw.materialize(model, saved(tmp_path, config))
     assert model.weight.eq(1).all()
+
+
+def test_codes_of_one_byte_keep_their_dtype(tmp_path: Path) -> None:
+    """With `dtype=` they became numbers, which a module that is given no codes uses without their scales."""
+    codes = torch.tensor([[1.0, -2.0]]).to(torch.float8_e4m3fn)
+    save_file({"weight": codes, "bias": torch.ones(1)}, tmp_path / "model.safetensors")
+    for dtype in (torch.bfloat16, "auto", None):
+        with torch.device("meta"):
+            model = nn.Linear(2, 1)
+            model.weight = nn.Parameter(torch.empty(1, 2, dtype=codes.dtype), requires_grad=False)
+        sw.materialize(model, tmp_path, dtype=dtype)
+        assert model.weight.dtype == codes.dtype
+        assert torch.equal(model.weight.view(torch.uint8), codes.view(torch.uint8))
+        assert model.bias.dtype == (torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)

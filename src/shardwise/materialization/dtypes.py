@@ -19,7 +19,7 @@ def kept_dtypes(
     Args:
         entries: Of the model.
         bound: Where values are, by fqn.
-        dtype: Of floating point parameters on meta: None keeps the model's, a torch dtype counts for all of them, and
+        dtype: Of floating point parameters on meta, but for those of one byte: None keeps the model's, a torch dtype counts for all of them, and
             "auto" takes what is stored; for parameters that are not stored, what most of the stored ones have.
     """
     of_stored: dict[str, torch.dtype] = {}
@@ -42,4 +42,6 @@ def kept_dtypes(
 
 
 def _may_choose(entry: Entry) -> bool:
-    return entry.role == "parameter" and entry.tensor.is_meta and entry.tensor.is_floating_point()
+    # Of one byte they are codes of a quantised weight, which mean nothing without its scales in another dtype.
+    of_numbers = entry.tensor.is_floating_point() and entry.tensor.itemsize > 1
+    return entry.role == "parameter" and entry.tensor.is_meta and of_numbers

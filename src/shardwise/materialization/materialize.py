@@ -90,7 +90,7 @@ def materialize(
             exchange what they own. `"auto"`: the first of these that fits what ranks see and keep; the report says why.
         missing: What to do about parameters that the checkpoint lacks: `"error"` lists them; `"init"`, or patterns of
             names, lets their modules initialise them, to values that do not depend on the number of ranks.
-        dtype: In which floating point parameters on meta are kept: None for their own dtype, `"auto"` for the
+        dtype: In which floating point parameters on meta are kept, but for those of 8 bits: None for their own dtype, `"auto"` for the
             checkpoint's, or a torch dtype or its name. Values are cast while they are read. It counts for parameters that are
             initialised as well; for those `"auto"` is the dtype of most parameters that the checkpoint holds.
         staging_bytes: Bound of the host buffers that bytes pass through which are not read straight into place; None
