@@ -39,6 +39,7 @@ from shardwise.materialization.comparing import comparable_structure
 from shardwise.materialization.cpu_storage import CpuStorage, checked_cpu_storage
 from shardwise.materialization.device import device_of_model
 from shardwise.materialization.from_files import FillOptions, fill_from_files
+from shardwise.materialization.loading_hooks import warn_of_loading_hooks
 from shardwise.materialization.open_source import Checkpoint, open_source
 from shardwise.materialization.progress import shown_by_default
 from shardwise.materialization.reporting import collect_report, origins_of, stored_dtypes
@@ -189,6 +190,8 @@ def materialize(
             )
             check_bound(entries, binding.bound)
             warn_of_unexpected(binding, name, agreement)
+            if source is not None and agreement.rank == agreement.ranks[0]:
+                warn_of_loading_hooks(model)
         compared_bytes = 0
         if source is not None:
             compared_bytes = require_equal_aliases(
