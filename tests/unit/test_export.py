@@ -81,6 +81,19 @@ def test_a_plain_module_with_scalars_empty_tensors_and_several_dtypes(tmp_path: 
     assert report.dtypes == {"float32": 5, "float64": 1, "float16": 1, "int64": 2, "bool": 1}
 
 
+def test_a_buffer_that_one_of_two_modules_saves_is_loaded_and_exported_by_that_name(tmp_path: Path) -> None:
+    """The first module kept it to itself, so that the stored values were passed over, and an export had none."""
+    model = nn.ModuleList([nn.Module(), nn.Module()])
+    table = torch.zeros(3)
+    model[0].register_buffer("table", table, persistent=False)
+    model[1].register_buffer("table", table)
+    sw.materialize(model, {"1.table": torch.arange(3.0)})
+    assert model[0].table is model[1].table
+    assert model[0].table.tolist() == [0.0, 1.0, 2.0]
+    sw.export_checkpoint(model, tmp_path / "out")
+    assert list(load_file(tmp_path / "out" / "model.safetensors")) == list(model.state_dict()) == ["1.table"]
+
+
 def test_dtype_casts_all_but_what_the_class_keeps(tmp_path: Path) -> None:
     config = transformers.T5Config(
         vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"

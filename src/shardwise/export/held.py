@@ -118,6 +118,7 @@ def _in_order_of_state_dict(model: nn.Module) -> list[str]:
         (clean_fqn(f"{prefix}.") if prefix else "") + name
         for prefix, module in model.named_modules(remove_duplicate=False)
         for name in (*module._parameters, *module._buffers)
+        if name not in module._non_persistent_buffers_set
     ]
 
 

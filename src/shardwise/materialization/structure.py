@@ -37,8 +37,8 @@ class Entry(NamedTuple):
         tensor: The tensor itself.
         role: A `parameter`, a `buffer`, or a plain tensor kept as an `attribute` of a module, which
             `nn.Module` does not move or save.
-        slots: All places, in module order; more than one where the tensor is tied.
-        persistent: Of buffers: whether a state dict holds it.
+        slots: All places, in module order; more than one where the tensor is tied. One that a state dict holds comes first.
+        persistent: Of buffers: whether a state dict holds it, by one of its names at least.
     """
 
     tensor: torch.Tensor
@@ -123,11 +123,14 @@ def _found(model: nn.Module, roles: Sequence[Role]) -> tuple[Entry, ...]:
                 slot = Slot(module, name, prefix + name)
                 key = id(tensor)
                 known = found.get(key)
+                persistent = role == "parameter" or (
+                    role == "buffer" and name not in module._non_persistent_buffers_set
+                )
                 if known is None:
-                    persistent = role == "parameter" or (
-                        role == "buffer" and name not in module._non_persistent_buffers_set
-                    )
                     found[key] = (tensor, role, [slot], persistent)
+                elif known[1] == role and persistent and not known[3]:
+                    # It goes by the name that a state dict has for it.
+                    found[key] = (tensor, role, [slot, *known[2]], persistent)
                 elif known[1] == role:
                     known[2].append(slot)
                 else:
