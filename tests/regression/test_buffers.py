@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import shardwise as sw
 from shardwise.testing import RankPool
 from tests.distributed.models import from_checkpoint, raw_bytes, same_bytes
 from tests.distributed.steps import Checkpoint, by_strategy, load, make_strategy
@@ -73,3 +74,17 @@ def digest_buffers(directory: str, name: str, way: str) -> dict[str, str]:
         fqn: f"{buffer.dtype} {hashlib.sha256(raw_bytes(buffer).numpy()).hexdigest()}"
         for fqn, buffer in found.items()
     }
+
+
+def test_buffers_that_each_rank_made_for_itself_are_refused(pool: RankPool, checkpoint: Checkpoint) -> None:
+    """A deferred model's buffers with values were neither compared nor sent: each rank computed with its own."""
+    for error in pool.run_to_errors(wrap_own_buffers, checkpoint("qwen3_tied"), ranks=2):
+        assert isinstance(error, sw.RankError)
+        assert "they differ in features" in str(error)
+
+
+def wrap_own_buffers(directory: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    model = load(strategy, directory, defer=True)
+    model.register_buffer("features", torch.full((3,), float(dist.get_rank())), persistent=False)
+    strategy.wrap_model(model)

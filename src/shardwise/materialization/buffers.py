@@ -90,7 +90,7 @@ def equal_buffers(entries: Iterable[Entry], *, but: Collection[str]) -> Comparab
         explain=lambda names: "they differ in " + listed(names),
         remedy=(
             "Buffers are not sharded, so every rank must hold the same. Give them with buffers=, or build the model in the "
-            "same way on every rank."
+            "same way, and from the same seed, on every rank; load_pretrained(defer=False) takes global rank 0's."
         ),
     )
 

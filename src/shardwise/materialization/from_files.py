@@ -44,6 +44,8 @@ class FillOptions:
         cpu_storage: Whether shards in host memory may be pages of the file.
         dtype: In which floating point shards are kept, as `kept_dtypes` takes it.
         buffers: Values of buffers that no checkpoint holds.
+        compares_kept_buffers: Whether buffers that have values already must be equal on all ranks: a counter of a rank's own steps is
+            not, in a model that was trained.
         route: One of `shardwise.plan.ROUTES`.
         show_progress: On this rank; the first rank's counts.
     """
@@ -53,6 +55,7 @@ class FillOptions:
     cpu_storage: CpuStorage
     dtype: torch.dtype | str | None
     buffers: Buffers
+    compares_kept_buffers: bool
     route: str
     show_progress: bool
 
@@ -167,8 +170,8 @@ def fill_from_files(
                 model, entries, given.buffers, bound=bound.keys(), device=options.device
             )
         entries = renewed(entries)  # parameters stay the same objects from here on
-        # What a buffer with storage holds is this rank's own affair: a counter of its steps may differ.
-        plan.same = equal_buffers(entries, but=bound.keys() | (kept - given.fqns))
+        own_affair = frozenset() if options.compares_kept_buffers else kept - given.fqns
+        plan.same = equal_buffers(entries, but=bound.keys() | own_affair)
     with agreement.phase("allocate"), resting_collector():
         plans, targets = allocate(
             model,

@@ -206,6 +206,7 @@ def materialize(
             cpu_storage=cpu_storage,
             dtype=dtype,
             buffers=buffers,
+            compares_kept_buffers=False,
             route=route,
             show_progress=shown_by_default() if progress is None else progress,
         )

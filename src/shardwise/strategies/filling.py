@@ -198,6 +198,7 @@ def _read_deferred(
                 cpu_storage=options.cpu_storage,
                 dtype=None,
                 buffers=None,
+                compares_kept_buffers=not deferred.blank,  # whose buffers with storage are to be read yet
                 route=options.route,
                 show_progress=shown_by_default(),
             ),
