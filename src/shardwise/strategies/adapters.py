@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import LeftOnMetaError
-from shardwise.materialization import entries_of, original_of
+from shardwise.materialization import entries_of, named_modules_of, original_of
 from shardwise.strategies.deferred import Deferred
 from shardwise.strategies.token_rows import token_rows
 
@@ -35,7 +35,7 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
     Returns:
         The record with copies bound to where their originals are, and new adapters permitted to be absent.
     """
-    if "peft" not in sys.modules or not (always or deferred.bound or deferred.absent):
+    if not (always or deferred.bound or deferred.absent) or not _has_layers_of_peft(model):
         return deferred
     bound, absent = dict(deferred.bound), set(deferred.absent)
     bound |= token_rows(model, bound)
@@ -52,6 +52,13 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
         if original in absent or (original not in bound and id(entry.tensor) in new):  # resized ones are both
             absent.add(entry.fqn)
     return Deferred(bound=bound, absent=frozenset(absent), blank=deferred.blank)
+
+
+def _has_layers_of_peft(model: nn.Module) -> bool:
+    if "peft" not in sys.modules:
+        return False
+    kinds = {type(module) for _, module in named_modules_of(model)}
+    return any(base.__module__.partition(".")[0] == "peft" for kind in kinds for base in kind.__mro__)
 
 
 def parameters_of_tuners(model: nn.Module) -> set[int]:
