@@ -124,15 +124,25 @@ def test_mapped_shards_are_no_anonymous_memory(directories: dict[str, Path]) -> 
 # --- from a config alone ---
 
 
-@pytest.mark.parametrize("kind", ["qwen3_tied", "qwen3_moe", "qwen3_large"])
-def test_a_config_is_as_good_as_its_headers(directories: dict[str, Path], tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("qwen3_tied", "bfloat16"),
+        ("qwen3_tied", "float32"),
+        ("qwen3_moe", "bfloat16"),
+        ("qwen3_large", "bfloat16"),
+    ],
+)
+def test_a_config_is_as_good_as_its_headers(
+    directories: dict[str, Path], tmp_path: Path, kind: str, dtype: str
+) -> None:
     from transformers import AutoConfig
 
     (tmp_path / "config.json").write_bytes((directories[kind] / "config.json").read_bytes())
-    exact = sw.plan_load(str(directories[kind]), mesh_shape=4, dtype="bfloat16")
+    exact = sw.plan_load(str(directories[kind]), mesh_shape=4, dtype=dtype)
     assert not exact.estimated
     for subject in (str(tmp_path), AutoConfig.from_pretrained(tmp_path)):
-        estimate = sw.plan_load(subject, mesh_shape=4, dtype="bfloat16")
+        estimate = sw.plan_load(subject, mesh_shape=4, dtype=dtype)
         assert estimate.estimated
         assert "an estimate from the config" in estimate.summary()
         for name in ("tensors", "stored_bytes", "storage_bytes", "network_bytes", "shard_bytes", "reads"):

@@ -23,7 +23,7 @@ from shardwise.conversion import pinned_dtypes
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.materialization import Binding, bind, check_bound, entries_of
 from shardwise.planning.estimate import estimated_source
-from shardwise.strategies.empty_model import build_empty
+from shardwise.strategies.empty_model import build_empty, dtype_of
 from shardwise.strategies.pretrained import await_values
 
 
@@ -106,16 +106,20 @@ def _of_headers(
 def _of_config(name: str, config: Any, *, dtype: Any, model_cls: Any) -> Subject:
     with TemporaryDirectory(prefix="shardwise-") as nowhere:  # a config has no files beside it
         nothing = DescribedSource(name, {})
-        model, chosen = build_empty(
-            model_cls or _class_of(config), name, Path(nowhere), nothing, dtype=dtype, config=config
-        )
-    await_values(
-        model,
-        entries_of(model),
-        bind(model, entries_of(model), nothing, rename=None, conversions=None),
-        chosen,
-    )
-    source = estimated_source(model, name=name)
+
+        def built(dtype: Any) -> tuple[nn.Module, torch.dtype]:
+            model, chosen = build_empty(
+                model_cls or _class_of(config), name, Path(nowhere), nothing, dtype=dtype, config=config
+            )
+            entries = entries_of(model)
+            binding = bind(model, entries, nothing, rename=None, conversions=None)
+            await_values(model, entries, binding, chosen)
+            return model, chosen
+
+        model, chosen = built(dtype)
+        of_config = dtype_of(config, None, None)  # which is how it was saved, whatever it is loaded as
+        stored = model if chosen == of_config else built(of_config)[0]
+    source = estimated_source(stored, name=name)
     return _bound(name, model, source, chosen, directory=None, estimated=True)
 
 

@@ -95,7 +95,7 @@ def build_empty(
         of_model["trust_remote_code"] = kwargs["trust_remote_code"]
     config, unused = _config_of(model_cls, directory, kwargs)
     config._name_or_path = name
-    chosen = _dtype_of(config, source, dtype)
+    chosen = dtype_of(config, source, dtype)
     model = _construct(model_cls, config, chosen, of_model | unused)
     _add_generation_config(model, directory)
     return model, chosen
@@ -129,7 +129,7 @@ def build_from_config(model_cls: Any, config: Any, *, dtype: Any, **kwargs: Any)
     config = copy.deepcopy(config)
     for key in [key for key in kwargs if hasattr(config, key)]:
         setattr(config, key, kwargs.pop(key))
-    return _construct(model_cls, config, _dtype_of(config, None, dtype), of_model | kwargs)
+    return _construct(model_cls, config, dtype_of(config, None, dtype), of_model | kwargs)
 
 
 def _require_transformers_class(model_cls: Any, call: str, *, remedy: str) -> None:
@@ -187,7 +187,14 @@ def _config_of(model_cls: Any, directory: Path, kwargs: dict[str, Any]) -> tuple
     return config_class.from_pretrained(config, return_unused_kwargs=True, **access, **kwargs)  # type: ignore[no-any-return]
 
 
-def _dtype_of(config: Any, source: Source | None, dtype: Any) -> torch.dtype:
+def dtype_of(config: Any, source: Source | None, dtype: Any) -> torch.dtype:
+    """Return in which dtype a model is built: the one asked for, else its config's, else that of what is stored.
+
+    Args:
+        config: Of the model.
+        source: Its checkpoint; None where there is none.
+        dtype: As the caller gave it.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     of_config = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
