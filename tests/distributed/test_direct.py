@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +436,8 @@ def find_difference(path: str, dtype: torch.dtype) -> None:
     assert report.is_equal
     assert report.tensors == len(model.state_dict())
     assert report.absent == ()
+    assert report.casts == (() if dtype == torch.float32 else ("float32 to bfloat16",))
+    assert ("cast before they were compared: float32 to bfloat16" in report.summary()) == bool(report.casts)
     if dist.get_rank() == 1:
         shard = local_of(model.blocks[1].up.weight).view(torch.uint8)
         with torch.no_grad():
@@ -444,6 +447,9 @@ def find_difference(path: str, dtype: torch.dtype) -> None:
     size = dtype.itemsize
     assert report.mismatches[0].first_index == (4, 2 // size)
     assert report.summary().startswith(f"{path}: {report.tensors} tensors compared, 1 shard differs\n")
+    several = replace(report, mismatches=report.mismatches * 23)
+    assert several.summary().count("1 element differs") == 20
+    assert several.summary().endswith("and 3 more")
     assert "blocks.1.up.weight (rank 1): 1 element differs from" in report.summary()
     assert "model.safetensors" in report.summary()
 

@@ -304,6 +304,28 @@ def forget_optimizer(directory: str, name: str, way: str) -> None:
     shared.step()
 
 
+def test_an_optimizer_does_not_step_on_a_model_that_nobody_wrapped(
+    pool: RankPool, checkpoint: Checkpoint
+) -> None:
+    """Forward, backward and step all pass on meta, and train nothing."""
+    pool.run(forget_wrap, checkpoint("qwen3_tied"), ranks=2)
+
+
+def forget_wrap(directory: str) -> None:
+    strategy = make_strategy("native_fsdp")
+    model = load(strategy, directory, defer=True)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(
+        sw.OptimizerError, match=r"AdamW.step: .* 24 of 24 on meta.*wrap_model\(model, optimizer\)"
+    ):
+        optimizer.step()
+    model, optimizer = strategy.wrap_model(model, optimizer)
+    backward(strategy, language_loss(model, own_rows(token_batch())))
+    optimizer.step()
+    on_meta = torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters())
+    on_meta.step()  # of somebody else, who may want no values
+
+
 def test_an_optimizer_that_was_made_after_a_forward_does_not_step(pool: RankPool) -> None:
     """FSDP2 leaves what it has gathered, or cut over fewer ranks, in the place of shards: these got no gradient, and nobody said so."""
     pool.run(make_after_a_forward, ranks=4)

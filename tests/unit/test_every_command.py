@@ -123,7 +123,9 @@ def test_a_shell_completes_commands_and_options(typed: str, completed: str) -> N
 
 
 def test_the_completion_of_a_shell_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shellingham.detect_shell", lambda: ("bash", "/bin/bash"))  # whatever started the tests
+    monkeypatch.setattr(
+        "shellingham.detect_shell", lambda: ("bash", "/bin/bash")
+    )  # whatever started the tests
     shown = runner.invoke(app, ["--show-completion"], prog_name="shardwise")
     assert shown.exit_code == 0
     assert re.search(r"complete .*shardwise", shown.output)

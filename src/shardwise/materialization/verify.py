@@ -45,6 +45,9 @@ from shardwise.materialization.structure import Entry, Structure, entries_of
 from shardwise.materialization.timeouts import timeout_seconds_of
 from shardwise.materialization.wanted import Wanted
 from shardwise.plan import Fragment, WantedTensor, plan_reads
+from shardwise.tensors import dtype_name
+
+_MOST_SHOWN = 20  # shards that differ, in a summary; a report has all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,7 @@ class VerifyReport:
         storage_bytes: Requested by all ranks together.
         absent: Names that the checkpoint lacks; they were not compared.
         mismatches: In the order of ranks, then of the model.
+        casts: Stored dtypes that were cast before they were compared, as `float32 to bfloat16`.
     """
 
     checkpoint: str
@@ -85,6 +89,7 @@ class VerifyReport:
     storage_bytes: int
     absent: tuple[str, ...]
     mismatches: tuple[Mismatch, ...]
+    casts: tuple[str, ...]
 
     @property
     def is_equal(self) -> bool:
@@ -92,17 +97,21 @@ class VerifyReport:
         return not self.mismatches
 
     def summary(self) -> str:
-        """Return the result as one line of text, and one line for each shard that differs."""
+        """Return the result as one line of text, and one line for each of the first shards that differ."""
         state = "equal" if self.is_equal else _counted(len(self.mismatches), "shard differs", "shards differ")
         compared = _counted(self.tensors, "tensor", "tensors")
         lines = [f"{self.checkpoint}: {compared} compared, {state}"]
+        if self.casts:
+            lines.append(f"stored values were cast before they were compared: {', '.join(self.casts)}")
         if self.absent:
             lines.append(f"not in the checkpoint: {listed(self.absent)}")
         lines += [
             f"{m.fqn} (rank {m.rank}): {_counted(m.elements, 'element differs', 'elements differ')} from {m.checkpoint_name} "
             f"in {m.file}, the first at {m.first_index} of the shard"
-            for m in self.mismatches
+            for m in self.mismatches[:_MOST_SHOWN]
         ]
+        if len(self.mismatches) > _MOST_SHOWN:
+            lines.append(f"and {len(self.mismatches) - _MOST_SHOWN} more")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -201,6 +210,10 @@ def verify_shards(
             for fqn, entry in by_fqn.items()
             if held[fqn].whole is None
         ]
+        pairs = {(each.stored.dtype, tensor.dtype) for tensor in wanted for each in tensor.pieces}
+        casts = tuple(
+            sorted(f"{dtype_name(stored)} to {dtype_name(kept)}" for stored, kept in pairs if stored != kept)
+        )
         converted = [
             ConvertedTensor(
                 fqn=fqn,
@@ -292,6 +305,7 @@ def verify_shards(
             for rank, (_, found) in zip(ranks, gathered, strict=True)
             for fqn, name, file, count, first in found
         ),
+        casts=casts,
     )
 
 

@@ -81,7 +81,8 @@ def build_empty(
         what = ", ".join(f"{key}=" for key in refused) or "an adapter's directory"
         raise ConfigurationError(
             f"load_pretrained(defer=True) does not take {what}: it changes how values are found or made. Use defer=False, "
-            "where transformers loads on global rank 0."
+            "where transformers loads on global rank 0. (Commands take a model's directory; `shardwise export` merges an adapter into "
+            "its base from a checkpoint of its training, with --merge.)"
         )
     _require_transformers_class(model_cls, "load_pretrained(defer=True)", remedy="Use defer=False")
     if kwargs.get("config") is None and not (directory / "config.json").is_file():

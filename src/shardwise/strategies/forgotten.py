@@ -1,8 +1,8 @@
 """An optimizer whose parameters are not those that gradients come to would train nothing, and each loss would look right.
 
 So it is with one that was made before the wrap and not passed to it: what a wrap takes out of a model carries a mark. And with one that
-was made after a forward, on what FSDP2 leaves in the place of shards until a backward. Each optimizer's first step after a wrap looks
-for both.
+was made after a forward, on what FSDP2 leaves in the place of shards until a backward. And with a model that is still on meta because
+nobody wrapped it. Each optimizer's first step after a load or a wrap looks for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from shardwise.materialization import parameters_of, stand_ins_among
 from shardwise.strategies.first_step import check_first_steps
 
 _MARK = "_shardwise_replaced"
+_AWAITS = "_shardwise_awaits_wrap"
 _wrapped: WeakSet[nn.Module] = WeakSet()
 
 
@@ -26,6 +27,7 @@ _wrapped: WeakSet[nn.Module] = WeakSet()
 def replaced_parameters_marked(model: nn.Module) -> Iterator[None]:
     """Mark the parameters of a model that are not in it any more when the body ends."""
     for parameter in parameters_of(model):
+        parameter.__dict__.pop(_AWAITS, None)
         setattr(parameter, _MARK, True)
     try:
         yield
@@ -35,6 +37,24 @@ def replaced_parameters_marked(model: nn.Module) -> Iterator[None]:
         check_first_steps(_refuse_forgotten)
     _wrapped.add(model)
     check_first_steps(_refuse_stand_ins)
+
+
+def note_unwrapped(model: nn.Module) -> None:
+    """Have the first step of an optimizer on a model refused as long as the model is on meta."""
+    for parameter in parameters_of(model):
+        setattr(parameter, _AWAITS, True)
+    check_first_steps(_refuse_unwrapped)
+
+
+def _refuse_unwrapped(optimizer: Optimizer) -> None:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    waiting = [parameter for parameter in held if parameter.is_meta and hasattr(parameter, _AWAITS)]
+    if waiting:
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step: expected parameters with values, got {len(waiting)} of {len(held)} on meta, the first of "
+            f"shape {tuple(waiting[0].shape)}: load_pretrained(defer=True) leaves the values in the files until wrap_model(model, "
+            "optimizer) is called, which comes before the first forward."
+        )
 
 
 def _refuse_forgotten(optimizer: Optimizer) -> None:

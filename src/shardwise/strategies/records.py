@@ -14,6 +14,7 @@ from shardwise.materialization import Binding, Entry, entries_of, model_inside, 
 from shardwise.strategies.adapters import refuse_values_for_meta, with_adapters
 from shardwise.strategies.awaited import Awaited
 from shardwise.strategies.deferred import Deferred
+from shardwise.strategies.forgotten import note_unwrapped
 from shardwise.strategies.noted import Bindings, Origins
 from shardwise.strategies.pretrained import Pretrained
 from shardwise.strategies.resized import restore_means
@@ -55,6 +56,7 @@ class Records:
             self.bindings.add_model(model, entries, binding)
             self._awaited.add(entries)
         self._refusals[model] = refuse_values_for_meta(model)
+        note_unwrapped(model)
         self._pretrained[model] = pretrained
 
     def add_loaded(self, model: nn.Module, pretrained: Pretrained) -> None:

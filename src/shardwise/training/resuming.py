@@ -67,7 +67,7 @@ def find_start(
         if resume is None and present:
             raise ConfigurationError(
                 f"{folder}: expected no checkpoints, got {present[0].name}. Give --resume auto to go on from the newest, or another "
-                "--output-dir."
+                "--output-dir, or remove that directory: a checkpoint is never overwritten."
             )
     if resume is None:
         return None
