@@ -27,9 +27,8 @@ def device_of_model(model: nn.Module) -> torch.device:
         if not tensor.is_meta:
             return tensor.device
     default = torch.get_default_device()
-    return (
-        torch.device("cpu") if default.type == "meta" else default
-    )  # still in the context that the model was built in
+    # It is meta in the context that the model was built in.
+    return torch.device("cpu") if default.type == "meta" else default
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

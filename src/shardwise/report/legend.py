@@ -157,9 +157,8 @@ def draw_words(figure: Any, *, comparison: Mapping[str, Any], runs: Sequence[Run
 def _shrink_to_fit(figure: Any, title: Any) -> None:
     """Make a title of a long name smaller; one that is too long all the same ends in an ellipsis."""
 
-    def room() -> (
-        float
-    ):  # in pixels; widths of letters grow in jumps, so that it cannot be computed from the size
+    def room() -> float:
+        # In pixels. Widths of letters grow in jumps, so that it cannot be computed from the size.
         return float(figure.bbox.width - _TITLE_MARGIN_PIXELS - title.get_window_extent().x1)
 
     while room() < 0 and title.get_fontsize() > _SMALLEST_TITLE_POINTS:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import OptimizerError
 from shardwise.materialization import clean_fqn, trained_parameters_of
-from shardwise.strategies.first_step import check_first_steps
+from shardwise.strategies.first_step import check_first_steps, parameters_held
 
 _plain_at_the_wrap: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 
@@ -36,7 +36,7 @@ def refuse_added_later(optimizer: Optimizer) -> None:
     Raises:
         OptimizerError: It does.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"] if not isinstance(p, DTensor)}
+    held = {id(p) for p in parameters_held(optimizer) if not isinstance(p, DTensor)}
     for model, known in _plain_at_the_wrap.items() if held else ():
         added = held & trained_parameters_of(model) - known
         if added:

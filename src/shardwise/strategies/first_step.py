@@ -29,6 +29,11 @@ def check_first_steps(check: Callable[[Optimizer], None]) -> None:
     _watch()
 
 
+def parameters_held(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return the parameters of all groups of an optimizer, in their order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 @functools.cache
 def _watch() -> None:
     register_optimizer_step_pre_hook(_look)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from shardwise.errors import OptimizerError
 from shardwise.materialization import parameters_of, stand_ins_among
-from shardwise.strategies.first_step import check_first_steps
+from shardwise.strategies.first_step import check_first_steps, parameters_held
 
 _MARK = "_shardwise_replaced"
 _AWAITS = "_shardwise_awaits_wrap"
@@ -47,7 +47,7 @@ def note_unwrapped(model: nn.Module) -> None:
 
 
 def _refuse_unwrapped(optimizer: Optimizer) -> None:
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = parameters_held(optimizer)
     waiting = [parameter for parameter in held if parameter.is_meta and hasattr(parameter, _AWAITS)]
     if waiting:
         raise OptimizerError(
@@ -58,7 +58,7 @@ def _refuse_unwrapped(optimizer: Optimizer) -> None:
 
 
 def _refuse_forgotten(optimizer: Optimizer) -> None:
-    replaced = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, _MARK)]
+    replaced = [p for p in parameters_held(optimizer) if hasattr(p, _MARK)]
     # With a gradient it is in use: another model shares it.
     if replaced and all(parameter.grad is None for parameter in replaced):
         raise OptimizerError(
@@ -69,7 +69,7 @@ def _refuse_forgotten(optimizer: Optimizer) -> None:
 
 
 def _refuse_stand_ins(optimizer: Optimizer) -> None:
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = parameters_held(optimizer)
     for model in _wrapped:
         stand_ins = stand_ins_among(held, model)
         if stand_ins:
