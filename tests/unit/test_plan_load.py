@@ -19,6 +19,7 @@ from shardwise.checkpoint import DescribedSource
 from shardwise.cli import app
 from shardwise.errors import CheckpointError, ConfigurationError
 from shardwise.plan import Layout, Sight, WantedTensor, rank_classes
+from shardwise.plan.slices import Slices
 from shardwise.planning.estimate import estimated_source
 from shardwise.planning.mesh_shape import axes_of
 from tests.distributed.models import causal_model, transformers_fuses_experts, write_checkpoint
@@ -216,6 +217,27 @@ def test_classes_cost_what_their_ranks_do(
         assert plan.storage_bytes == pytest.approx(exact.storage_bytes, rel=0.02)
         assert plan.network_bytes == pytest.approx(exact.network_bytes, rel=0.05)
         assert plan.shard_bytes == exact.shard_bytes
+
+
+@pytest.mark.parametrize("route", ["rank0", "striped"])
+def test_a_reader_that_receives_nothing_holds_what_two_rounds_send(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    def peak() -> int:
+        plan = sw.plan_load(
+            str(directories["qwen3_large"]),
+            mesh_shape=2,
+            route=route,
+            device="cpu",
+            cpu_storage="copy",
+            staging_bytes=2**20,
+        )
+        return plan.host_peak_bytes
+
+    two = peak()
+    monkeypatch.setattr(Slices, "rounds_in_flight", 1)
+    more = two - peak()
+    assert (2**20 // 8 < more <= 2**20 // 4) if route == "rank0" else more == 0
 
 
 # --- what is refused ---
