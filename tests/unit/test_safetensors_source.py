@@ -396,6 +396,23 @@ def test_names_that_only_the_checkpoint_has_are_shown_with_those_that_are_missin
     assert model.a.eq(1).all()
 
 
+def test_a_plain_attribute_on_meta_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    model = model_of({"w": (2,)})
+    model.scale = torch.empty(3, device="meta")
+    model.__dict__["same"] = model.w  # follows the parameter
+    with pytest.raises(
+        sw.LeftOnMetaError,
+        match=r"scale \(1 in all\) on meta.*register_buffer.*load_pretrained\(defer=False\)",
+    ):
+        sw.materialize(model, tmp_path)
+    assert model.w.is_meta
+    model.scale = torch.ones(3)
+    sw.materialize(model, tmp_path)
+    assert model.w.eq(1).all()
+    assert model.same is model.w
+
+
 def test_buffers_are_given_made_again_or_listed(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
 

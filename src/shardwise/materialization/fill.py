@@ -114,7 +114,10 @@ def fill_from_source(
             )
             scatter.run(plane)
         if only is None:
-            refuse_meta(entries_of(model))
+            refuse_meta(
+                entries_of(model),
+                remedy="The source rank has no such tensor: build the model there the way the other ranks did.",
+            )
     return Filled(
         plan=plan,
         received_bytes=plan.bytes_to_rank[list(ranks).index(agreement.rank)],

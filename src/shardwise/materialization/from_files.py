@@ -32,6 +32,10 @@ from shardwise.materialization.wanted import wanted_of
 from shardwise.profiling import phase
 
 _log = logging.getLogger("shardwise")
+_PLAIN_ATTRIBUTES = (
+    "No file holds what a module keeps as a plain attribute. Make it a buffer (register_buffer(name, tensor, persistent=False)), "
+    "which the module's own code makes again, or take global rank 0's with load_pretrained(defer=False)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +174,11 @@ def fill_from_files(
                 model, entries, given.buffers, bound=bound.keys(), device=options.device
             )
         entries = renewed(entries)  # parameters stay the same objects from here on
+        parameters = {id(entry.tensor) for entry in entries if entry.role == "parameter"}
+        refuse_meta(
+            (e for e in entries if e.role == "attribute" and id(e.tensor) not in parameters),
+            remedy=_PLAIN_ATTRIBUTES,
+        )
         own_affair = frozenset() if options.compares_kept_buffers else kept - given.fqns
         plan.same = equal_buffers(entries, but=bound.keys() | own_affair)
     with agreement.phase("allocate"), resting_collector():
@@ -206,7 +215,10 @@ def fill_from_files(
             done=progress.add,
         )
         del targets
-        refuse_meta(entries_of(model))
+        refuse_meta(
+            entries_of(model),
+            remedy="Please report it: what the load cannot fill is refused before it reads.",
+        )
     predicted = {
         "storage_bytes": sum(of_rank["storage"] for of_rank in planned),
         "network_bytes": sum(of_rank["network"] for of_rank in planned),

@@ -9,6 +9,7 @@ from torch import nn
 
 from shardwise.checkpoint import StateDictSource
 from shardwise.errors import LeftOnMetaError
+from shardwise.materialization.binding import listed
 from shardwise.materialization.structure import Entry
 
 
@@ -38,11 +39,12 @@ def take_values(entries: Iterable[Entry], *, keep: bool) -> StateDictSource:
     return StateDictSource(values)
 
 
-def refuse_meta(entries: Iterable[Entry]) -> None:
+def refuse_meta(entries: Iterable[Entry], *, remedy: str) -> None:
     """Raise if anything of a model is left without values.
 
     Args:
         entries: Of the model.
+        remedy: What to do about it.
 
     Raises:
         LeftOnMetaError: Listing names.
@@ -50,7 +52,5 @@ def refuse_meta(entries: Iterable[Entry]) -> None:
     left = [entry.fqn for entry in entries if entry.tensor.is_meta]
     if left:
         raise LeftOnMetaError(
-            f"expected every tensor of the model to have values, got {', '.join(left[:10])} on meta "
-            f"({len(left)} in all). The source rank has no such tensor: build the model there the way the other "
-            "ranks did."
+            f"expected every tensor of the model to have values, got {listed(left)} on meta. {remedy}"
         )
