@@ -31,7 +31,10 @@ Each message says what was expected, what was found, where (file, tensor, rank),
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+_MOST_NAMES: Final = 5  # of tensors in a message
 
 
 class ShardwiseError(Exception):
@@ -128,6 +131,27 @@ class CallOrderError(ShardwiseError, RuntimeError):
 
 class CommandError(ShardwiseError):
     """A command could not be carried out; the message says what to do."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names of tensors as text: the first few, and how many more they are.
+
+    Args:
+        names: In the order in which they are said.
+    """
+    return shortened(names, most=_MOST_NAMES, between=", ")
+
+
+def shortened(words: Sequence[object], *, most: int, between: str) -> str:
+    """Return the first of some words as text, and how many more they are.
+
+    Args:
+        words: In the order in which they are said.
+        most: How many of them are said.
+        between: Stands between two.
+    """
+    more = len(words) - most
+    return between.join(map(str, words[:most])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def did_you_mean(given: object, known: Iterable[str], *, other_words: Mapping[str, str]) -> str:

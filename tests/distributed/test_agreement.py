@@ -322,7 +322,7 @@ def test_a_late_rank_is_named_at_the_timeout_and_told(pool: RankPool) -> None:
     errors = pool.run_to_errors(be_late, 2, ranks=3)
     waiting = [error for error in errors[:2] if type(error) is RankTimeoutError]
     assert waiting
-    assert "for the other ranks; ranks that did not arrive: 2 of 3. Check that every rank makes" in str(
+    assert "for the other ranks; rank 2 (of 3 ranks) did not arrive. Check that every rank makes" in str(
         waiting[0]
     )
     assert "wrap_model, phase 'check': rank " in str(waiting[0])
@@ -332,7 +332,7 @@ def test_a_late_rank_is_named_at_the_timeout_and_told(pool: RankPool) -> None:
         if error not in waiting:
             assert type(error) is PeerError
             assert "RankTimeoutError" in str(error)
-            assert "ranks that did not arrive: 2 of 3" in str(error)
+            assert "rank 2 (of 3 ranks) did not arrive" in str(error)
     assert errors[2] not in waiting  # it learns at once that it is too late
 
 
@@ -362,14 +362,14 @@ def gather_without_rank_1() -> None:
 def test_a_rank_that_gives_no_text_is_named(pool: RankPool) -> None:
     errors = pool.run_to_errors(gather_without_rank_1, ranks=2)
     assert type(errors[0]) is RankTimeoutError
-    assert "for every rank's report; ranks that did not arrive: 1 of 2" in str(errors[0])
+    assert "for every rank's report; rank 1 (of 2 ranks) did not arrive" in str(errors[0])
     assert errors[1] is None
 
 
 def test_of_very_many_late_ranks_some_are_named() -> None:
     text = str(timeout_error("load", "news", rank=0, seconds=5, late=range(1, 4096), ranks=4096))
     assert (
-        "did not arrive: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 4,079 more of 4096. "
+        "; ranks 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16 and 4,079 more (of 4096 ranks) did not arrive. "
         in text
     )
 
@@ -394,7 +394,7 @@ def give_up_together() -> tuple[str, int]:
 
 def test_of_the_ranks_that_give_up_one_asks_which_are_late(pool: RankPool) -> None:
     found = pool.run(give_up_together, ranks=4)
-    assert all("ranks that did not arrive: 1 of 4" in text for text, _ in found)
+    assert all("rank 1 (of 4 ranks) did not arrive" in text for text, _ in found)
     assert sum(asked for _, asked in found) == 1
 
 
@@ -452,12 +452,12 @@ def take_long(late: int) -> tuple[list[str], list[str], int]:
 @pytest.mark.parametrize("late", [0, 2])
 def test_a_rank_that_takes_long_is_named_once(pool: RankPool, late: int) -> None:
     found = pool.run(take_long, late, ranks=3)
-    goes_on = "it goes on waiting for at most 60 s (timeout=)"
+    goes_on = "the wait goes on for at most 60 s (timeout=)"
     by_rank = [(rank, line) for rank, (of_phase, _, _) in enumerate(found) for line in of_phase]
     assert len(by_rank) == 1
     assert by_rank[0][1] == (
-        f"wrap_model, phase 'read': rank {by_rank[0][0]} has waited 0.3 s for the other ranks; ranks that have not arrived: {late} of "
-        f"3; {goes_on}"
+        f"wrap_model, phase 'read': rank {by_rank[0][0]} has waited 0.3 s for the other ranks; rank {late} (of 3 "
+        f"ranks) did not arrive; {goes_on}"
     )
     by_rank = [(rank, line) for rank, (_, of_text, _) in enumerate(found) for line in of_text]
     assert len(by_rank) == 1

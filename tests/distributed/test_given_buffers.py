@@ -85,13 +85,13 @@ def fill_given(directory: str, way: str) -> None:
 @pytest.mark.parametrize("given", ["nothing", "some by name", "some by a function"])
 def test_what_nothing_gives_is_listed_on_every_rank(pool: RankPool, directory: str, given: str) -> None:
     errors = pool.run_to_errors(fill_partly, directory, given, ranks=2)
-    names = "first.inv_freq, first.mask, second.inv_freq, second.mask (4 in all)"
+    names = "first.inv_freq, first.mask, second.inv_freq, second.mask"
     if given != "nothing":
-        names = "second.inv_freq, second.mask (2 in all)"
+        names = "second.inv_freq, second.mask"
     assert {type(error) for error in errors} <= {sw.LeftOnMetaError, sw.PeerError}
     assert isinstance(errors[0], sw.LeftOnMetaError) or isinstance(errors[1], sw.LeftOnMetaError)
     for error in errors:
-        assert f"expected values for every buffer, got none for {names}" in str(error)
+        assert f"expected values for every buffer, got none for {names}: they" in str(error)
         assert "Pass buffers= (values by name, or a function)" in str(error)
 
 
@@ -112,7 +112,7 @@ def test_values_that_differ_between_ranks_are_refused_by_name(pool: RankPool, di
     assert {type(error) for error in errors} == {sw.RankMismatchError}
     for error in errors:
         assert "the values of a buffer on rank 1 is not that of rank 0" in str(error)
-        assert "they differ in second.inv_freq (1 in all)" in str(error)
+        assert "they differ in second.inv_freq. " in str(error)
 
 
 def fill_differently(directory: str) -> None:

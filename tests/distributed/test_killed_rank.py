@@ -93,7 +93,7 @@ def test_without_connections_between_ranks_it_is_named_at_the_timeout(pool: Rank
     for rank in (0, 2):
         assert isinstance(errors[rank], (RankTimeoutError, sw.PeerError))
         assert "phase 'read'" in str(errors[rank])
-        assert "ranks that did not arrive: 1 of 3" in str(errors[rank])
+        assert "rank 1 (of 3 ranks) did not arrive" in str(errors[rank])
 
 
 def die_under_a_launcher(arguments: Mapping[str, Any]) -> None:

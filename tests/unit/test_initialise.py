@@ -176,7 +176,7 @@ def test_what_cannot_be_initialised_is_refused_by_name(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(sw.ModelError, match=r"NeedsValues.*expected its own code to make b.*defer=False"):
         sw.materialize(on_meta(NeedsValues), tmp_path, missing=["b"])
-    with pytest.raises(sw.CheckpointError, match=r"got none for a \(1 in all\).*torch's random numbers"):
+    with pytest.raises(sw.CheckpointError, match=r"got none for a.*torch's random numbers"):
         sw.materialize(on_meta(OtherNumbers), None)
 
 
@@ -204,7 +204,7 @@ def test_what_no_rule_writes_is_found_before_anything_is_made() -> None:
     model = on_meta(lambda: nn.ModuleList([Constant(), Truncated(), NeedsValues(), OtherNumbers()]))
     absent = [fqn for fqn, _ in model.named_parameters() if not fqn.startswith(("2.", "3."))]
     before = torch.default_generator.get_state()
-    with pytest.raises(sw.CheckpointError, match=r"got none for 0\.scale \(1 in all\)"):
+    with pytest.raises(sw.CheckpointError, match=r"got none for 0\.scale"):
         refuse_uninitialisable(model, absent)
     assert torch.equal(torch.default_generator.get_state(), before)
     assert all(parameter.is_meta for parameter in model.parameters())

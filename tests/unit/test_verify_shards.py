@@ -18,7 +18,7 @@ def test_a_checkpoint_without_any_of_the_names_is_refused(tmp_path: Path) -> Non
     save_file({f"module.{name}": tensor for name, tensor in model.state_dict().items()}, file)
     with pytest.raises(sw.CheckpointError) as caught:
         sw.verify_shards(model, file)
-    assert "weight, bias (2 in all), got module.bias, module.weight (2 in all)" in str(caught.value)
+    assert "weight, bias, got module.bias, module.weight" in str(caught.value)
     assert "rename=" in str(caught.value)
     report = sw.verify_shards(model, file, rename=lambda name: f"module.{name}")
     assert report.is_equal
@@ -36,7 +36,5 @@ def test_what_the_checkpoint_lacks_in_part_is_named(tmp_path: Path) -> None:
 def test_a_model_on_meta_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, file)
-    with pytest.raises(
-        sw.LeftOnMetaError, match=r"weight, bias \(2 in all\) on meta.*wrap_model or materialize"
-    ):
+    with pytest.raises(sw.LeftOnMetaError, match=r"weight, bias on meta.*wrap_model or materialize"):
         sw.verify_shards(nn.Linear(3, 2, device="meta"), file)

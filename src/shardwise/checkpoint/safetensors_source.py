@@ -55,6 +55,7 @@ class SafetensorsSource:
         tensors: By checkpoint name.
         files: Description by file name.
         host: That described them.
+        described_as: Who has described them, and where they lie there, for messages.
         direct_io: Read past the page cache where the file system can.
     """
 
@@ -66,6 +67,7 @@ class SafetensorsSource:
         tensors: Mapping[str, StoredTensor],
         files: Mapping[str, DescribedFile],
         host: str,
+        described_as: str,
         direct_io: bool,
     ) -> None:
         self._name = name
@@ -73,6 +75,7 @@ class SafetensorsSource:
         self._tensors = dict(tensors)
         self._files = dict(files)
         self._host = host
+        self._described_as = described_as
         self._bounce = BounceBuffers(nbytes=_BOUNCE_BYTES) if direct_io else None
         self._open: dict[str, RangedFile] = {}
         self._opened: set[str] = set()
@@ -135,6 +138,7 @@ class SafetensorsSource:
             tensors=tensors,
             files=files,
             host=own_node(),
+            described_as=f"this rank has described in {directory}",
             direct_io=direct_io,
         )
 
@@ -165,6 +169,7 @@ class SafetensorsSource:
             tensors=tensors,
             files={name: DescribedFile(**described) for name, described in document["files"]},
             host=document["host"],
+            described_as=document["described_as"],
             direct_io=direct_io,
         )
 
@@ -183,13 +188,18 @@ class SafetensorsSource:
         self.close()
         self._opened.clear()
 
-    def describe(self) -> str:
-        """Return names, places and digests as text for other ranks."""
+    def describe(self, *, rank: int) -> str:
+        """Return names, places and digests as text for other ranks.
+
+        Args:
+            rank: This one, which other ranks name where their files are others.
+        """
         number = {name: index for index, name in enumerate(self._files)}
         return json.dumps(
             {
                 "name": self._name,
                 "host": self._host,
+                "described_as": f"rank {rank} on {self._host} has described in {self._directory.absolute()}",
                 "files": [[name, asdict(described)] for name, described in self._files.items()],
                 "tensors": [
                     [t.name, dtype_name(t.dtype), t.shape, number[t.file], t.start, t.stop]
@@ -303,17 +313,18 @@ class SafetensorsSource:
     def _require_described(self, name: str, opened: RangedFile) -> None:
         expected = self._files[name]
         got, _ = _fingerprint(opened)
-        same_host = self._host == own_node()
-        differs = [
-            f"{field} {getattr(got, field)} in place of {getattr(expected, field)}"
-            for field in ("size", "header_bytes", "header_sha256", "mtime_ns")
-            if getattr(got, field) != getattr(expected, field) and (field != "mtime_ns" or same_host)
-        ]
-        if differs:
-            raise ChangedFileError(
-                f"{opened.path}: expected the file that was described on {self._host}, got {'; '.join(differs)}. Every rank must see "
-                "the same files, and they must not change during a load."
-            )
+        if got.size != expected.size:
+            differs = f"one of {got.size:,} bytes in place of {expected.size:,}"
+        elif (got.header_bytes, got.header_sha256) != (expected.header_bytes, expected.header_sha256):
+            differs = "one whose header is another: other tensors, other places in it, or other metadata"
+        elif got.mtime_ns != expected.mtime_ns and self._host == own_node():
+            differs = "one of the same size that was written at another time"
+        else:
+            return
+        raise ChangedFileError(
+            f"{opened.path.absolute()}: expected the file {name} that {self._described_as}, got {differs}. Every rank must see "
+            "the same files, and they must not change during a load."
+        )
 
 
 def _fingerprint(opened: RangedFile) -> tuple[DescribedFile, bytes]:

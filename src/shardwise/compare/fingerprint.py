@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from shardwise.errors import LeftOnMetaError, RankMismatchError
+from shardwise.errors import LeftOnMetaError, RankMismatchError, listed
 from shardwise.materialization.names import clean_fqn
 from shardwise.tensors import dtype_name
 
-_MOST_NAMES: Final = 5
 _TIED_TO: Final = " tied to "
 
 
@@ -79,7 +78,7 @@ def check_same_on_all_ranks(digests: Mapping[str, str]) -> None:
     for rank, other in enumerate(gathered):
         if names := differing_names(gathered[0], other):
             raise RankMismatchError(
-                f"{named_briefly(names)}: expected the same values on every rank, got others on rank {rank} than on "
+                f"{listed(names)}: expected the same values on every rank, got others on rank {rank} than on "
                 "rank 0. What is not sharded has to be equal on all ranks."
             )
 
@@ -98,9 +97,3 @@ def whole_digest(digests: Mapping[str, str]) -> str:
 def differing_names(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Return the names whose digests differ, or that are in one of the two only."""
     return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
-
-
-def named_briefly(names: list[str]) -> str:
-    """Return the first few names, and how many there are more."""
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -19,7 +19,7 @@ from shardwise.conversion.groups import ConversionGroup, renamed_group
 from shardwise.conversion.pieces import Piece
 from shardwise.conversion.recipes import Recipe, WholeGroup, derive
 from shardwise.conversion.tracing import NotTraceableError, backwards
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ def saved_tensors(
             if saved.name in found:
                 raise ConfigurationError(
                     f"{saved.name}: expected one tensor of this name in the checkpoint, got two, the second from "
-                    f"{', '.join(group.source_names)}. Report this model to shardwise."
+                    f"{listed(group.source_names)}. Report this model to shardwise."
                 )
             found[saved.name] = saved
     return tuple(found.values())
@@ -125,7 +125,7 @@ def _turned_round(recipe: Recipe, dtype: torch.dtype, held: Mapping[str, StoredT
 def _made_by(whole: WholeGroup) -> list[SavedTensor]:
     if not whole.shapes:
         raise ConfigurationError(
-            f"{', '.join(whole.group.source_names)}: expected a conversion that says without values what it makes, got "
+            f"{listed(whole.group.source_names)}: expected a conversion that says without values what it makes, got "
             f"{whole.group.operations}, which does not: {whole.reason}. Save this model with save_pretrained."
         )
     return [

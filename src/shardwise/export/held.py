@@ -10,9 +10,8 @@ from torch import nn
 
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import pinned_dtypes
-from shardwise.errors import CheckpointError, LeftOnMetaError
+from shardwise.errors import CheckpointError, LeftOnMetaError, listed
 from shardwise.export.chunks import Chunks
-from shardwise.materialization.binding import listed
 from shardwise.materialization.names import clean_fqn, model_inside
 from shardwise.materialization.storage import local_of
 from shardwise.materialization.structure import Entry, entries_of

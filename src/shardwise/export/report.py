@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from shardwise.errors import listed
 from shardwise.materialization.agreement import Agreement
 from shardwise.profiling import MemoryProfile, own_node
 
@@ -84,7 +85,7 @@ class ExportReport:
             f"{_mebibytes(self.network_bytes)} moved between ranks; worst rank: peak of anonymous host memory {_mebibytes(peak)}",
         ]
         if self.whole:
-            lines.append(f"made of whole tensors: {', '.join(self.whole[:5])} ({len(self.whole)} in all)")
+            lines.append(f"made of whole tensors: {listed(self.whole)}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

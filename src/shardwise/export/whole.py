@@ -14,7 +14,7 @@ import torch
 
 from shardwise.checkpoint import StoredTensor
 from shardwise.conversion import WholeGroup
-from shardwise.errors import CheckpointError, ShapeMismatchError
+from shardwise.errors import CheckpointError, ShapeMismatchError, listed
 from shardwise.export.collecting import Collecting
 from shardwise.export.content import Content
 from shardwise.export.output_files import OutputFiles
@@ -161,7 +161,7 @@ def _made(
             made = dict(whole.group.convert(tensors))
     except Exception as error:
         raise CheckpointError(
-            f"{', '.join(whole.group.source_names)}: expected the conversion {whole.group.operations} to work on the model's "
+            f"{listed(whole.group.source_names)}: expected the conversion {whole.group.operations} to work on the model's "
             f"values, got {type(error).__name__}: {error}. Save this model with save_pretrained if transformers can."
         ) from error
     del tensors

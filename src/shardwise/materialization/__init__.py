@@ -8,7 +8,6 @@ from shardwise.materialization.binding import (
     Bound,
     bind,
     check_bound,
-    listed,
     nothing_bound,
     permitted,
 )
@@ -88,7 +87,6 @@ __all__ = [
     "fill_from_source",
     "find_dropped",
     "kept_dtypes",
-    "listed",
     "local_bytes_of",
     "make_group",
     "materialize",

@@ -380,12 +380,12 @@ class Agreement:
 
     def _warn_of_wait(self, what: str, key_of_rank: Mapping[int, str]) -> None:
         _log.warning(
-            "%s: rank %d has waited %g s for %s%s; it goes on waiting for at most %g s (timeout=)",
+            "%s: rank %d has waited %g s for %s%s; the wait goes on for at most %g s (timeout=)",
             self._where,
             self.rank,
             self.warn_after_seconds,
             what,
-            named_late("ranks that have not arrived", self._late(key_of_rank), of=len(self.ranks)),
+            named_late(self._late(key_of_rank), of=len(self.ranks)),
             self.timeout_seconds,
         )
 

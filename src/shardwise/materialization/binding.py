@@ -12,14 +12,13 @@ from torch import nn
 
 from shardwise.checkpoint import Source, StoredTensor
 from shardwise.conversion import ConversionGroup, WholeGroup, declaration_of, derive
-from shardwise.errors import CheckpointError, ConfigurationError, ShapeMismatchError
+from shardwise.errors import CheckpointError, ConfigurationError, ShapeMismatchError, listed
 from shardwise.materialization.names import checkpoint_name_of, model_inside
 from shardwise.materialization.structure import Entry
 from shardwise.plan import StoredPiece, as_stored
 from shardwise.tensors import dtype_name
 
 Rename = Mapping[str, str] | Callable[[str], str] | None
-_MOST_NAMES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,11 +333,6 @@ def _renaming_remedy(unexpected: Sequence[str]) -> str:
         f" It holds {listed(unexpected)}, which the model does not take: where these are the same tensors under other names, "
         "shardwise.materialize takes rename=."
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as text, cut where there are many, with their number."""
-    return f"{', '.join(names[:_MOST_NAMES])} ({len(names)} in all)"
 
 
 def _require_comparable(alias: Alias, first: Bound) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchError
-from shardwise.materialization.binding import listed
+from shardwise.errors import ConfigurationError, LeftOnMetaError, ShapeMismatchError, listed
 from shardwise.materialization.comparable import Comparable
 from shardwise.materialization.comparing import comparable_digests, digest_of
 from shardwise.materialization.rerun import make_again

@@ -15,8 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from shardwise.errors import CheckpointError
-from shardwise.materialization.binding import listed
+from shardwise.errors import CheckpointError, listed
 from shardwise.materialization.foreseen import uninitialised
 from shardwise.materialization.load import layout_of
 from shardwise.materialization.names import original_of

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.conversion import is_transformers_model
-from shardwise.materialization.binding import listed
+from shardwise.errors import listed
 from shardwise.materialization.names import model_inside
 from shardwise.materialization.walking import modules_by_prefix
 

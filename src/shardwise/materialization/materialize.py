@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.checkpoint import Source
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, listed
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.argument_kinds import check_kinds, checked_device
 from shardwise.materialization.arguments import (
@@ -29,7 +29,6 @@ from shardwise.materialization.binding import (
     Rename,
     bind,
     check_bound,
-    listed,
     nothing_bound,
     permitted,
 )

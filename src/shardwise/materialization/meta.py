@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from shardwise.checkpoint import StateDictSource
-from shardwise.errors import LeftOnMetaError
-from shardwise.materialization.binding import listed
+from shardwise.errors import LeftOnMetaError, listed
 from shardwise.materialization.structure import Entry
 
 

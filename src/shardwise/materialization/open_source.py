@@ -235,7 +235,9 @@ def _safetensors(place: _Place, path: Path | None, agreement: Agreement, *, dire
         if agreement.rank == place.reader and path is not None:
             with phase("parse headers"):
                 source = _parsed(place, path, agreement, direct_io=direct_io)
-        text = agreement.publish("headers", packed(source.describe()) if source is not None else None)
+        text = agreement.publish(
+            "headers", packed(source.describe(rank=agreement.rank)) if source is not None else None
+        )
         if source is not None:
             return source
         if path is None:

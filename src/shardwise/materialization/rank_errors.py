@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError
+from shardwise.errors import PeerError, RankError, RankMismatchError, RankTimeoutError, shortened
 from shardwise.materialization.comparable import Comparable
 
 _MOST_NAMED = 16
@@ -68,18 +68,19 @@ def timeout_error(
         ranks: Number of ranks of the call.
     """
     return RankTimeoutError(
-        f"{where}: rank {rank} waited {seconds:g} s for {what}{named_late('ranks that did not arrive', late, of=ranks)}. "
+        f"{where}: rank {rank} waited {seconds:g} s for {what}{named_late(late, of=ranks)}. "
         "Check that every rank makes the same shardwise calls in the same order, look at the logs of the other "
         "ranks, or pass a longer timeout."
     )
 
 
-def named_late(what: str, late: Sequence[int], *, of: int) -> str:
+def named_late(late: Sequence[int], *, of: int) -> str:
     """Return part of a message that names late ranks; empty where there are none."""
-    return f"; {what}: {listed_ranks(late)} of {of}" if late else ""
+    return (
+        f"; rank{'s' * (len(late) > 1)} {listed_ranks(late)} (of {of} ranks) did not arrive" if late else ""
+    )
 
 
 def listed_ranks(ranks: Sequence[int]) -> str:
     """Return the first of some ranks as text, and how many more they are."""
-    more = f" and {len(ranks) - _MOST_NAMED:,} more" if len(ranks) > _MOST_NAMED else ""
-    return ", ".join(map(str, ranks[:_MOST_NAMED])) + more
+    return shortened(ranks, most=_MOST_NAMED, between=", ")

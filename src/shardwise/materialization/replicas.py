@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from shardwise.errors import RankMismatchError
+from shardwise.errors import RankMismatchError, listed
 from shardwise.materialization.data_plane import DataPlane
 
 _CHUNK_ELEMENTS = 2**20  # of 8 bytes
@@ -46,7 +46,7 @@ def require_equal_replicas(
         others = [r for r, digests in zip(ranks, found, strict=True) if not torch.equal(digests, own)]
         raise RankMismatchError(
             f"rank {rank}: expected the same shards as its replicas on ranks {others} after the load, got others of "
-            f"{', '.join(names[:5])}{' and more' if len(names) > 5 else ''}. Memory or the network has changed bytes: load again."
+            f"{listed(names)}. Memory or the network has changed bytes: load again."
         )
 
 

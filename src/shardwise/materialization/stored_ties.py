@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 
 from shardwise.checkpoint import Readable, Source, StoredTensor
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, listed
 from shardwise.materialization.agreement import Agreement
 from shardwise.materialization.awaited_source import awaited
-from shardwise.materialization.binding import Alias, Binding, listed
+from shardwise.materialization.binding import Alias, Binding
 from shardwise.materialization.placing import as_memory
 from shardwise.materialization.sight import agreed_sights, is_in_memory
 from shardwise.materialization.staging import read_bytes_of

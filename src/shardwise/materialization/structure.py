@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from shardwise.errors import shortened
 from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.walking import modules_by_prefix
 from shardwise.tensors import dtype_name
@@ -211,6 +212,5 @@ def structure_difference(expected_json: str, got_json: str, *, limit: int) -> st
     parts = []
     for label, lines in (("expected", only_expected), ("got", only_got)):
         if lines:
-            more = f" and {len(lines) - limit} more" if len(lines) > limit else ""
-            parts.append(f"{label} " + "; ".join(lines[:limit]) + more)
+            parts.append(f"{label} {shortened(lines, most=limit, between='; ')}")
     return ", ".join(parts)

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwise.checkpoint import Source
-from shardwise.errors import CheckpointError, ConfigurationError, LeftOnMetaError
+from shardwise.errors import CheckpointError, ConfigurationError, LeftOnMetaError, listed
 from shardwise.materialization.argument_kinds import check_kinds
 from shardwise.materialization.arguments import argument_lines, kind_of_checkpoint
 from shardwise.materialization.awaited_source import awaited, require_unchanged
 from shardwise.materialization.begin_call import begin_call
-from shardwise.materialization.binding import Rename, bind, check_bound, listed
+from shardwise.materialization.binding import Rename, bind, check_bound
 from shardwise.materialization.comparing import comparable_lines, comparable_structure
 from shardwise.materialization.convert import (
     ConvertedTensor,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardwise.conversion import Piece
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, shortened
 from shardwise.plan.chosen import MAX_WASTE
 from shardwise.plan.equal_runs import EqualRuns, equal_runs
 from shardwise.plan.sight import Sight
@@ -163,5 +163,4 @@ def _reads_of(wanted: Sequence[WantedTensor], sight: Sight, max_read_bytes: int)
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-    return ", ".join(map(str, ranks[:8])) + more
+    return shortened(ranks, most=8, between=", ")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
-_MOST_NAMES: Final = 5
+from shardwise.errors import listed
 
 
 def agreement_lines(comparison: Mapping[str, Any]) -> list[str]:
@@ -24,8 +24,7 @@ def agreement_lines(comparison: Mapping[str, Any]) -> list[str]:
     lines = []
     for difference in found["differences"]:
         names = difference["tensors"]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        what = [f"{len(names)} of {counted} ({', '.join(names[:_MOST_NAMES])}{more})"] if names else []
+        what = [f"{len(names)} of {counted} ({listed(names)})"] if names else []
         what += ["the logits"] if difference["logits"] else []
         lines.append(
             f"NOT EQUAL: {difference['mode']} differs from {found['reference']} in {' and in '.join(what)}."

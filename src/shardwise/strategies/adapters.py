@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from shardwise.errors import LeftOnMetaError
+from shardwise.errors import LeftOnMetaError, listed
 from shardwise.materialization import entries_of, named_modules_of, original_of
 from shardwise.strategies.deferred import Deferred
 from shardwise.strategies.token_rows import token_rows
@@ -95,7 +95,7 @@ def refuse_values_for_meta(model: nn.Module) -> RemovableHandle:
         ]
         if awaiting:
             raise LeftOnMetaError(
-                f"load_state_dict: {awaiting[0]} ({len(awaiting)} in all): expected parameters with storage, got parameters on meta "
+                f"load_state_dict: {listed(awaiting)}: expected parameters with storage, got parameters on meta "
                 "of a model that load_pretrained has deferred: the values would be lost. Pass assign=True, load an "
                 "adapter's directory with strategy.load_adapter(model, directory), load after wrap_model, or use "
                 "load_pretrained(defer=False)."

@@ -6,14 +6,13 @@ model tells nobody of a new parameter, so each optimizer's first step after a wr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from shardwise.errors import OptimizerError
+from shardwise.errors import OptimizerError, listed
 from shardwise.materialization import clean_fqn, trained_parameters_of
 from shardwise.strategies.first_step import check_first_steps, parameters_held
 
@@ -42,12 +41,7 @@ def refuse_added_later(optimizer: Optimizer) -> None:
         if added:
             names = [clean_fqn(fqn) for fqn, p in model.named_parameters() if id(p) in added]
             raise OptimizerError(
-                f"{type(optimizer).__name__}: expected parameters that were in the model when it was wrapped, got {_first(names)}, "
+                f"{type(optimizer).__name__}: expected parameters that were in the model when it was wrapped, got {listed(names)}, "
                 "which came later: each rank would train one of its own. Add adapters and heads before wrap_model; a "
                 "parameter that is to stay whole on every rank belongs into fsdp_config['ignored_params']."
             )
-
-
-def _first(names: Iterable[str]) -> str:
-    first, *others = names
-    return f"{first} and {len(others)} more" if others else first

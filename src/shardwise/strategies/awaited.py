@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardwise.errors import LeftOnMetaError
-from shardwise.materialization import Entry, listed
+from shardwise.errors import LeftOnMetaError, listed
+from shardwise.materialization import Entry
 
 _State = tuple[
     int, torch.Size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardwise.errors import CheckpointError
+from shardwise.errors import CheckpointError, listed
 from shardwise.materialization import (
     Comparable,
     Entry,
@@ -58,5 +58,4 @@ def sampled_values(entries: tuple[Entry, ...]) -> Comparable:
 
 
 def _differing_names(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return "values differ in " + ", ".join(names[:5]) + more
+    return f"values differ in {listed(names)}"

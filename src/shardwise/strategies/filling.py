@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from shardwise.errors import LeftOnMetaError
+from shardwise.errors import LeftOnMetaError, listed
 from shardwise.materialization import (
     Agreement,
     Entry,
@@ -21,7 +21,6 @@ from shardwise.materialization import (
     entries_of,
     fill_from_files,
     fill_from_source,
-    listed,
     naming_out_of_memory,
     resting_collector,
     shown_by_default,

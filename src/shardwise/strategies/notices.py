@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.materialization import entries_of, listed
+from shardwise.errors import listed
+from shardwise.materialization import entries_of
 from shardwise.tensors import dtype_name
 
 _log = logging.getLogger("shardwise")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from shardwise.errors import OptimizerError
-from shardwise.materialization import entries_of, listed
+from shardwise.errors import OptimizerError, listed
+from shardwise.materialization import entries_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

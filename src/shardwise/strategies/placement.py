@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from torch import nn
 from torch.distributed.tensor import Shard
 
-from shardwise.errors import ConfigurationError
+from shardwise.errors import ConfigurationError, shortened
 from shardwise.materialization import Entry
 from shardwise.strategies.fsdp_config import FSDPConfig
 
@@ -142,12 +142,10 @@ def log_placements(
             if dim > 0:
                 moved.append(f"{entry.fqn} {tuple(entry.tensor.shape)} on dim {dim}")
     if moved:
-        more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
         _log.info(
-            "%d parameters are not sharded on dim 0, whose rows %d ranks would have to pad: %s%s. "
+            "%d parameters are not sharded on dim 0, whose rows %d ranks would have to pad: %s. "
             "fsdp_config['shard_placement_fn'] decides otherwise.",
             len(moved),
             shard_ranks,
-            "; ".join(moved[:3]),
-            more,
+            shortened(moved, most=3, between="; "),
         )

@@ -25,6 +25,7 @@ from shardwise.errors import (
     CheckpointError,
     ConfigurationError,
     MissingDependencyError,
+    listed,
 )
 from shardwise.materialization import (
     Agreement,
@@ -34,7 +35,6 @@ from shardwise.materialization import (
     clean_fqn,
     default_staging_bytes,
     entries_of,
-    listed,
     needs_base_values,
     open_source,
     permitted,

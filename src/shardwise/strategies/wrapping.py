@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError
+from shardwise.errors import AlreadyWrappedError, ConfigurationError, UnsupportedParameterError, listed
 from shardwise.materialization import Entry, clean_fqn, modules_by_prefix, named_modules_of
 from shardwise.strategies.fsdp_config import FSDPConfig
 from shardwise.strategies.pinned_modules import pinned_modules
@@ -262,7 +262,7 @@ def ignored_parameters(entries: Sequence[Entry], config: FSDPConfig) -> set[nn.P
     unknown = [name for name in config.ignored_params if name not in named]
     if unknown:
         raise ConfigurationError(
-            f"fsdp_config['ignored_params']: expected names of parameters, got {', '.join(unknown)}, which the model "
+            f"fsdp_config['ignored_params']: expected names of parameters, got {listed(unknown)}, which the model "
             "does not have"
         )
     ignored = {named[name] for name in config.ignored_params}

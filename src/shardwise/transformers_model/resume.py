@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from shardwise.checkpoint import sync
-from shardwise.errors import CheckpointError, ConfigurationError, DamagedFileError
-from shardwise.materialization import Agreement, entries_of, listed
+from shardwise.errors import CheckpointError, ConfigurationError, DamagedFileError, listed
+from shardwise.materialization import Agreement, entries_of
 from shardwise.transformers_model.optimizer_state import new_state
 from shardwise.transformers_model.random_state import random_state, set_random_state
 from shardwise.transformers_model.sharded_files import (

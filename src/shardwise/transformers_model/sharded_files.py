@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 
-from shardwise.errors import DamagedFileError
+from shardwise.errors import DamagedFileError, listed
 
 INDEX_NAME = ".metadata"
 _CLASSES = {
@@ -111,7 +111,7 @@ def require_files(directory: Path) -> None:
     gone = sorted(name for name in named if not (directory / name).is_file())
     if gone:
         raise DamagedFileError(
-            f"{directory}: expected the files of all ranks, got none of the name {', '.join(gone)}: their ranks have written "
+            f"{directory}: expected the files of all ranks, got none of the name {listed(gone)}: their ranks have written "
             "elsewhere. Name the same directory on every rank, on a file system that all share."
         )
 
