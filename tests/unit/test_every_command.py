@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from typer.testing import CliRunner
 
-from shardwise import __version__, planning, report
+from shardwise import __version__, checkpoint, planning, report
+from shardwise.checkpoint import Location
 from shardwise.cli import app
 from shardwise.compare import experiment, launch
 from shardwise.compare.experiment import Comparison
-from shardwise.errors import CommandError, ConfigurationError
+from shardwise.errors import CheckpointError, CommandError, ConfigurationError
 from tests.documents import page, rows, section
 from tests.unit.comparisons import comparison
 
@@ -52,6 +54,7 @@ class Work:
         monkeypatch.setattr(launch, "run_ranks", self.done({0: dict(RETURNED)}))
         monkeypatch.setattr(planning, "plan_job", self.done(plan))
         monkeypatch.setattr("shardwise.cli.plan_display.show_plan", lambda plan: None)
+        monkeypatch.setattr(checkpoint, "fetch_descriptions", lambda location: None)
         for name in ("save_page", "save_trace", "save_figure"):
             monkeypatch.setattr(report, name, self.done(None))
 
@@ -168,9 +171,62 @@ def test_a_path_without_a_checkpoint_is_refused_before_ranks_are_started(
     Path("torch/pytorch_model.bin").touch()
     work.error = AssertionError("ranks were started")
     refused = runner.invoke(app, line.format(name).split())
-    assert refused.exit_code == 1, refused.exception
+    # What is exported is mostly a path: one that is not there is a wrong argument.
+    is_nothing = line.startswith("export") and not Path(name).exists()
+    assert refused.exit_code == (2 if is_nothing else 1), refused.exception
     assert problem in refused.stderr
     assert not Path("out").exists()
+
+
+WRONG_OPTIONS = {
+    "load m --strategy fsdp": "strategy: expected one of accelerate, native_fsdp, got 'fsdp'",
+    "load m --cpu-storage foo": "cpu_storage: expected one of auto, map, copy, got 'foo'",
+    "load m --mixed-precision fp4": "mixed_precision: expected one of no, bf16, fp16, fp8, got 'fp4'.",
+    "load m --mixed-precision fp8": "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels",
+    "load m --strategy accelerate --mixed-precision fp8": "mixed_precision='fp8': needs an accelerator",
+    "load m --mixed-precision fp16": "mixed_precision='fp16': needs an accelerator",
+    "train m text.txt --output-dir out --mixed-precision fp16": "mixed_precision='fp16': needs an accelerator",
+    "export m out --dtype float33": "dtype: expected None or a floating point torch dtype or its name, got 'float33'",
+    "export m out --max-shard-size lots": "max_shard_size: expected bytes as a number or a text such as '5GB' or '200MB', got 'lots'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_OPTIONS)
+def test_a_wrong_option_is_status_2_before_ranks_are_started(
+    line: str, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    work.error = AssertionError("ranks were started")
+    refused = runner.invoke(app, line.split())
+    assert refused.exit_code == 2, refused.exception
+    assert f"shardwise: {WRONG_OPTIONS[line]}" in refused.stderr
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("line", ["load m", "train m text.txt --output-dir out"])
+def test_a_strategy_whose_library_is_not_installed_names_the_extra(
+    line: str, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    work.error = AssertionError("ranks were started")
+    refused = runner.invoke(app, [*line.split(), "--strategy", "accelerate"])
+    assert refused.exit_code == 2, refused.exception
+    assert "pip install 'shardwise[accelerate]'" in refused.stderr
+
+
+def test_a_name_of_nothing_is_not_exported(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(location: Location) -> None:
+        raise CheckpointError(f"{location.name}: not on the hub.")
+
+    monkeypatch.setattr(checkpoint, "fetch_descriptions", fetch)
+    work.error = AssertionError("ranks were started")
+    refused = runner.invoke(app, ["export", "NOTHING", "out"])
+    assert refused.exit_code == 2, refused.exception
+    told = "export: expected a training's checkpoint or a model, got neither. NOTHING: not on the hub."
+    assert told in refused.stderr
 
 
 def test_training_data_that_is_not_there_is_refused_before_ranks_are_started(work: Work) -> None:

@@ -121,6 +121,23 @@ def test_wrong_options_are_refused_before_ranks_are_started(
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_of_another_training_are_refused_before_ranks_are_started(
+    asked: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "d.txt").touch()
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    line = ["train", "m", str(tmp_path / "d.txt"), "--output-dir", str(tmp_path)]
+    for options in ([], ["--overwrite"]):
+        refused = runner.invoke(app, [*line, *options])
+        assert refused.exit_code == 2
+        assert (
+            f"{tmp_path / 'checkpoints'}: expected no checkpoints, got step-00000002. Give --resume auto"
+            in refused.stderr
+        )
+    assert not asked
+    assert runner.invoke(app, [*line, "--resume", "auto"]).exit_code == 0
+
+
 def test_the_command_that_goes_on_is_the_same_with_resume() -> None:
     assert (
         train._command_to_go_on(["/x/bin/shardwise", "train", "m", "a file", "--resume", "d", "--steps", "3"])

@@ -6,6 +6,7 @@ from shardwise.checkpoint.hub import (
     cached_snapshot,
     download_snapshot,
     downloaded_bytes,
+    fetch_descriptions,
     snapshot_revision,
 )
 from shardwise.checkpoint.hub_access import HubAccess
@@ -33,6 +34,7 @@ __all__ = [
     "cached_snapshot",
     "download_snapshot",
     "downloaded_bytes",
+    "fetch_descriptions",
     "fetch_headers",
     "fetch_mapped",
     "load_pickle",

@@ -101,6 +101,21 @@ def download_snapshot(location: Location, *, subfolder: str = "") -> Path:
     return path
 
 
+def fetch_descriptions(location: Location) -> None:
+    """Download a model's indexes and configs, if it is not on this machine; `download_snapshot` begins with them too.
+
+    Args:
+        location: On a hub.
+
+    Raises:
+        CheckpointError: As `download_snapshot`.
+        ConfigurationError: As `download_snapshot`.
+        MissingDependencyError: As `download_snapshot`.
+    """
+    if cached_snapshot(location) is None:
+        _fetch(location, _DESCRIPTIONS)
+
+
 def downloaded_bytes(location: Location) -> int:
     """Return how many bytes lie in the hub's cache of a model, those of unfinished downloads among them.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli.before_ranks import check_checkpoint
+from shardwise.cli.before_ranks import check_exported
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import run_on_ranks
 from shardwise.cli.terminal import errors_reported
@@ -58,8 +58,12 @@ def export_command(
     with errors_reported(debug=debug):
         from shardwise.compare.export_worker import export_model
         from shardwise.errors import ConfigurationError
+        from shardwise.export import check_max_shard_size
+        from shardwise.tensors import floating_dtype
         from shardwise.transformers_model.resume import STATE_NAME
 
+        floating_dtype(dtype, others=(None,))
+        check_max_shard_size(max_shard_size)
         state = Path(source).absolute() if (Path(source) / STATE_NAME).is_file() else None
         if state is None and (merge or model is not None):
             raise ConfigurationError(
@@ -68,7 +72,7 @@ def export_command(
             )
         if state is None:
             _refuse_folder_of_states(Path(source), STATE_NAME)
-            check_checkpoint(source)
+            check_exported(source)
         named, adapters = (source, {}) if state is None else _trained_in(state, model, merge=merge)
         arguments = {
             "model": named,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from shardwise.cli.before_ranks import check_checkpoint
+from shardwise.cli.before_ranks import check_checkpoint, check_strategy_options
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import run_on_ranks
 from shardwise.cli.terminal import errors_reported
@@ -43,12 +43,13 @@ def load_command(
     """
     with errors_reported(debug=debug):
         from shardwise.compare.load_worker import load_model
+        from shardwise.materialization import checked_cpu_storage
         from shardwise.plan import check_route
-        from shardwise.strategies import check_strategy
         from shardwise.tensors import floating_dtype
 
-        check_strategy(strategy)
+        check_strategy_options(strategy, mixed_precision=mixed_precision, ranks=ranks)
         check_route(route)
+        checked_cpu_storage(cpu_storage, direct_io=False)
         floating_dtype(dtype, others=("auto",))
         check_checkpoint(model)
         arguments = {

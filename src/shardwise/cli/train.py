@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from shardwise.cli.before_ranks import check_checkpoint, check_data
+from shardwise.cli.before_ranks import check_beginning, check_checkpoint, check_data, check_strategy_options
 from shardwise.cli.options import DebugOption, JsonOption, RanksOption
 from shardwise.cli.results import write_json
 from shardwise.cli.terminal import errors_reported
@@ -201,6 +201,8 @@ def train_command(
         )
         if not is_rank(os.environ):
             settings.rows_of_rank(ranks)  # refused here, and not by ranks that were started for it
+        check_strategy_options(strategy, mixed_precision=mixed_precision, ranks=ranks)
+        check_beginning(output_dir, resume=resume)
         check_checkpoint(model)
         check_data(data)
         output_dir.mkdir(parents=True, exist_ok=True)

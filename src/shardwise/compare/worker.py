@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardwise.compare.announce import announce
+from shardwise.compare.devices import accelerator_of_ranks
 from shardwise.compare.fingerprint import check_same_on_all_ranks, model_digests, tensor_digest
 from shardwise.compare.modes import MODES, Mode
 from shardwise.compare.peers import PEERS, Peer, report_of_peer
@@ -146,12 +147,11 @@ def join_group() -> torch.device:
     """Make the default group, on the accelerators where each local rank can have one of its own."""
     local_rank = int(os.environ["LOCAL_RANK"])
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    backend = None if accelerator is None else dist.get_default_backend_for_device(accelerator)
-    # An accelerator whose backend is the CPU's has no collectives of its own.
-    if accelerator is None or backend == "gloo" or torch.accelerator.device_count() < local_ranks:
+    accelerator = accelerator_of_ranks(local_ranks)
+    if accelerator is None:
         dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
         return torch.device("cpu")
+    backend = dist.get_default_backend_for_device(accelerator)
     torch.accelerator.set_device_index(local_rank)
     device = torch.device(accelerator.type, local_rank)
     torch.zeros(1, device=device)  # the device's context is not what is measured

@@ -110,6 +110,15 @@ def plan_files(
     )
 
 
+def check_max_shard_size(max_shard_size: int | str) -> None:
+    """Raise unless a size can be read.
+
+    Raises:
+        ConfigurationError: With what can be.
+    """
+    plan_files((), weights_name="model.safetensors", max_shard_size=max_shard_size, parameters=0)
+
+
 def _nbytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
     shape, dtype = kind
     return torch.Size(shape).numel() * dtype.itemsize

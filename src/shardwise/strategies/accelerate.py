@@ -22,7 +22,7 @@ from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.load_context import unchanged_environment
 from shardwise.strategies.mesh import device_type_of, ranks_of, ranks_to_tell, resolve_mesh
-from shardwise.strategies.precision import check_grad_scaler, check_mixed_precision
+from shardwise.strategies.precision import check_fp8, check_grad_scaler, check_mixed_precision
 
 _log = logging.getLogger("shardwise")
 
@@ -91,7 +91,7 @@ class AccelerateStrategy(Strategy):
                 check_mixed_precision(mixed_precision, device_type=device_type)
                 check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
                 efficient = efficient_switch(memory_efficient_init, config)
-                _check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
+                check_fp8(mixed_precision, device_type=device_type, efficient=efficient)
                 mesh = resolve_mesh(device_mesh)
                 if accelerator is None:
                     accelerator, plugin = _build(
@@ -266,20 +266,6 @@ def _adopted_config(
             "out, or build the Accelerator without a plugin."
         )
     return compat.config_of(plugin)
-
-
-def _check_fp8(mixed_precision: str, *, device_type: str, efficient: bool) -> None:
-    if mixed_precision != "fp8":
-        return
-    if device_type == "cpu":
-        raise ConfigurationError(
-            "mixed_precision='fp8': needs an accelerator, got a mesh on the CPU. Use 'bf16' or 'no'."
-        )
-    if efficient:
-        raise ConfigurationError(
-            "mixed_precision='fp8': Accelerate converts layers of a model that holds its values, which "
-            "memory_efficient_init does not keep. Pass memory_efficient_init=False, or use 'bf16'."
-        )
 
 
 def _mesh_of(accelerator: Any) -> DeviceMesh | None:

@@ -17,7 +17,7 @@ from shardwise.materialization import CpuStorage, telling
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig, efficient_switch
 from shardwise.strategies.mesh import device_type_of, ranks_of, ranks_to_tell, resolve_mesh
-from shardwise.strategies.precision import check_grad_scaler, check_mixed_precision, policy_of
+from shardwise.strategies.precision import check_grad_scaler, check_native_precision, policy_of
 
 
 @final
@@ -61,13 +61,8 @@ class NativeFSDPStrategy(Strategy):
         with telling("NativeFSDPStrategy", ranks_to_tell(device_mesh)):
             config = FSDPConfig.from_dict(fsdp_config)
             device_type = device_type_of(device_mesh)
-            check_mixed_precision(mixed_precision, device_type=device_type)
+            check_native_precision(mixed_precision, device_type=device_type)
             check_grad_scaler(grad_scaler_config, mixed_precision=mixed_precision)
-            if mixed_precision == "fp8":
-                raise ConfigurationError(
-                    "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels. Use AccelerateStrategy with an fp8 backend "
-                    "installed, or 'bf16'."
-                )
             super().__init__(
                 mesh=resolve_mesh(device_mesh),
                 mixed_precision=mixed_precision,

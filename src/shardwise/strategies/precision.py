@@ -43,6 +43,39 @@ def check_mixed_precision(mixed_precision: str, *, device_type: str) -> None:
         )
 
 
+def check_native_precision(mixed_precision: str, *, device_type: str) -> None:
+    """Refuse a precision that is unknown, or not possible on a device with torch alone.
+
+    Raises:
+        ConfigurationError: With the list, or the reason.
+    """
+    check_mixed_precision(mixed_precision, device_type=device_type)
+    if mixed_precision == "fp8":
+        raise ConfigurationError(
+            "mixed_precision='fp8': NativeFSDPStrategy has no fp8 kernels. Use AccelerateStrategy with an fp8 backend "
+            "installed, or 'bf16'."
+        )
+
+
+def check_fp8(mixed_precision: str, *, device_type: str, efficient: bool) -> None:
+    """Refuse fp8 where Accelerate cannot convert layers to it.
+
+    Raises:
+        ConfigurationError: With the reason.
+    """
+    if mixed_precision != "fp8":
+        return
+    if device_type == "cpu":
+        raise ConfigurationError(
+            "mixed_precision='fp8': needs an accelerator, got a mesh on the CPU. Use 'bf16' or 'no'."
+        )
+    if efficient:
+        raise ConfigurationError(
+            "mixed_precision='fp8': Accelerate converts layers of a model that holds its values, which "
+            "memory_efficient_init does not keep. Pass memory_efficient_init=False, or use 'bf16'."
+        )
+
+
 def check_grad_scaler(grad_scaler_config: Mapping[str, Any] | None, *, mixed_precision: str) -> None:
     """Refuse options of a gradient scaler where there is none, and unknown ones.
 

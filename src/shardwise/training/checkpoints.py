@@ -15,6 +15,8 @@ from typing import Any, Final
 from shardwise.errors import ConfigurationError
 from shardwise.transformers_model.sealed import RUN_NAME
 
+CHECKPOINTS: Final = "checkpoints"
+"""Name of their folder in a training's output directory."""
 _PREFIX: Final = "step-"
 _ASIDE: Final = ".abandoned"
 DIGEST_NAME: Final = "data_digest"  # in what a training is

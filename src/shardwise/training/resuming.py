@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,8 @@ def find_start(
             folder.mkdir(parents=True, exist_ok=True)
             found = json.dumps([str(path) for path in newest_first(folder)])
         present = [Path(name) for name in json.loads(agreement.publish("present", found))]
-        if resume is None and present:
-            raise ConfigurationError(
-                f"{folder}: expected no checkpoints, got {present[0].name}. Give --resume auto to go on from the newest, or another "
-                "--output-dir, or remove that directory: a checkpoint is never overwritten."
-            )
+        if resume is None:
+            refuse_checkpoints(folder, present)
     if resume is None:
         return None
     faults: list[str] = []
@@ -94,6 +91,23 @@ def find_start(
         )
     note(f"no checkpoint in {folder}: beginning at the first step")
     return None
+
+
+def refuse_checkpoints(folder: Path, present: Sequence[Path]) -> None:
+    """Raise if a training that begins would find checkpoints of another one.
+
+    Args:
+        folder: Of its checkpoints.
+        present: Those in it, the newest first.
+
+    Raises:
+        ConfigurationError: There are some.
+    """
+    if present:
+        raise ConfigurationError(
+            f"{folder}: expected no checkpoints, got {present[0].name}. Give --resume auto to go on from the newest, or another "
+            "--output-dir, or remove that directory: a checkpoint is never overwritten."
+        )
 
 
 def make_way(folder: Path, *, start: Start | None, agreement: Agreement, note: Callable[[str], None]) -> None:

@@ -16,7 +16,7 @@ from shardwise.errors import DivergedError, PeerError, RankError
 from shardwise.materialization import Agreement
 from shardwise.strategies.mesh import ranks_of
 from shardwise.training.build import add_optimizer, make_model, refuse_unknown_tokens, tokenizer_of
-from shardwise.training.checkpoints import DIGEST_NAME
+from shardwise.training.checkpoints import CHECKPOINTS, DIGEST_NAME
 from shardwise.training.evaluation import evaluate
 from shardwise.training.metrics import Metrics
 from shardwise.training.order import DataOrder
@@ -30,7 +30,6 @@ from shardwise.training.tokens import TokenRows, tokenise
 from shardwise.transformers_model import TransformersModel
 
 SCHEMA: Final = "shardwise.train/1"
-CHECKPOINTS: Final = "checkpoints"
 EXPORT: Final = "export"
 _DATA: Final = "data"
 
