@@ -476,14 +476,17 @@ def test_options_that_are_refused(directory: str, options: list[str], message: s
     assert message in result.stderr
 
 
-def test_a_narrow_terminal_gets_tables_of_its_width(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "of_ways"), [(80, 3), (60, 4)])
+def test_a_narrow_terminal_gets_tables_of_its_width(
+    directory: str, width: int, of_ways: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from rich.console import Console
 
     from shardwise.cli import plan_display
 
     class Terminal(Console):
         def __init__(self, **options: Any) -> None:
-            super().__init__(**options, force_terminal=True, color_system=None, width=80)
+            super().__init__(**options, force_terminal=True, color_system=None, width=width)
 
     monkeypatch.setattr(plan_display, "Console", Terminal)
     result = run(
@@ -501,9 +504,9 @@ def test_a_narrow_terminal_gets_tables_of_its_width(directory: str, monkeypatch:
     )
     assert result.exit_code == 0, result.output
     tables = result.output.split("stored tensors, ")[0].splitlines()[1:-1]
-    assert max(map(len, tables)) <= 80
+    assert max(map(len, tables)) <= width
     assert "…" not in result.output
-    assert sum(line.split()[:2] == ["at", "load"] for line in tables) == 3
+    assert sum(line.split()[:2] == ["at", "load"] for line in tables) == of_ways
 
 
 def test_every_value_of_a_plan_is_of_one_file(directory: str) -> None:

@@ -149,16 +149,23 @@ def test_the_command_that_goes_on_is_the_same_with_resume() -> None:
     )
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [200, 60])
+def test_a_terminal_gets_a_bar_whose_figures_are_not_cut(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", str(width))
+    figures = {"step": 200, "of": 3000, "tokens_per_second": 12345.6, "peak_memory_bytes": 2**34}
     with training_display() as show:
         show(json.dumps({"kind": "note", "text": "going on"}))
-        show(json.dumps(STEP))
+        show(json.dumps({**STEP, **figures}))
     said = capsys.readouterr().err
     assert "going on" in said
-    assert "loss 1.5000, 100 tokens/s, peak 2 MiB" in said
-    assert "2/30" in said
+    assert "…" not in said
+    for figure in ("200/3000", "1.5000", "12346", "16384"):
+        assert figure in said
+    if width == 200:
+        assert "loss 1.5000, 12346 tokens/s, peak 16384 MiB" in said
 
 
 def test_what_a_run_may_change_is_no_part_of_the_training(asked: dict[str, Any], tmp_path: Path) -> None:

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 from rich.text import Text
 
 from shardwise.planning import JobPlan, Way
 from shardwise.planning.training_state import TrainingState
+from shardwise.report.fitted import FilledColumn, print_fitted
 from shardwise.report.units import format_bytes, format_seconds
 
 _NONE = "-"
-_Column = tuple[str, list[str]]
 
 
 def show_plan(plan: JobPlan) -> None:
@@ -33,17 +31,12 @@ def show_plan(plan: JobPlan) -> None:
         f"{plan.load.title}; {nodes} node{'s' * (nodes > 1)} of {plan.ranks_per_node} rank{'s' * (plan.ranks_per_node > 1)}",
     )
     console.print()
-    names: _Column = ("at load", [_name(way) for way in plan.ways])
-    parts = (_memory(plan.ways), _read(plan.ways), _moved(plan.ways))
-    tables = [_table([names, *(column for part in parts for column in part)])]
-    if not console.is_terminal:
-        console.width = max(console.width, _width(console, tables[0]))
-    elif _width(console, tables[0]) > console.width:
-        tables = [_table([names, *part]) for part in parts]
-    for table in [*tables, _training(plan.training, plan.ranks_per_node)]:
-        if not console.is_terminal:  # plain lines
-            table.box = None
-        console.print(table)
+    ways = _names("at load", [_name(way) for way in plan.ways])
+    for names, *groups in (
+        (ways, _memory(plan.ways), _read(plan.ways), _moved(plan.ways)),
+        _training(plan.training, plan.ranks_per_node),
+    ):
+        print_fitted(console, names, groups, box=box.SIMPLE_HEAD if console.is_terminal else None)
         console.print()
     for note in _notes(plan):
         _say(console, note)
@@ -55,35 +48,26 @@ def _say(console: Console, text: str) -> None:
     console.print(Text(text), soft_wrap=True)
 
 
-def _width(console: Console, table: Table) -> int:
-    return Measurement.get(console, console.options.update(width=10_000), table).maximum
-
-
-def _table(columns: Sequence[_Column]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, (header, _) in enumerate(columns):
-        table.add_column(header, justify="right" if number else "left", no_wrap=True, vertical="bottom")
-    for row in zip(*(cells for _, cells in columns), strict=True):
-        table.add_row(*map(Text, row))
-    return table
+def _names(header: str, cells: Sequence[str]) -> FilledColumn:
+    return FilledColumn(header=header, cells=cells, justify="left")
 
 
 def _name(way: Way) -> str:
     return f"{way.name} (taken)" if way.chosen else way.name
 
 
-def _memory(ways: Sequence[Way]) -> list[_Column]:
-    columns: list[_Column] = [
-        ("host,\na rank", [_bytes(way.cost.host_peak_bytes) for way in ways]),
-        ("host,\na node", [_bytes(way.cost.node_host_peak_bytes) for way in ways]),
-        ("device", [_bytes(way.cost.device_peak_bytes) for way in ways]),
+def _memory(ways: Sequence[Way]) -> list[FilledColumn]:
+    columns = [
+        _column("host,\na rank", (_bytes(way.cost.host_peak_bytes) for way in ways)),
+        _column("host,\na node", (_bytes(way.cost.node_host_peak_bytes) for way in ways)),
+        _column("device", (_bytes(way.cost.device_peak_bytes) for way in ways)),
     ]
     if any(way.fits is not None for way in ways):
-        columns.append(("fits, with\ntraining", ["yes" if way.fits else "NO" for way in ways]))
+        columns.append(_column("fits, with\ntraining", ("yes" if way.fits else "NO" for way in ways)))
     return columns
 
 
-def _read(ways: Sequence[Way]) -> list[_Column]:
+def _read(ways: Sequence[Way]) -> list[FilledColumn]:
     return [
         _column("read,\nthe job", (_bytes(way.cost.storage_bytes) for way in ways)),
         _column("read,\na node", (_bytes(way.cost.node_storage_bytes) for way in ways)),
@@ -95,7 +79,7 @@ def _read(ways: Sequence[Way]) -> list[_Column]:
     ]
 
 
-def _moved(ways: Sequence[Way]) -> list[_Column]:
+def _moved(ways: Sequence[Way]) -> list[FilledColumn]:
     columns = [
         _column("moved,\nthe job", (_bytes(way.cost.network_bytes) for way in ways)),
         _column("moved,\na node", (_bytes(way.cost.node_network_bytes) for way in ways)),
@@ -108,11 +92,12 @@ def _moved(ways: Sequence[Way]) -> list[_Column]:
     return columns
 
 
-def _column(header: str, figures: Iterable[str | None]) -> _Column:
-    return header, [_NONE if figure is None else figure for figure in figures]
+def _column(header: str, figures: Iterable[str | None]) -> FilledColumn:
+    cells = [_NONE if figure is None else figure for figure in figures]
+    return FilledColumn(header=header, cells=cells, justify="right")
 
 
-def _training(state: TrainingState, ranks_per_node: int) -> Table:
+def _training(state: TrainingState, ranks_per_node: int) -> tuple[FilledColumn, list[FilledColumn]]:
     on_shards = "host" if state.in_host_memory else "device"
     on_gathering = "host" if state.gathers_in_host_memory else "device"
     rows: list[tuple[str, str, int]] = []
@@ -132,13 +117,13 @@ def _training(state: TrainingState, ranks_per_node: int) -> Table:
         rows.append(("at most, together", "host", state.host_bytes))
     if state.device_bytes:
         rows.append(("at most, together", "device", state.device_bytes))
-    return _table(
+    return (
+        _names("in training", [name for name, _, _ in rows]),
         [
-            ("in training", [name for name, _, _ in rows]),
-            ("in", [where for _, where, _ in rows]),
-            ("a rank", [_bytes(nbytes) for _, _, nbytes in rows]),
-            ("a node", [_bytes(ranks_per_node * nbytes) for _, _, nbytes in rows]),
-        ]
+            _column("in", (where for _, where, _ in rows)),
+            _column("a rank", (_bytes(nbytes) for _, _, nbytes in rows)),
+            _column("a node", (_bytes(ranks_per_node * nbytes) for _, _, nbytes in rows)),
+        ],
     )
 
 

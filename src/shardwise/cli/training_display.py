@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 _MIB = 2**20
@@ -29,9 +30,11 @@ def training_display() -> Iterator[Callable[[str], None]]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn(
+            "{task.fields[figures]}", table_column=Column(overflow="fold")
+        ),  # wraps, and is not cut, in a narrow terminal
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from rich import box
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from shardwise.report.comparison import Run, counted_ranks, model_name, read_comparison
+from shardwise.report.fitted import FilledColumn, print_fitted, table_of
 from shardwise.report.timelines import LOAD_PHASES
 from shardwise.report.units import ByteUnit, format_number, format_seconds
 
@@ -43,14 +43,14 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
     Raises:
         ConfigurationError: The document cannot be read.
     """
-    runs = read_comparison(comparison)
-    return _table(runs, (*time_columns(runs), *memory_columns(unit_of(runs))), with_status=True)
+    names, columns = _columns(read_comparison(comparison))
+    return table_of([names, *columns], box=box.SIMPLE_HEAD)
 
 
 def render(comparison: Mapping[str, Any], console: Console) -> None:
     """Print the table of a comparison, and notes that say what it shows.
 
-    In a terminal that is too narrow, times and memory are two tables. Where there is no terminal, lines are at
+    In a terminal that is too narrow, what does not fit comes in further tables. Where there is no terminal, lines are at
     least 120 characters long, whatever width the console was given.
 
     Args:
@@ -61,39 +61,34 @@ def render(comparison: Mapping[str, Any], console: Console) -> None:
         ConfigurationError: The document cannot be read.
     """
     runs = read_comparison(comparison)
-    times, memory = time_columns(runs), memory_columns(unit_of(runs))
-    tables = [_table(runs, (*times, *memory), with_status=True)]
+    names, columns = _columns(runs)
     width_before = console.width
-    needed = Measurement.get(console, console.options.update(width=10_000), tables[0]).maximum
     try:
         if not console.is_terminal:
-            console.width = max(PIPED_WIDTH, needed, width_before)
-        elif needed > width_before:
-            tables = [
-                _table(runs, (*times, memory[0]), with_status=True),
-                _table(runs, memory[1:], with_status=False),
-            ]
+            console.width = max(PIPED_WIDTH, width_before)
         console.print(Text(_headline(comparison, runs)))
-        for table in tables:
-            console.print(table)
+        print_fitted(console, names, [columns], box=box.SIMPLE_HEAD)
         for note in notes_of(runs):
             console.print(Text(note))
     finally:
         console.width = width_before
 
 
-def _table(runs: Sequence[Run], columns: Sequence[TableColumn], *, with_status: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode", no_wrap=True, vertical="bottom")
-    for column in columns:
-        table.add_column(column.header, justify="right", no_wrap=True, vertical="bottom")
-    if with_status:
-        table.add_column("status", no_wrap=True, vertical="bottom")
-    for run in runs:
-        cells = (column.cell(run) if run.error is None else _NONE for column in columns)
-        status = "ok" if run.error is None else "failed"
-        table.add_row(Text(run.mode), *cells, *([status] if with_status else []))
-    return table
+def _columns(runs: Sequence[Run]) -> tuple[FilledColumn, list[FilledColumn]]:
+    """Return the modes' names, and the columns beside them."""
+
+    def filled(column: TableColumn) -> FilledColumn:
+        cells = [column.cell(run) if run.error is None else _NONE for run in runs]
+        return FilledColumn(header=column.header, cells=cells, justify="right")
+
+    statuses = ["ok" if run.error is None else "failed" for run in runs]
+    return (
+        FilledColumn(header="mode", cells=[run.mode for run in runs], justify="left"),
+        [
+            *map(filled, (*time_columns(runs), *memory_columns(unit_of(runs)))),
+            FilledColumn(header="status", cells=statuses, justify="left"),
+        ],
+    )
 
 
 def time_columns(runs: Sequence[Run]) -> tuple[TableColumn, ...]:
