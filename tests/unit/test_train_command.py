@@ -15,6 +15,7 @@ from shardwise.compare import launch
 from shardwise.compare.train_worker import train_model
 from shardwise.errors import ConfigurationError
 from shardwise.training import LoraSettings, TrainSettings
+from shardwise.transformers_model.sealed import RUN_NAME
 
 runner = CliRunner()
 
@@ -136,6 +137,27 @@ def test_checkpoints_of_another_training_are_refused_before_ranks_are_started(
         )
     assert not asked
     assert runner.invoke(app, [*line, "--resume", "auto"]).exit_code == 0
+
+
+def test_an_interrupt_says_what_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.txt").touch()
+    checkpoints, steps = tmp_path / "checkpoints", iter(("step-00000002", "step-00000004"))
+
+    def run_ranks(worker: Any, arguments: Any, **options: Any) -> dict[int, Any]:
+        (checkpoints / next(steps)).mkdir(parents=True)  # half-written
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "run_ranks", run_ranks)
+    line = ["train", "m", str(tmp_path / "d.txt"), "--output-dir", str(tmp_path), "--resume", "auto"]
+    monkeypatch.setattr("sys.argv", ["shardwise", *line])
+    for told in (
+        "No checkpoint was saved (--checkpoint-every saves some).",
+        f"The newest checkpoint is {checkpoints / 'step-00000002'}. Go on with: shardwise {' '.join(line)}",
+    ):
+        interrupted = runner.invoke(app, line)
+        assert interrupted.exit_code == 130
+        assert f"shardwise: interrupted; nothing is left running. {told}\n" in interrupted.stderr
+        (checkpoints / "step-00000002" / RUN_NAME).touch()
 
 
 def test_the_command_that_goes_on_is_the_same_with_resume() -> None:

@@ -63,6 +63,8 @@ def errors_reported(*, debug: bool) -> Iterator[None]:
     Args:
         debug: Show the traceback too.
 
+    What a `KeyboardInterrupt` was made with is said too.
+
     Raises:
         typer.Exit: With status 2 for wrong options or set-up, 1 for what failed, 130 for an interrupt.
     """
@@ -75,7 +77,7 @@ def errors_reported(*, debug: bool) -> Iterator[None]:
         _report(str(error), debug=debug)
         raise typer.Exit(STATUS_FAILED) from error
     except KeyboardInterrupt as error:
-        _report("interrupted; nothing is left running.", debug=debug)
+        _report(" ".join(["interrupted; nothing is left running.", *map(str, error.args)]), debug=debug)
         raise typer.Exit(STATUS_INTERRUPTED) from error
     except OSError as error:
         _report(f"{error}.", debug=debug)

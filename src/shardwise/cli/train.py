@@ -153,7 +153,7 @@ def train_command(
         from shardwise.compare.launch import is_rank, run_ranks
         from shardwise.compare.train_worker import train_model
         from shardwise.errors import ConfigurationError
-        from shardwise.training import LoraSettings, TrainSettings
+        from shardwise.training import CHECKPOINTS, LoraSettings, TrainSettings, newest_whole
 
         lora = None
         if lora_rank is not None:
@@ -206,20 +206,29 @@ def train_command(
         check_checkpoint(model)
         check_data(data)
         output_dir.mkdir(parents=True, exist_ok=True)
-        with training_display() as progress:
-            outcomes = run_ranks(
-                train_model,
-                {"settings": settings.to_json(), "go_on": _command_to_go_on(sys.argv)},
-                ranks=ranks,
-                log_directory=output_dir / _LOG_FOLDER,
-                progress=progress,
-                grace_seconds=_GRACE_SECONDS,
-            )
+        go_on = _command_to_go_on(sys.argv)
+        try:
+            with training_display() as progress:
+                outcomes = run_ranks(
+                    train_model,
+                    {"settings": settings.to_json(), "go_on": go_on},
+                    ranks=ranks,
+                    log_directory=output_dir / _LOG_FOLDER,
+                    progress=progress,
+                    grace_seconds=_GRACE_SECONDS,
+                )
+        except KeyboardInterrupt as error:
+            saved = newest_whole(output_dir / CHECKPOINTS)
+            raise KeyboardInterrupt(
+                "No checkpoint was saved (--checkpoint-every saves some)."
+                if saved is None
+                else f"The newest checkpoint is {saved}. Go on with: {go_on}"
+            ) from error
         # Under a launcher every rank is here with its own outcome, and all are equal: the first one speaks.
         if 0 in outcomes:
-            _say(outcomes[0], output_dir)
             if json_file is not None:
-                write_json(outcomes[0], json_file)
+                write_json(outcomes[0], json_file)  # first: who reads the output may have closed it
+            _say(outcomes[0], output_dir)
 
 
 def _command_to_go_on(argv: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """Fine-tuning on shards: data, steps, checkpoints, on the facade."""
 
-from shardwise.training.checkpoints import CHECKPOINTS, newest_first
+from shardwise.training.checkpoints import CHECKPOINTS, newest_first, newest_whole
 from shardwise.training.resuming import refuse_checkpoints
 from shardwise.training.run import train
 from shardwise.training.sample import sample_text
@@ -11,6 +11,7 @@ __all__ = [
     "LoraSettings",
     "TrainSettings",
     "newest_first",
+    "newest_whole",
     "refuse_checkpoints",
     "sample_text",
     "train",

@@ -33,6 +33,11 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
+def newest_whole(folder: Path) -> Path | None:
+    """Return the directory of a training's newest whole checkpoint; None where there is none."""
+    return next((path for path in newest_first(folder) if (path / RUN_NAME).is_file()), None)
+
+
 def require_same_training(run: Mapping[str, Any], identity: Mapping[str, Any], directory: Path) -> None:
     """Raise if a checkpoint is of a training with other settings or data.
 
