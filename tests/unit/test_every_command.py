@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from rich.console import Console
 from typer.testing import CliRunner
 
 from shardwise import __version__, checkpoint, planning, report
@@ -104,6 +105,26 @@ def test_a_failure_is_one_paragraph_and_with_debug_the_traceback_too(
     told = runner.invoke(app, [*line, "--debug"])
     assert told.exit_code == status
     assert "Traceback" in told.stderr
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - NO_JSON))
+def test_results_are_written_before_anything_is_printed(
+    command: str, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `| head`, which closes the output when it has seen enough."""
+
+    def closed(*words: Any, **options: Any) -> None:
+        if options.get("file") is None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    monkeypatch.setattr(Console, "print", closed)
+    monkeypatch.setattr("shardwise.cli.plan_display.show_plan", closed)
+    monkeypatch.setattr("shardwise.cli.train._say", closed)
+    monkeypatch.setattr(report, "save_page", lambda documents, path: path.touch())
+    runner.invoke(app, [*command.split(), *COMMANDS[command].split(), "--json", "new/result.json"])
+    assert isinstance(json.loads(Path("new/result.json").read_text()), dict)
+    assert Path("report.html").exists() == (command in {"compare", "demo"})
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

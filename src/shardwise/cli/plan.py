@@ -146,9 +146,9 @@ def plan_command(
             host_bytes=_bytes("--host-ram", host_ram),
             device_bytes=_bytes("--device-ram", device_ram),
         )
-        show_plan(plan)
         if json_file is not None:
-            write_json(plan.to_json(), json_file)
+            write_json(plan.to_json(), json_file)  # first: who reads the output may have closed it
+        show_plan(plan)
     if plan.verdict is not None and not plan.verdict.fits:
         raise typer.Exit(STATUS_DOES_NOT_FIT)
 

@@ -20,7 +20,7 @@ LOG_FOLDER: Final = "logs"
 
 
 def show(comparison: Comparison, *, output_directory: Path, json_file: Path | None) -> None:
-    """Print the table and what was found equal, and write `report.json`, `report.html`, `report.trace.json` and `report.png`.
+    """Write `report.json`, `report.html`, `report.trace.json` and `report.png`, and print the table and what was found equal.
 
     Args:
         comparison: What came out.
@@ -36,29 +36,31 @@ def show(comparison: Comparison, *, output_directory: Path, json_file: Path | No
         save_trace,
     )
 
-    console = Console(highlight=False)
     output_directory.mkdir(parents=True, exist_ok=True)
     json_files = [output_directory / "report.json", *([json_file] if json_file is not None else [])]
     for path in json_files:
         comparison.save(path)
+    page, trace = output_directory / "report.html", output_directory / "report.trace.json"
+    save_page([comparison.document], page)
+    save_trace([comparison.document], trace)
+    written = list(map(str, (*json_files, page, trace)))
+    picture, no_picture = output_directory / "report.png", []
+    try:
+        save_figure(comparison.document, picture)
+        written.append(str(picture))
+    except MissingDependencyError as error:
+        no_picture = [f"No picture: {error}"]
+    # Only now, when all is on disk: who reads the output may have closed it.
+    console = Console(highlight=False)
     render(comparison.document, console)
     for line in [
         *agreement_lines(comparison.document),
         *_answer_lines(comparison),
         *fine_tuning_lines(comparison.document.get("fine_tuning")),
+        *no_picture,
+        f"Written: {', '.join(written)}",
     ]:
         console.print(Text(line), soft_wrap=True)
-    page, trace = output_directory / "report.html", output_directory / "report.trace.json"
-    save_page([comparison.document], page)
-    save_trace([comparison.document], trace)
-    written = list(map(str, (*json_files, page, trace)))
-    picture = output_directory / "report.png"
-    try:
-        save_figure(comparison.document, picture)
-        written.append(str(picture))
-    except MissingDependencyError as error:
-        console.print(Text(f"No picture: {error}"), soft_wrap=True)
-    console.print(Text(f"Written: {', '.join(written)}"), soft_wrap=True)
     if comparison.failed_modes:
         console.print(Text(f"Output of the failed ranks: {output_directory / LOG_FOLDER}"), soft_wrap=True)
 
@@ -103,9 +105,10 @@ def run_on_ranks(
     # Under a launcher every rank is here with its own report, and all are equal: the first one speaks.
     report = reports.get(0)
     if report is not None:
-        print(report.pop("summary"))
+        summary = report.pop("summary")
         if json_file is not None:
-            write_json(report, json_file)
+            write_json(report, json_file)  # first: who reads the output may have closed it
+        print(summary)
     return reports
 
 
