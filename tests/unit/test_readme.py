@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import shardwise as sw
+from shardwise.materialization.cpu_storage import CPU_STORAGE
 from shardwise.strategies.base import Strategy
 from shardwise.strategies.fsdp_config import FSDPConfig
 
@@ -33,8 +34,19 @@ def options_of(function: Any) -> dict[str, Any]:
 )
 def test_every_option_has_a_row_with_its_default(function: Any) -> None:
     for name, default in options_of(function).items():
-        written = "`True`" if name == "memory_efficient_init" else f"`{default!r}`".replace("'", '"')
+        written = f"`{default!r}`".replace("'", '"')
         assert ROWS[name].startswith(written), name
+
+
+def test_every_way_to_keep_shards_of_cpu_ranks_is_named() -> None:
+    (row,) = [line for line in README.splitlines() if line.startswith("| `cpu_storage` |")]
+    assert all(f'`"{way}"`' in row.split("|")[3] for way in CPU_STORAGE)
+
+
+def test_the_extra_of_the_facade_s_default_strategy_is_named() -> None:
+    default = inspect.signature(sw.TransformersModel).parameters["strategy"].default
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{default}` |")]
+    assert "`TransformersModel`" in row
 
 
 def test_every_key_of_fsdp_config_is_named() -> None:
