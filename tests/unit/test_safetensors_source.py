@@ -266,6 +266,15 @@ def test_only_pickle_files(tmp_path: Path) -> None:
     assert "defer=False" in str(caught.value)
 
 
+def test_a_config_in_place_of_its_directory(tmp_path: Path) -> None:
+    config = two_files(tmp_path) / "config.json"
+    config.write_text("{}")
+    with pytest.raises(UnsupportedFormatError) as caught:
+        SafetensorsSource.open(config)
+    assert str(caught.value).startswith(f"{config}: expected a checkpoint's directory or a .safetensors file")
+    assert str(caught.value).endswith(f"Give the directory: {tmp_path}")
+
+
 def test_an_empty_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected safetensors files, got none"):
         SafetensorsSource.open(tmp_path)

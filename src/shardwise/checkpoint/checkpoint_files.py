@@ -34,6 +34,11 @@ def files_of(path: Path) -> tuple[Path, list[str], dict[str, str] | None]:
         if path.name.endswith(".index.json"):
             index = read_index(path)
             return directory_of(path), sorted(set(index.values())), index
+        if path.suffix == ".json":
+            raise UnsupportedFormatError(
+                f"{path}: expected a checkpoint's directory or a .safetensors file, got a .json file. Give the directory: "
+                f"{path.parent}"
+            )
         if path.suffix != ".safetensors":
             raise UnsupportedFormatError(
                 f"{path}: expected a .safetensors file, got {path.suffix or 'no ending'}. Convert it with "

@@ -30,7 +30,7 @@ def training_display() -> Iterator[Callable[[str], None]]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn(
             "{task.fields[figures]}", table_column=Column(overflow="fold")
