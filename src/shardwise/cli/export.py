@@ -53,7 +53,7 @@ def export_command(
 ) -> None:
     """Write SOURCE as DIRECTORY, each rank a part; no rank holds more of it than staging buffers.
 
-    Leaves with status 0 if the directory is there, 1 if that failed, 2 for wrong options.
+    Leaves with status 0 if the directory is there, 1 if that failed, 2 for wrong options or where there is no SOURCE.
     """
     with errors_reported(debug=debug):
         from shardwise.compare.export_worker import export_model
