@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -236,6 +237,17 @@ def test_a_strategy_whose_library_is_not_installed_names_the_extra(
     refused = runner.invoke(app, [*line.split(), "--strategy", "accelerate"])
     assert refused.exit_code == 2, refused.exception
     assert "pip install 'shardwise[accelerate]'" in refused.stderr
+
+
+def test_an_adapter_without_peft_names_the_extra(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *at: None if name == "peft" else found(name, *at)
+    )
+    work.error = AssertionError("ranks were started")
+    refused = runner.invoke(app, ["train", "m", "text.txt", "--output-dir", "out", "--lora-rank", "4"])
+    assert refused.exit_code == 2, refused.exception
+    assert "--lora-rank needs peft. Install it with: pip install 'shardwise[peft]'" in refused.stderr
 
 
 def test_a_name_of_nothing_is_not_exported(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:

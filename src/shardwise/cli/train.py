@@ -153,6 +153,7 @@ def train_command(
         from shardwise.compare.launch import is_rank, run_ranks
         from shardwise.compare.train_worker import train_model
         from shardwise.errors import ConfigurationError
+        from shardwise.strategies import require_peft
         from shardwise.training import CHECKPOINTS, LoraSettings, TrainSettings, newest_whole
 
         lora = None
@@ -201,6 +202,8 @@ def train_command(
         )
         if not is_rank(os.environ):
             settings.rows_of_rank(ranks)  # refused here, and not by ranks that were started for it
+        if lora is not None:
+            require_peft("--lora-rank")
         check_strategy_options(strategy, mixed_precision=mixed_precision, ranks=ranks)
         check_beginning(output_dir, resume=resume)
         check_checkpoint(model)

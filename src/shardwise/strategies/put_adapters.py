@@ -8,7 +8,6 @@ Source: `peft.get_peft_model`, `peft.PeftModel.load_adapter`, `peft.utils.save_a
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,7 +23,6 @@ from shardwise.errors import (
     CallOrderError,
     CheckpointError,
     ConfigurationError,
-    MissingDependencyError,
     listed,
 )
 from shardwise.materialization import (
@@ -42,6 +40,7 @@ from shardwise.materialization import (
 )
 from shardwise.strategies.adapters import parameters_of_tuners
 from shardwise.strategies.noted import Bindings
+from shardwise.strategies.peft_extra import require_peft
 
 # The others change the forward too: a layer that was built with another start would be another layer.
 _STARTS_OF_THE_SAME_LAYER = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "lora_ga")
@@ -79,7 +78,7 @@ def add_adapter(
         PeerError: Another rank failed.
     """
     with agreement.phase("build"):
-        _require_peft("add_adapter")
+        require_peft("add_adapter")
         _refuse_wrapped("add_adapter", model)
         deferred = bindings.has(model)
         reason = needs_base_values(config) if deferred else None
@@ -181,11 +180,6 @@ def load_adapter(
     return wrapped  # type: ignore[no-any-return]
 
 
-def _require_peft(call: str) -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise MissingDependencyError(f"{call} needs peft. Install it with: pip install 'shardwise[peft]'")
-
-
 def _refuse_wrapped(call: str, model: nn.Module) -> None:
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise CallOrderError(
@@ -195,7 +189,7 @@ def _refuse_wrapped(call: str, model: nn.Module) -> None:
 
 
 def _config_of(directory: Path, *, is_trainable: bool) -> Any:
-    _require_peft("load_adapter")
+    require_peft("load_adapter")
     import peft
 
     if not (directory / "adapter_config.json").is_file():

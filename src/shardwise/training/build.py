@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from shardwise.errors import DataError, MissingDependencyError
+from shardwise.errors import DataError
+from shardwise.strategies import require_peft
 from shardwise.training.settings import LoraSettings, TrainSettings
 from shardwise.transformers_model import TransformersModel
 
@@ -85,12 +86,9 @@ def refuse_unknown_tokens(model: TransformersModel, *, largest: int) -> None:
 
 
 def _peft_config(lora: LoraSettings) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise MissingDependencyError(
-            "an adapter needs peft. Install it with: pip install 'shardwise[peft]'"
-        ) from error
+    require_peft("an adapter")
+    from peft import LoraConfig
+
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,

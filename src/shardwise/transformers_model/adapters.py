@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
 from torch import nn
 
-from shardwise.errors import ConfigurationError, MissingDependencyError
-from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy
+from shardwise.errors import ConfigurationError
+from shardwise.strategies import AccelerateStrategy, NativeFSDPStrategy, require_peft
 
 
 def put_adapter(
@@ -38,10 +37,7 @@ def put_adapter(
         ConfigurationError: `config_or_dir` is neither.
         MissingDependencyError: peft is not installed.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingDependencyError(
-            "add_adapter_to_model needs peft. Install it with: pip install 'shardwise[peft]'"
-        )
+    require_peft("add_adapter_to_model")
     options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
     if isinstance(config_or_dir, (str, os.PathLike)):
         return strategy.load_adapter(model, str(config_or_dir), is_trainable=is_trainable, **options)

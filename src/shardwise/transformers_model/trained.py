@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from shardwise.errors import MissingDependencyError
+from shardwise.strategies import require_peft
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +46,9 @@ def peft_config_of(text: str) -> Any:
     Raises:
         MissingDependencyError: peft is not installed.
     """
-    try:
-        from peft import PeftConfig
-    except ImportError as error:
-        raise MissingDependencyError(
-            "an adapter needs peft. Install it with: pip install 'shardwise[peft]'"
-        ) from error
+    require_peft("an adapter")
+    from peft import PeftConfig
+
     # PEFT names the base anew, and warns where that is another name.
     changed = {"inference_mode": False, "base_model_name_or_path": None}
     return PeftConfig.from_peft_type(**{**json.loads(text), **changed})
