@@ -121,7 +121,10 @@ def refused(kind: type[HfHubHTTPError], text: str) -> HfHubHTTPError:
             lambda: refused(RevisionNotFoundError, "404 Client Error"),
             ["got one without a revision None: 404 Client Error. Check the revision"],
         ),
-        (lambda: LocalEntryNotFoundError("Cannot find it"), ["got neither: Cannot find it. HF_HUB_OFFLINE"]),
+        (
+            lambda: LocalEntryNotFoundError("Got: Cannot find it"),
+            ["got neither: Cannot find it. HF_HUB_OFFLINE"],
+        ),
     ],
     ids=["gated", "not found", "revision", "offline"],
 )

@@ -274,7 +274,7 @@ def _missing(folder: Path) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    text = lines[0].strip() if lines else type(error).__name__
+    text = lines[0].strip().removeprefix("Got: ") if lines else type(error).__name__
     return text if text.endswith(".") else f"{text}."
 
 
