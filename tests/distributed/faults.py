@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import sys
@@ -81,10 +82,10 @@ def _nothing() -> Iterator[None]:
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
-    """Return a function that raises an error, whatever it is called with."""
+    """Return a function that raises an error, whatever it is called with: a new one each time, as it keeps what it was raised through."""
 
     def fail(*_: Any, **__: Any) -> Any:
-        raise error
+        raise copy.copy(error)
 
     return fail
 

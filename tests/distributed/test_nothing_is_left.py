@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,26 @@ def values_of(directory: str) -> dict[str, torch.Tensor]:
     return {name: value for path in Path(directory).iterdir() for name, value in load_file(path).items()}
 
 
-def left() -> tuple[list[str], int, int]:
-    """Return our threads, the number of descriptors, and our buffers and groups that are still referred to."""
+def ours() -> list[Any]:
+    """Return our buffers and groups that are still referred to."""
     gc.collect()
+    return [
+        each for each in gc.get_objects() if isinstance(each, (StagingRing, DataPlane, RangedFile, Lifeline))
+    ]
+
+
+def left(earlier: weakref.WeakSet[Any]) -> tuple[list[str], int, int]:
+    """Return our threads, the number of descriptors, and how many of our objects there are beside earlier ones."""
+    objects = sum(each not in earlier for each in ours())
     threads = sorted(t.name for t in threading.enumerate() if t.name.startswith("shardwise"))
-    objects = sum(
-        isinstance(each, (StagingRing, DataPlane, RangedFile, Lifeline)) for each in gc.get_objects()
-    )
     return threads, len(os.listdir("/proc/self/fd")), objects
 
 
-def settled(before: tuple[list[str], int, int]) -> tuple[list[str], int, int]:
+def settled(before: tuple[list[str], int, int], earlier: weakref.WeakSet[Any]) -> tuple[list[str], int, int]:
     """Return what is there once it is no more than before; what earlier tests have left may have gone meanwhile."""
     deadline = time.monotonic() + SECONDS_TO_CLOSE
     while True:
-        threads, descriptors, objects = left()
+        threads, descriptors, objects = left(earlier)
         found = threads, max(descriptors, before[1]), max(objects, before[2])
         if found == before or time.monotonic() > deadline:
             return found
@@ -107,14 +113,15 @@ def settled(before: tuple[list[str], int, int]) -> tuple[list[str], int, int]:
 
 def growth(once: Callable[[], None]) -> tuple[Any, Any]:
     """Return what is there before and after some loads; the first one of a process opens what torch keeps."""
+    earlier = weakref.WeakSet(ours())  # what other tests have left is no matter of this one
     with connected_ranks():
         once()
         every_rank(None)
-        before = left()
+        before = left(earlier)
         for _ in range(LOADS):
             once()
         every_rank(None)
-    return (before[0], before[1], 0), settled((before[0], before[1], 0))
+    return (before[0], before[1], 0), settled((before[0], before[1], 0), earlier)
 
 
 def load_again_and_again(directory: str, route: str) -> tuple[Any, Any]:
@@ -152,3 +159,24 @@ def test_after_failure(pool: RankPool, files: str, route: str) -> None:
     for before, after in pool.run(fail_again_and_again, files, route, ranks=RANKS):
         assert before[0] == []
         assert after == before
+
+
+_meshes: list[weakref.ref[DeviceMesh]] = []  # of earlier runs in this process
+
+
+def use_a_mesh(directory: str) -> None:
+    mesh = hsdp()
+    fill(directory, "direct", mesh)
+    _meshes.append(weakref.ref(mesh))
+
+
+def meshes_used_and_left() -> tuple[int, int]:
+    return len(_meshes), sum(mesh() is not None for mesh in _meshes)
+
+
+def test_a_mesh_goes_with_its_run(pool: RankPool, files: str) -> None:
+    """It keeps its groups, and these threads and connections: after some hundred runs a process would have no descriptor left."""
+    pool.run(use_a_mesh, files, ranks=RANKS)
+    for used, kept in pool.run(meshes_used_and_left, ranks=RANKS):
+        assert used > 0
+        assert kept == 0

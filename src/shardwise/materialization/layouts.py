@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,18 +33,24 @@ def layout_of(tensor: torch.Tensor, ranks: Sequence[int]) -> Layout:
     return _layout_on(tensor.device_mesh, tuple(tensor.placements))
 
 
+_layouts: WeakKeyDictionary[DeviceMesh, dict[tuple[Placement, ...], Layout]] = WeakKeyDictionary()
+"""A model has few layouts and many parameters. A mesh keeps its groups, and so their threads and connections: it is not kept here."""
+
+
 @lru_cache(maxsize=64)
 def _replicated(ranks: tuple[int, ...]) -> Layout:
     return Layout.replicated(ranks)
 
 
-@lru_cache(maxsize=64)  # a model has few layouts and many parameters
 def _layout_on(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Layout:
-    return Layout(
-        mesh_shape=tuple(mesh.shape),
-        mesh_ranks=tuple(mesh.mesh.flatten().tolist()),
-        placements=placements,
-    )
+    of_mesh = _layouts.setdefault(mesh, {})
+    if placements not in of_mesh:
+        of_mesh[placements] = Layout(
+            mesh_shape=tuple(mesh.shape),
+            mesh_ranks=tuple(mesh.mesh.flatten().tolist()),
+            placements=placements,
+        )
+    return of_mesh[placements]
 
 
 def agreed_layouts(entries: Sequence[Entry], *, agreement: Agreement) -> dict[str, Layout]:

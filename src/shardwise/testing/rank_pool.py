@@ -173,7 +173,7 @@ class RankPool:
         return outcome
 
     def _exit_code(self, rank: int) -> int | None:
-        self._processes[rank].join(timeout=5)
+        self._processes[rank].join(timeout=30)
         code: int | None = self._processes[rank].exitcode
         return code
 
@@ -328,3 +328,7 @@ def _forget_meshes() -> None:
 
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         _redistribute._gen_transform_infos.cache_clear()
+        if hasattr(
+            _redistribute, "clear_redistribute_planner_cache"
+        ):  # a planner keeps its mesh, and so its groups
+            _redistribute.clear_redistribute_planner_cache()
