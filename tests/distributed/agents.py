@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "recipes"
+PORTS = range(20000, 30000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +47,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
+    """Return a port that nobody listens on now, and that the system gives nobody who asks for any."""
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            return port
 
 
 def run_all(

@@ -25,7 +25,7 @@ LEARNING_RATE, DECAY, MOST_NORM = 1e-2, 0.1, 0.5
 
 def facade(directory: str | None, strategy: str, **arguments: Any) -> sw.TransformersModel:
     """Return a model in full precision, with float32 shards, that never waits long."""
-    common = {"mixed_precision": "no", "dtype": torch.float32, "timeout": 25.0}
+    common = {"mixed_precision": "no", "dtype": torch.float32, "timeout": 60.0}
     return sw.TransformersModel(directory, strategy=strategy, **{**common, **arguments})
 
 

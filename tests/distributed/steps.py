@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import shardwise as sw
-from shardwise.materialization import clean_fqn
+from shardwise.materialization import Agreement, clean_fqn
 from shardwise.materialization.call_store import CallStore
 from tests.distributed.models import VOCABULARY, from_checkpoint
 
@@ -33,6 +34,7 @@ WAYS = (
 by_way = pytest.mark.parametrize("way", WAYS)
 by_efficient = pytest.mark.parametrize("efficient", [True, False], ids=["efficient", "eager"])
 ROWS_PER_RANK = 2
+SECONDS_TO_COME = 20.0  # that a rank has on a busy machine
 
 
 def connected_ranks() -> AbstractContextManager[Any]:
@@ -55,7 +57,7 @@ def meet_over_the_network() -> None:
 def make_strategy(name: str, **arguments: Any) -> Any:
     """Return a strategy by its name; full precision unless told otherwise, and never a long wait."""
     made = {"native_fsdp": sw.NativeFSDPStrategy, "accelerate": sw.AccelerateStrategy}[name]
-    return made(**{"mixed_precision": "no", "timeout": 25.0, **arguments})
+    return made(**{"mixed_precision": "no", "timeout": 60.0, **arguments})
 
 
 def load(strategy: Any, directory: str, **arguments: Any) -> nn.Module:
@@ -142,6 +144,21 @@ def every_rank(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def naming_only(late: int) -> Iterator[mock.Mock]:
+    """Let a rank that asks which ones are late ask again until none is but one: on a busy machine the others are on their way."""
+    late_of = Agreement._late
+
+    def none_but_it(self: Agreement, key_of_rank: Mapping[int, str]) -> list[int]:
+        deadline = time.monotonic() + SECONDS_TO_COME
+        while (found := late_of(self, key_of_rank)) not in ([], [late]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return found
+
+    with mock.patch.object(Agreement, "_late", autospec=True, side_effect=none_but_it) as asked:
+        yield asked
 
 
 @contextmanager

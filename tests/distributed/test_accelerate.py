@@ -44,7 +44,7 @@ LAUNCH_YAML = {
 
 
 def accelerate_strategy(**arguments: Any) -> sw.AccelerateStrategy:
-    return sw.AccelerateStrategy(**{"mixed_precision": "no", "timeout": 25.0, **arguments})
+    return sw.AccelerateStrategy(**{"mixed_precision": "no", "timeout": 60.0, **arguments})
 
 
 def inputs() -> torch.Tensor:
@@ -210,7 +210,7 @@ def adopt(directory: str) -> None:
     accelerator = Accelerator(cpu=True)
     before = dict(os.environ)
     # The constructor's own precision is a default, not an order.
-    strategy = sw.AccelerateStrategy(accelerator=accelerator, timeout=25.0)
+    strategy = sw.AccelerateStrategy(accelerator=accelerator, timeout=60.0)
     assert dict(os.environ) == before
     assert strategy.accelerator is accelerator
     assert strategy.mixed_precision == "bf16"
@@ -243,7 +243,7 @@ def adopt_without_efficient_loading(directory: str) -> None:
     from accelerate import Accelerator
 
     os.environ.update({**LAUNCH_YAML, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"})
-    strategy = sw.AccelerateStrategy(accelerator=Accelerator(cpu=True), timeout=25.0)
+    strategy = sw.AccelerateStrategy(accelerator=Accelerator(cpu=True), timeout=60.0)
     assert strategy.memory_efficient_init is False
     model = load(strategy, directory)
     assert not any(p.is_meta for p in model.parameters())
@@ -294,7 +294,7 @@ def adopt_plain() -> None:
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     strategy = sw.AccelerateStrategy(
-        accelerator=accelerator, fsdp_config={"auto_wrap_policy": "none"}, timeout=25.0
+        accelerator=accelerator, fsdp_config={"auto_wrap_policy": "none"}, timeout=60.0
     )
     assert strategy.mixed_precision == "bf16"
     model = strategy.wrap_model(TiedNet(seed=dist.get_rank()))

@@ -19,7 +19,7 @@ from shardwise.materialization.call_keys import name_of
 from shardwise.materialization.call_store import CallStore
 from shardwise.materialization.rank_errors import timeout_error
 from shardwise.testing import RankPool
-from tests.distributed.steps import logged
+from tests.distributed.steps import SECONDS_TO_COME, logged, naming_only
 
 pytestmark = pytest.mark.distributed
 
@@ -309,9 +309,17 @@ def agreement_with_impatience(timeout_seconds: float) -> Agreement:
     return together
 
 
+def wait_for_others(together: Agreement, what: str, *, count: int) -> None:
+    """Wait until so many ranks have come to what one of them does for all."""
+    counter = together._keys.of_call(together._phase, what)
+    deadline = time.monotonic() + SECONDS_TO_COME
+    while together._store.add(counter, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def be_late(late: int) -> None:
-    together = agreement_with_impatience(3.0)
-    with together.phase("check"):
+    together = agreement_with_impatience(0.5)
+    with naming_only(late), together.phase("check"):
         if dist.get_rank() == late:
             wait_for_a_failure(together)
     with together.phase("next"):
@@ -326,7 +334,7 @@ def test_a_late_rank_is_named_at_the_timeout_and_told(pool: RankPool) -> None:
         waiting[0]
     )
     assert "wrap_model, phase 'check': rank " in str(waiting[0])
-    assert " waited 3 s " in str(waiting[0])
+    assert " waited 0.5 s " in str(waiting[0])
     assert "pass a longer timeout" in str(waiting[0])
     for error in errors:
         if error not in waiting:
@@ -376,19 +384,20 @@ def test_of_very_many_late_ranks_some_are_named() -> None:
 
 def give_up_together() -> tuple[str, int]:
     """Return the error and how often this rank asked which ones are late."""
-    together, original = agreement_with_impatience(1.0), Agreement._late
+    together, late_of, asked = agreement_with_impatience(0.5), Agreement._late, [0]
 
-    def slowly(self: Agreement, key_of_rank: Mapping[int, str]) -> list[int]:
-        time.sleep(1.0)
-        return original(self, key_of_rank)
+    def when_all_give_up(self: Agreement, key_of_rank: Mapping[int, str]) -> list[int]:
+        asked[0] += 1
+        wait_for_others(self, "give up the other ranks", count=3)
+        return late_of(self, key_of_rank)
 
-    with mock.patch.object(Agreement, "_late", autospec=True, side_effect=slowly) as asked:
+    with mock.patch.object(Agreement, "_late", when_all_give_up):
         try:
             with together.phase("check"):
                 if dist.get_rank() == 1:
                     wait_for_a_failure(together)
         except RankError as error:
-            return str(error), asked.call_count
+            return str(error), asked[0]
     raise AssertionError("the phase was left")
 
 
@@ -438,14 +447,15 @@ def take_long(late: int) -> tuple[list[str], list[str], int]:
     """Return what this rank warned of in a phase and while it waited for a text, and for how many ranks' keys it asked."""
     together = agreement_with_impatience(PATIENT_SECONDS)
     together.warn_after_seconds = 0.3
-    with mock.patch.object(Agreement, "_late", autospec=True, side_effect=Agreement._late) as asked:
+    with naming_only(late) as asked:
         with logged() as of_phase, together.phase("read"):
             if dist.get_rank() == late:
-                time.sleep(1.5)
+                wait_for_others(together, "warn of the other ranks", count=2)
         with logged() as of_text, together.phase("talk"):
             if dist.get_rank() == late:
-                time.sleep(1.5)
+                wait_for_others(together, "warn of the source rank's word", count=2)
             together.publish("word", "now" if dist.get_rank() == late else None)
+            together.warn_after_seconds = PATIENT_SECONDS  # at the end of the phase nobody is late
     return of_phase, of_text, asked.call_count
 
 

@@ -18,23 +18,23 @@ from shardwise.checkpoint import StateDictSource
 from shardwise.testing import RankPool
 from tests.distributed.models import PlainNet, TiedNet, check_equal, from_checkpoint
 from tests.distributed.steps import (
+    SECONDS_TO_COME,
     Checkpoint,
     by_efficient,
     by_strategy,
     load,
     make_strategy,
+    naming_only,
 )
 
 pytestmark = pytest.mark.distributed
 
-MOST_SECONDS = 30.0
+MOST_SECONDS = 60.0
 
 
 def errors_of(pool: RankPool, function: Callable[..., Any], *args: Any, ranks: int) -> list[BaseException]:
-    """Return every rank's error; fail if a rank has none, or took long."""
-    started = time.monotonic()
-    errors = pool.run_to_errors(function, *args, ranks=ranks, timeout_seconds=MOST_SECONDS + 30)
-    assert time.monotonic() - started < MOST_SECONDS + 15  # a first run also starts the processes
+    """Return every rank's error; fail if a rank has none, or hangs."""
+    errors = pool.run_to_errors(function, *args, ranks=ranks, timeout_seconds=MOST_SECONDS)
     assert all(errors), f"a rank did not fail: {errors}"
     return [error for error in errors if error is not None]
 
@@ -191,7 +191,7 @@ def reads_that_fail(after: int) -> Iterator[None]:
 @by_strategy
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_source_that_fails_half_way_and_a_retry(pool: RankPool, strategy: str, after: int) -> None:
-    texts = pool.run(fail_then_retry, strategy, after, ranks=4, timeout_seconds=60)
+    texts = pool.run(fail_then_retry, strategy, after, ranks=4, timeout_seconds=MOST_SECONDS)
     assert texts[0] == f"OSError: disk gone at read {after + 1}"
     for text in texts[1:]:
         assert text.startswith("PeerError: wrap_model")
@@ -202,7 +202,6 @@ def test_a_source_that_fails_half_way_and_a_retry(pool: RankPool, strategy: str,
 
 def fail_then_retry(name: str, after: int) -> str:
     strategy = make_strategy(name)
-    started = time.monotonic()
     try:
         with reads_that_fail(after):
             strategy.wrap_model(PlainNet(seed=dist.get_rank()))
@@ -210,7 +209,6 @@ def fail_then_retry(name: str, after: int) -> str:
         text = f"{type(error).__name__}: {error}"
     else:
         raise AssertionError("expected an error")
-    assert time.monotonic() - started < MOST_SECONDS
     # The user's group and the same process still work, with a new model.
     dist.barrier()
     for seed in (7, 8):
@@ -223,7 +221,9 @@ def fail_then_retry(name: str, after: int) -> str:
 def test_a_load_that_fails_on_the_source_and_a_retry(
     pool: RankPool, checkpoint: Checkpoint, strategy: str
 ) -> None:
-    texts = pool.run(fail_load_then_retry, strategy, checkpoint("qwen3_tied"), ranks=3, timeout_seconds=60)
+    texts = pool.run(
+        fail_load_then_retry, strategy, checkpoint("qwen3_tied"), ranks=3, timeout_seconds=MOST_SECONDS
+    )
     assert texts[0] == "OSError: no such share"
     for text in texts[1:]:
         assert text.startswith("PeerError: load_pretrained, phase 'load'")
@@ -271,29 +271,29 @@ def fail_on_last_rank(name: str) -> None:
 
 @pytest.mark.parametrize(("strategy", "late"), [("native_fsdp", 0), ("accelerate", 3)])
 def test_a_rank_that_never_arrives_is_named_at_the_timeout(pool: RankPool, strategy: str, late: int) -> None:
-    started = time.monotonic()
-    texts = pool.run(stay_away, strategy, late, ranks=4, timeout_seconds=60)
-    assert time.monotonic() - started < MOST_SECONDS + 15
+    texts = pool.run(stay_away, strategy, late, ranks=4, timeout_seconds=MOST_SECONDS)
     assert texts[late] == ""
     present = [text for rank, text in enumerate(texts) if rank != late]
     for text in present:
         assert f"rank {late} (of 4 ranks) did not arrive" in text
-        assert "waited 2 s" in text
+        assert "waited 1 s" in text
         assert "longer timeout" in text
     assert any(text.startswith("RankTimeoutError") for text in present)
 
 
 def stay_away(name: str, late: int) -> str:
     make_strategy(name).wrap_model(PlainNet())  # what a first call imports takes longer than the timeout
-    strategy = make_strategy(name, timeout=2.0)
-    if dist.get_rank() == late:
-        time.sleep(4)  # the store must outlive the others' wait
-        return ""
-    try:
-        strategy.wrap_model(PlainNet())
-    except sw.RankError as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("expected an error")
+    strategy, store, text = make_strategy(name, timeout=1.0), dist.distributed_c10d._get_default_store(), ""
+    if dist.get_rank() != late:
+        with naming_only(late), pytest.raises(sw.RankError) as caught:
+            strategy.wrap_model(PlainNet())
+        text = f"{type(caught.value).__name__}: {caught.value}"
+    gave_up = store.add("gave up", int(bool(text)))
+    deadline = time.monotonic() + SECONDS_TO_COME
+    while gave_up < 3 and time.monotonic() < deadline:  # the others must not see that the late rank has ended
+        time.sleep(0.01)
+        gave_up = store.add("gave up", 0)
+    return text
 
 
 # --- the constructors ---

@@ -281,7 +281,7 @@ def export_with_fault(source: str, folder: str, fault: str) -> None:
             patch.setattr(OutputFiles, method, replacement)
         expected = CheckpointError if dist.get_rank() == 1 else PeerError
         with pytest.raises(expected, match=rf"(?s)out: .*{message}"):
-            sw.export_checkpoint(model, target, timeout=25.0)
+            sw.export_checkpoint(model, target, timeout=60.0)
     dist.barrier()
     assert os.listdir(folder) == []
     dist.barrier()
@@ -314,7 +314,7 @@ def export_late(source: str, folder: str) -> None:
         with pytest.raises(
             CheckpointError if rank == 1 else PeerError, match=r"(?s)out: .*rank 1 .*Permission denied"
         ):
-            sw.export_checkpoint(model, target, timeout=25.0)
+            sw.export_checkpoint(model, target, timeout=60.0)
     dist.barrier()
 
 

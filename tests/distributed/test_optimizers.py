@@ -237,7 +237,7 @@ def count_references(name: str, efficient: bool) -> None:
 def test_optimizers_that_cannot_be_rebound_are_refused_on_every_rank(
     pool: RankPool, strategy: str, what: str
 ) -> None:
-    errors = pool.run_to_errors(refuse_optimizer, strategy, what, ranks=2, timeout_seconds=30)
+    errors = pool.run_to_errors(refuse_optimizer, strategy, what, ranks=2, timeout_seconds=90)
     for error in errors:
         assert isinstance(error, sw.OptimizerError), error
         text = str(error)

@@ -161,8 +161,9 @@ def test_a_killed_rank_ends_the_job_where_each_machine_has_a_launcher_of_its_own
     died = float(second.output.split("killed at ")[1].split()[0]) - started
     assert first.seconds - died < 30
     assert "rank      : 3 (local_rank: 1)" in second.output  # torchrun's own words
+    # Seen by a rank of the first machine, or by rank 2 where its launcher takes a second to end it.
     assert re.search(
-        r"rank [23] on \S+ has ended, or its machine is gone: its connection to rank [01] closed without a word",
+        r"rank [23] on \S+ has ended, or its machine is gone: its connection to rank [012] closed without a word",
         first.output,
     )
 

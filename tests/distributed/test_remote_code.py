@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import shardwise as sw
@@ -143,11 +144,14 @@ def build_and_fill(directory: str, original: str) -> None:
 
 @contextmanager
 def own_modules(directory: str) -> Iterator[None]:
-    """Let transformers copy a checkpoint's code to a folder of this test, and ask nobody."""
+    """Let transformers copy a checkpoint's code to a folder of this test and rank, and ask nobody.
+
+    It does not lock the folder: of two ranks one may run what the other has written half of.
+    """
     from transformers import dynamic_module_utils
 
     before = dynamic_module_utils.HF_MODULES_CACHE, builtins.input
-    dynamic_module_utils.HF_MODULES_CACHE = str(Path(directory).parent / "modules")
+    dynamic_module_utils.HF_MODULES_CACHE = str(Path(directory).parent / f"modules-{dist.get_rank()}")
     builtins.input = lambda *_: "y"
     try:
         yield

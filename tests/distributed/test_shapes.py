@@ -246,7 +246,7 @@ def odd_parameter(kind: str) -> nn.Parameter:
 def test_trainable_parameters_that_cannot_be_sharded(
     pool: RankPool, strategy: str, efficient: bool, kind: str, texts: list[str]
 ) -> None:
-    for error in pool.run_to_errors(wrap_odd, strategy, efficient, kind, ranks=2, timeout_seconds=30):
+    for error in pool.run_to_errors(wrap_odd, strategy, efficient, kind, ranks=2, timeout_seconds=90):
         assert isinstance(error, sw.UnsupportedParameterError), error
         for text in texts:
             assert text in str(error)
@@ -279,7 +279,7 @@ def apply_remedy(name: str, remedy: str) -> None:
 def test_mixed_dtypes_of_trainable_parameters_in_one_layer(
     pool: RankPool, strategy: str, efficient: bool
 ) -> None:
-    for error in pool.run_to_errors(wrap_mixed, strategy, efficient, False, ranks=2, timeout_seconds=30):
+    for error in pool.run_to_errors(wrap_mixed, strategy, efficient, False, ranks=2, timeout_seconds=90):
         assert isinstance(error, sw.UnsupportedParameterError), error
         for text in ("layers.0", "layers.0.0.weight is bfloat16", "layers.0.1.weight is float32", "dtype="):
             assert text in str(error)
@@ -368,7 +368,7 @@ def fill_aliases(name: str, build: str) -> dict[str, torch.Tensor]:
 
 @by_strategy
 def test_a_tensor_that_only_an_empty_rank_has_is_refused(pool: RankPool, strategy: str) -> None:
-    errors = pool.run_to_errors(wrap_extra_attribute, strategy, ranks=2, timeout_seconds=30)
+    errors = pool.run_to_errors(wrap_extra_attribute, strategy, ranks=2, timeout_seconds=90)
     assert isinstance(errors[1], sw.LeftOnMetaError)
     assert isinstance(errors[0], sw.PeerError)
     for error in errors:

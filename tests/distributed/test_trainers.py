@@ -74,7 +74,7 @@ def leave_job() -> None:
 def wrapped_model(directory: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    strategy = sw.AccelerateStrategy(mixed_precision="no", timeout=25.0)
+    strategy = sw.AccelerateStrategy(mixed_precision="no", timeout=60.0)
     return strategy.wrap_model(strategy.load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32))
 
 
