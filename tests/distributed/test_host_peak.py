@@ -27,6 +27,7 @@ pytestmark = [
 
 MIB = 2**20
 STAGING_BYTES, META_MODEL_BYTES = 64 * MIB, 64 * MIB
+SEEN = 0.95  # of what is kept: a process may give something back meanwhile
 WHOLE_BYTES = 528 * MIB  # of which a fourth is more than staging and the meta model together
 CODES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 Large = Callable[[torch.dtype], str]
@@ -95,7 +96,7 @@ def test_anonymous_memory_over_load_and_wrap(
         assert shard > STAGING_BYTES + META_MODEL_BYTES  # so a second copy would not fit into the bound
         assert read >= shard  # the values came from the file
         kept = shard if cpu_storage == "copy" else 0
-        assert kept <= peak <= kept + STAGING_BYTES + META_MODEL_BYTES
+        assert SEEN * kept <= peak <= kept + STAGING_BYTES + META_MODEL_BYTES
 
 
 def test_a_cast_takes_the_shard_in_its_new_dtype_and_no_more(
@@ -104,7 +105,7 @@ def test_a_cast_takes_the_shard_in_its_new_dtype_and_no_more(
     pool.run(load_and_wrap, checkpoint("qwen3_untied"), torch.float32, "auto", ranks=4)
     for peak, shard, _ in pool.run(load_and_wrap, large(torch.bfloat16), torch.float32, "auto", ranks=4):
         assert shard > 2 * WHOLE_BYTES / 4
-        assert shard <= peak <= shard + STAGING_BYTES + META_MODEL_BYTES
+        assert SEEN * shard <= peak <= shard + STAGING_BYTES + META_MODEL_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_a_nodes_memory_stays_as_ranks_are_added(
         most_bytes = STAGING_BYTES + META_MODEL_BYTES * (1 if transformers_fuses_experts() else 2)
         assert all(peak <= shard + most_bytes for peak, shard, _ in found)
         assert sum(read for _, _, read in found) <= 1.02 * whole_bytes
-    assert peaks[2] >= whole_bytes > 3 * STAGING_BYTES
+    assert peaks[2] >= SEEN * whole_bytes > 3 * STAGING_BYTES
     # transformers 4.57 keeps a module for each expert, on every rank.
     added_bytes = STAGING_BYTES + (0 if transformers_fuses_experts() else META_MODEL_BYTES)
     assert peaks[4] <= 1.05 * peaks[2] + 2 * added_bytes < peaks[2] + 2 * whole_bytes
