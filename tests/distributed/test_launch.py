@@ -75,6 +75,11 @@ def leave_on_rank_0(arguments: Mapping[str, Any]) -> None:
         os._exit(7)
 
 
+def without_torchs_warnings(text: str) -> str:
+    """Return what was written to standard error but for what torch's store says of a machine without IPv6, or whose name is unknown."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[W"))
+
+
 def run(worker: Any, tmp_path: Path, *, said: list[str] | None = None, **arguments: Any) -> dict[int, Any]:
     progress = (lambda message: None) if said is None else said.append
     return run_ranks(worker, arguments, ranks=2, log_directory=tmp_path / "logs", progress=progress)
@@ -127,7 +132,7 @@ def test_the_first_failing_rank_is_named_with_its_error_and_not_one_that_an_earl
     (logs,) = (path for path in (tmp_path / "logs").iterdir() if len(path.name) > 1)
     assert str(caught.value).endswith(f"The output of every rank is in {logs}.")
     assert "Traceback" in next(logs.rglob("1/stderr.log")).read_text()
-    assert capfd.readouterr().err == ""  # told once, by the error
+    assert without_torchs_warnings(capfd.readouterr().err) == ""  # told once, by the error
 
 
 @pytest.mark.parametrize(("name", "error"), [("SIGINT", KeyboardInterrupt), ("SIGTERM", SystemExit)])
@@ -190,7 +195,7 @@ def test_statuses_of_the_command(tmp_path: Path) -> None:
             timeout=120,
             check=False,
         )
-        return done.returncode, done.stderr
+        return done.returncode, without_torchs_warnings(done.stderr)
 
     assert status("sum_of_ranks") == (0, "")
     failed, said = status("fail_on_rank_1")
