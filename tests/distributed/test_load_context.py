@@ -29,8 +29,8 @@ FLAGS = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
 
 @contextmanager
-def resident_weights(record: list[int]) -> Iterator[None]:
-    """Record how many bytes of safetensors files are in this process's memory each time that a reader closes one."""
+def resident_weights(directory: str, record: list[int]) -> Iterator[None]:
+    """Record how many bytes of a directory's safetensors files are in this process's memory each time that a reader closes one."""
     import transformers.modeling_utils as modeling
 
     original = modeling.safe_open
@@ -44,7 +44,7 @@ def resident_weights(record: list[int]) -> Iterator[None]:
             return self
 
         def __exit__(self, *error: Any) -> Any:
-            record.append(resident_bytes_of_weights())
+            record.append(resident_bytes_of_weights(directory))
             return self._file.__exit__(*error)
 
         def __getattr__(self, name: str) -> Any:
@@ -57,13 +57,13 @@ def resident_weights(record: list[int]) -> Iterator[None]:
         modeling.safe_open = original
 
 
-def resident_bytes_of_weights() -> int:
-    """Return the resident bytes of every safetensors file that this process has mapped."""
+def resident_bytes_of_weights(directory: str) -> int:
+    """Return the resident bytes of every safetensors file of a directory that this process has mapped."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if not first.endswith(":"):  # the line that opens a mapping: addresses, flags, path
-            inside = bool(rest) and rest[-1].endswith(".safetensors")
+            inside = bool(rest) and rest[-1].startswith(directory) and rest[-1].endswith(".safetensors")
         elif inside and first == "Rss:":
             total += int(rest[0]) * 1024
     return total
@@ -116,7 +116,7 @@ def largest_resident_part(directory: str, way: str, dtype_name: str) -> int:
     dtype = dtype_name if dtype_name == "auto" else getattr(torch, dtype_name)
     seen: list[int] = []
     strategy = make_strategy("native_fsdp")
-    with resident_weights(seen):
+    with resident_weights(os.path.realpath(directory), seen):
         if way == "load_pretrained":
             model = load(strategy, directory, dtype=dtype)
         else:
@@ -124,7 +124,7 @@ def largest_resident_part(directory: str, way: str, dtype_name: str) -> int:
                 model = from_checkpoint(directory, dtype=dtype)
         if dist.get_rank() == 0:
             sum(p.sum() for p in model.parameters())  # mapped values are read when they are used
-    seen.append(resident_bytes_of_weights())
+    seen.append(resident_bytes_of_weights(os.path.realpath(directory)))
     return max(seen)
 
 
