@@ -69,7 +69,7 @@ def test_a_load_that_needs_data_from_other_ranks_names_the_setting(
         assert ours, text
         assert "GLOO_SOCKET_IFNAME" in text, f"rank {rank}: {text}"
         assert "none0" in text, f"rank {rank}: {text}"
-        assert seconds < 2 * TIMEOUT_SECONDS + 5
+        assert seconds < 30  # torch's own timeout is half an hour
 
 
 def fail_long_before_the_timeout(directory: str) -> tuple[str, float]:
