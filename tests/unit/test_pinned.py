@@ -32,14 +32,20 @@ class Driver:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
-        assert is_mapped(address)  # else the address may be somebody else's by now
+        assert is_mapped(
+            address, nbytes=self.registered[address]
+        )  # else the address may be somebody else's by now
         del self.registered[address]
         return 0
 
 
-def is_mapped(address: int) -> bool:
-    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
-    return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+def is_mapped(address: int, *, nbytes: int) -> bool:
+    """Whether every page from an address on is there; of memory that is gone, others may have taken a part meanwhile."""
+    for line in Path("/proc/self/maps").read_text().splitlines():  # in ascending order
+        start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+        if start <= address < stop:
+            nbytes, address = nbytes - (stop - address), stop
+    return nbytes <= 0
 
 
 def flags_of(address: int) -> list[str]:
@@ -80,9 +86,10 @@ def test_own_pages_are_registered_in_their_exact_size_and_given_back(driver: Dri
 def test_it_is_unpinned_before_its_pages_go(driver: Driver) -> None:
     made = memory()
     address = made.bytes.data_ptr()
+    assert is_mapped(address, nbytes=NBYTES)
     made.close()
     assert driver.registered == {}
-    assert not is_mapped(address)
+    assert not is_mapped(address, nbytes=NBYTES)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTFORK"), reason="Linux has it")

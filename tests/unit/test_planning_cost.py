@@ -12,6 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from shardwise.checkpoint import StateDictSource
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.source_plan import SourcePlan, plan_sources
 from shardwise.materialization.wanted import Wanted
 from shardwise.plan import Sight, WantedTensor
@@ -61,11 +62,12 @@ def calls(route: str, ranks: int, *, tensors: int, axes: tuple[Placement, ...] =
         count += event == "call"  # resuming a generator is one too
 
     before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        plan_of(wanted, route, sight)
-    finally:
-        sys.setprofile(before)
+    with resting_collector():  # what it frees may call functions too
+        sys.setprofile(profile)
+        try:
+            plan_of(wanted, route, sight)
+        finally:
+            sys.setprofile(before)
     return count
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import mmap
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +41,15 @@ SLACK_BYTES = 8 * MIB
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's /proc")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_collected_meanwhile() -> Iterator[None]:
+    """What earlier tests have left goes now, and not between two readings of memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def touch(count_bytes: int) -> mmap.mmap:
     """Return fresh anonymous pages, each written, that go back to the system when closed."""
     pages = mmap.mmap(-1, count_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -49,7 +60,7 @@ def touch(count_bytes: int) -> mmap.mmap:
 def wait_for_samples(profile: MemoryProfile) -> None:
     """Wait until the thread has read twice more; a busy machine may be late."""
     wanted = len(profile.readings) + 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(profile.readings) < wanted and time.monotonic() < deadline:
         time.sleep(0.005)
 
@@ -114,7 +125,9 @@ def test_mapped_file_counts_as_file_bytes_and_not_as_anonymous(tmp_path: Path) -
         with profile.phase("mapped"):
             pass
         pages.close()
-    assert abs(profile.file_peak_bytes - TOUCHED_BYTES) <= SLACK_BYTES
+    # In a folder that is a tmpfs the pages are shared ones.
+    mapped_bytes = max(profile.file_peak_bytes, profile.shared_peak_bytes)
+    assert abs(mapped_bytes - TOUCHED_BYTES) <= SLACK_BYTES
     assert profile.anon_peak_bytes <= SLACK_BYTES
 
 
@@ -141,18 +154,24 @@ def test_what_is_read_often_is_what_is_read_and_shared_memory_is_told_apart_at_t
 
 
 @needs_proc
-def test_pss_is_read_at_both_ends_and_follows_anonymous_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_reader, "_PHASE_SHARE", 1.0)  # every reading is affordable
+def test_pss_is_read_at_both_ends_and_at_a_phases_where_it_is_affordable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The figures are played: a real one falls when another process begins to map the same libraries."""
+    assert readings.host_reader().read_pss() > 16 * MIB  # of this process, by the kernel
+    rollup = tmp_path / "smaps_rollup"
+    monkeypatch.setattr(readings, "ROLLUP_PATH", str(rollup))
+    monkeypatch.setattr(row_reader, "_PHASE_SHARE", math.inf)  # every reading is affordable
+    rollup.write_text(f"Rss: 1 kB\nPss: {100 * 1024} kB\nPss_Anon: 2 kB\n")
     with profile_memory("cpu", interval_seconds=100.0) as profile:
-        pages = touch(TOUCHED_BYTES)
-        time.sleep(0.1)
+        rollup.write_text(f"Rss: 1 kB\nPss: {164 * 1024} kB\nPss_Anon: 2 kB\n")
         with profile.phase("held"):
             pass
-        pages.close()
-    assert profile.baseline.pss_bytes is not None
-    assert profile.readings[-1].pss_bytes is not None
-    assert profile.pss_peak_bytes is not None
-    assert abs(profile.pss_peak_bytes - TOUCHED_BYTES) <= SLACK_BYTES
+        rollup.write_text(f"Rss: 1 kB\nPss: {107 * 1024} kB\nPss_Anon: 2 kB\n")
+    assert [reading.pss_bytes for reading in profile.readings] == [
+        mebibytes * MIB for mebibytes in (100, 164, 164, 107)
+    ]
+    assert profile.pss_peak_bytes == 64 * MIB
 
 
 def test_peaks_are_never_negative() -> None:
@@ -170,7 +189,7 @@ def test_readings_are_in_order_and_at_the_pace_asked_for() -> None:
         wait_for_samples(profile)
     seconds = [reading.seconds for reading in profile.readings]
     assert seconds == sorted(seconds)
-    assert seconds[0] < 0.02
+    assert profile.readings[0] == profile.baseline  # at once, and not after an interval
     assert 0.2 <= seconds[-1] <= profile.seconds
     assert 4 <= len(seconds) <= profile.seconds / 0.02 + 2  # a late reading is not made up
 
@@ -263,7 +282,7 @@ def test_a_forked_child_opens_phases_without_waiting_for_the_sampler() -> None:
             if child == 0:
                 thread = threading.Thread(target=lambda: phase("in the child").__enter__(), daemon=True)
                 thread.start()
-                thread.join(10)
+                thread.join(60)
                 os._exit(1 if thread.is_alive() else 0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import mmap
 import os
+import random
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,13 @@ from torch import nn
 import shardwise as sw
 from shardwise.checkpoint import Run, SafetensorsSource, ranged_file
 from shardwise.checkpoint.ranged_file import BounceBuffers, RangedFile
+from tests.unit.descriptors import open_in
 
 _MEBIBYTE = 2**20
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT")
+tells_what_is_cached = pytest.mark.skipif(
+    not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is cached"
+)
 
 
 @pytest.fixture
@@ -38,19 +44,39 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RangedFile, "_is_cached", lambda *_: False)
 
 
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a descriptor for reads past the page cache, also on a file system that gives none."""
+    monkeypatch.setattr(RangedFile, "_open_direct", lambda file: os.dup(file._fd))
+
+
+class PlayedCache:
+    """`os.preadv` with a page cache that is played: what a real one keeps is not ours to decide.
+
+    Attributes:
+        pages: In it, by number. Looking for a page brings it in.
+        read_from: Descriptors of the reads that were no looks.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pages: set[int] = set()
+        self.read_from: list[int] = []
+        self._preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", self.preadv)
+        monkeypatch.setattr(ranged_file.secrets, "randbelow", random.Random(0).randrange)
+
+    def preadv(self, fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        page = offset // mmap.PAGESIZE
+        if flags and page not in self.pages:
+            self.pages.add(page)
+            raise BlockingIOError(errno.EAGAIN, "not cached")
+        if not flags:
+            self.read_from.append(fd)
+        return self._preadv(fd, buffers, offset)
+
+
 def opened(path: Path, *, bounce: BounceBuffers | None = None) -> RangedFile:
     return RangedFile(path, bounce=bounce or BounceBuffers(nbytes=64 * 1024))
-
-
-def descriptors_of(path: Path) -> int:
-    """Count the open descriptors of a file; what else is open may be another test's, and be collected meanwhile."""
-    if not os.path.isdir("/proc/self/fd"):
-        return 0
-    found = 0
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            found += os.readlink(f"/proc/self/fd/{name}") == str(path.resolve())
-    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages may be reserved")
@@ -61,50 +87,38 @@ def test_a_file_larger_than_memory_is_mapped(tmp_path: Path) -> None:
     assert opened(path).map() is not None
 
 
-@needs_direct
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is cached")
+@tells_what_is_cached
+@pytest.mark.usefixtures("direct")
 def test_what_is_in_the_page_cache_comes_from_there(
     content: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, expected = content
-    file = opened(path)
-    real, read_from = os.preadv, []
+    file, cache = opened(path), PlayedCache(monkeypatch)
+    every_page = range(len(expected) // mmap.PAGESIZE)
 
-    def noted(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if not flags:
-            read_from.append(fd)
-        return real(fd, buffers, offset, flags)
-
-    monkeypatch.setattr(os, "preadv", noted)
-
-    def read() -> set[int]:
-        read_from.clear()
+    def read(pages: Iterable[int]) -> set[int]:
+        cache.pages = set(pages)
+        cache.read_from.clear()
         got = bytearray(len(expected))
         file.read_into(0, memoryview(got))
         assert bytes(got) == expected
-        return set(read_from)
+        return set(cache.read_from)
 
-    os.fsync(file.fileno())
-    assert read() == {file.fileno()}
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if file._is_cached(0, len(expected)):
-        pytest.skip("this file system keeps what it is told to forget")
-    assert read() == {file._direct_fd}
-    os.pread(file.fileno(), len(expected), 0)
-    assert read() == {file.fileno()}
+    assert read(every_page) == {file.fileno()}
+    assert read(()) == {file._direct_fd}
+    assert read(every_page) == {file.fileno()}
     file.close()
 
 
-@needs_direct
-@pytest.mark.usefixtures("cold")
+@pytest.mark.usefixtures("cold", "direct")
 def test_a_file_system_that_refuses_direct_reads_does_so_on_many_threads_at_once(
     content: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, expected = content
     file = opened(path)
-    assert file._direct_fd is not None
-    assert descriptors_of(path) == (2 if os.path.isdir("/proc/self/fd") else 0)
-    together = threading.Barrier(4, timeout=5)
+    own = {file.fileno(), file._direct_fd}
+    assert open_in(path) == ([path.resolve()] * 2 if os.path.isdir("/proc/self/fd") else [])
+    together = threading.Barrier(4, timeout=30)
     real, closed, refused = os.preadv, [], file._direct_fd
     real_close = os.close
 
@@ -116,7 +130,7 @@ def test_a_file_system_that_refuses_direct_reads_does_so_on_many_threads_at_once
         raise OSError(22, "Invalid argument")
 
     def close(fd: int) -> None:
-        closed.append(fd)
+        closed.extend({fd} & own)  # and not what the collector closes meanwhile
         real_close(fd)
 
     monkeypatch.setattr(os, "preadv", refuse)
@@ -132,12 +146,11 @@ def test_a_file_system_that_refuses_direct_reads_does_so_on_many_threads_at_once
     assert closed == []  # a descriptor that another thread reads from may not go
     file.close()
     file.close()
-    assert sorted(closed) == sorted({*closed})
-    assert descriptors_of(path) == 0
+    assert sorted(closed) == sorted(own)
+    assert open_in(path) == []
 
 
-@needs_direct
-@pytest.mark.usefixtures("cold")
+@pytest.mark.usefixtures("cold", "direct")
 def test_one_bounce_buffer_serves_all_files_of_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,31 +268,18 @@ def test_one_mapping_for_each_file_and_call(tmp_path: Path, monkeypatch: pytest.
     source.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not tell what is cached")
+@tells_what_is_cached
+@pytest.mark.usefixtures("direct")
 def test_what_was_read_past_the_page_cache_is_not_taken_for_cached_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looking for a page may bring it into the cache. The cache is played: what a real one keeps is not ours to decide."""
     path, expected = tmp_path / "x.bin", os.urandom(16 * _MEBIBYTE)
     path.write_bytes(expected)
-    monkeypatch.setattr(RangedFile, "_open_direct", lambda file: os.dup(file._fd))
-    file = opened(path, bounce=BounceBuffers(nbytes=_MEBIBYTE))
-    real, read_from, cached = os.preadv, [], set()
-
-    def played(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        page = offset // mmap.PAGESIZE
-        if flags == os.RWF_NOWAIT and page not in cached:
-            cached.add(page)
-            raise BlockingIOError(errno.EAGAIN, "not cached")
-        if not flags:
-            read_from.append(fd)
-        return real(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", played)
+    file, cache = opened(path, bounce=BounceBuffers(nbytes=_MEBIBYTE)), PlayedCache(monkeypatch)
     got = bytearray(len(expected))
     for _ in range(3):
         file.read_into(0, memoryview(got))
         assert bytes(got) == expected
-    assert cached
-    assert set(read_from) == {file._direct_fd}
+    assert cache.pages
+    assert set(cache.read_from) == {file._direct_fd}
     file.close()

@@ -13,9 +13,11 @@ import pytest
 
 from shardwise.materialization.reader_threads import ReaderThreads
 
+NAME = "read-in-these-tests"  # and in no others, whose threads may still be there
+
 
 def readers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("shardwise-read")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(NAME)]
 
 
 def meet(together: threading.Barrier, number: int) -> int:
@@ -24,20 +26,20 @@ def meet(together: threading.Barrier, number: int) -> int:
 
 
 def test_calls_run_at_the_same_time_and_end_with_their_threads() -> None:
-    threads = ReaderThreads(3, name="shardwise-read")
-    together = threading.Barrier(3, timeout=10)
+    threads = ReaderThreads(3, name=NAME)
+    together = threading.Barrier(3, timeout=60)
     futures = [threads.submit(meet, together, number) for number in range(3)]
-    assert [future.result(timeout=10) for future in futures] == [0, 1, 2]
+    assert [future.result(timeout=60) for future in futures] == [0, 1, 2]
     assert len(readers()) == 3
-    assert threads.close(within_seconds=10)
+    assert threads.close(within_seconds=60)
     assert readers() == []
 
 
 def test_no_more_threads_than_are_needed() -> None:
-    threads = ReaderThreads(8, name="shardwise-read")
-    threads.submit(time.sleep, 0).result(timeout=10)
+    threads = ReaderThreads(8, name=NAME)
+    threads.submit(time.sleep, 0).result(timeout=60)
     assert len(readers()) == 1
-    assert threads.close(within_seconds=10)
+    assert threads.close(within_seconds=60)
 
 
 def fail() -> None:
@@ -45,26 +47,26 @@ def fail() -> None:
 
 
 def test_an_error_is_the_futures() -> None:
-    threads = ReaderThreads(1, name="shardwise-read")
+    threads = ReaderThreads(1, name=NAME)
     failing = threads.submit(fail)
     with pytest.raises(OSError, match="no such share"):
-        failing.result(timeout=10)
-    threads.submit(time.sleep, 0).result(timeout=10)  # the thread goes on
-    assert threads.close(within_seconds=10)
+        failing.result(timeout=60)
+    threads.submit(time.sleep, 0).result(timeout=60)  # the thread goes on
+    assert threads.close(within_seconds=60)
 
 
 def test_what_has_not_begun_is_cancelled_and_what_is_stuck_is_left() -> None:
-    threads, release = ReaderThreads(1, name="shardwise-read"), threading.Event()
+    threads, release = ReaderThreads(1, name=NAME), threading.Event()
     stuck = threads.submit(release.wait)
     waiting = threads.submit(fail)
     started = time.monotonic()
     assert not threads.close(within_seconds=0.2)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     with pytest.raises(CancelledError):
-        waiting.result(timeout=10)
+        waiting.result(timeout=60)
     assert not stuck.done()
     release.set()
-    assert threads.close(within_seconds=10)
+    assert threads.close(within_seconds=60)
     assert readers() == []
 
 
@@ -73,17 +75,17 @@ class Buffer:
 
 
 def test_a_thread_that_waits_keeps_no_buffer() -> None:
-    threads, buffer = ReaderThreads(1, name="shardwise-read"), Buffer()
+    threads, buffer = ReaderThreads(1, name=NAME), Buffer()
     watched = weakref.ref(buffer)
     assert (
-        threads.submit(lambda given: given, buffer).result(timeout=10) is buffer
+        threads.submit(lambda given: given, buffer).result(timeout=60) is buffer
     )  # nor what a call returned
     del buffer
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while watched() is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert watched() is None
-    assert threads.close(within_seconds=10)
+    assert threads.close(within_seconds=60)
 
 
 def test_a_process_ends_although_a_read_is_stuck() -> None:
@@ -95,6 +97,6 @@ def test_a_process_ends_although_a_read_is_stuck() -> None:
         "print(threads.close(within_seconds=0.1))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True
     )
     assert done.stdout == "False\n"
