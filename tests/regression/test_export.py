@@ -30,7 +30,7 @@ KILLS = 20
 def test_a_kill_at_any_moment_leaves_a_whole_directory_or_none(tmp_path: Path) -> None:
     script = Path(__file__).with_name("killed_export.py")
     ended = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(KILLS)], capture_output=True, text=True, timeout=200
+        [sys.executable, str(script), str(tmp_path), str(KILLS)], capture_output=True, text=True, timeout=280
     )
     assert ended.returncode == 0, ended.stderr
     result = json.loads(ended.stdout.splitlines()[-1])

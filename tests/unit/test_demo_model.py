@@ -158,7 +158,7 @@ def test_a_process_that_is_killed_while_building_leaves_nothing_in_the_way(cache
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepared_directory('x', build=build, progress=print)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program], timeout=120, check=False)
+    killed = subprocess.run([sys.executable, "-c", program], timeout=240, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert list(cache.glob(".unfinished-x-*"))
 

@@ -331,7 +331,7 @@ def test_the_command_ends_with_1_where_there_is_no_checkpoint(tmp_path: Path) ->
         [sys.executable, "-m", "shardwise", "plan", str(tmp_path), "--ranks", "2"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 1
