@@ -5,6 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
+# What makes rich and typer, some of it when they are imported, write to a pipe as to a terminal, or to one of another size.
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("PY_COLORS", None)
+os.environ.pop("GITHUB_ACTIONS", None)
+os.environ.pop("TTY_COMPATIBLE", None)
+os.environ.pop("TTY_INTERACTIVE", None)
+os.environ.pop("TERMINAL_WIDTH", None)
+os.environ.pop("COLUMNS", None)
+os.environ.pop("TERM", None)  # a dumb one is 80 columns wide, whatever a test says
 # Before anything imports huggingface_hub, which reads it once: no test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Ranks are forked or spawned after a tokenizer was used; its thread pool would warn, and warnings are errors.

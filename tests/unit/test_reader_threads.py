@@ -8,9 +8,12 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
+from shardwise.materialization import reader_threads
 from shardwise.materialization.reader_threads import ReaderThreads
 
 NAME = "read-in-these-tests"  # and in no others, whose threads may still be there
@@ -68,6 +71,34 @@ def test_what_has_not_begun_is_cancelled_and_what_is_stuck_is_left() -> None:
     release.set()
     assert threads.close(within_seconds=60)
     assert readers() == []
+
+
+class Contested(SimpleQueue[Any]):
+    """A queue of which another thread takes the next call between a look at it and the taking."""
+
+    def empty(self) -> bool:
+        if super().empty():
+            return True
+        self.get_nowait()
+        return False
+
+
+def test_closing_does_not_wait_for_a_call_that_a_thread_takes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reader_threads, "SimpleQueue", Contested)
+    threads, release = ReaderThreads(1, name=NAME), threading.Event()
+    busy = threads.submit(release.wait)
+    deadline = time.monotonic() + 60
+    while not busy.running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    threads.submit(fail)
+    closing = threading.Thread(target=threads.close, kwargs={"within_seconds": 0.1}, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive()
+    release.set()
+    assert threads.close(within_seconds=60)
 
 
 class Buffer:

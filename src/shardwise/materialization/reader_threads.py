@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from shardwise.materialization.cpus import keep_to
@@ -54,10 +55,11 @@ class ReaderThreads:
         Returns:
             Whether all threads have ended.
         """
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None:
-                job[0].cancel()
+        with suppress(Empty):
+            while True:  # a thread may take the last one after any look at the queue
+                job = self._jobs.get_nowait()
+                if job is not None:
+                    job[0].cancel()
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + within_seconds
