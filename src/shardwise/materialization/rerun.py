@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shardwise.errors import ModelError
+from shardwise.materialization.collector import resting_collector
 from shardwise.materialization.freed import give_back_freed
 from shardwise.materialization.rules import Rule
 from shardwise.materialization.shield import Shield, registered
@@ -79,7 +80,8 @@ def modules_of(model: nn.Module, entries: Iterable[Entry]) -> Iterator[tuple[str
     owned: dict[int, list[Entry]] = {}
     for entry in entries:
         owned.setdefault(id(entry.slots[0].module), []).append(entry)
-    fqn_of = {id(module): fqn for fqn, module in named_modules_of(model)}
+    with resting_collector():
+        fqn_of = {id(module): fqn for fqn, module in named_modules_of(model)}
     for key, of_module in owned.items():
         yield fqn_of[key], of_module[0].slots[0].module, of_module
 

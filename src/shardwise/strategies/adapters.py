@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from shardwise.errors import LeftOnMetaError, listed
-from shardwise.materialization import entries_of, named_modules_of, original_of
+from shardwise.materialization import entries_of, named_modules_of, original_of, resting_collector
 from shardwise.strategies.deferred import Deferred
 from shardwise.strategies.token_rows import token_rows
 
@@ -57,7 +57,8 @@ def with_adapters(deferred: Deferred, model: nn.Module, *, always: bool) -> Defe
 def _has_layers_of_peft(model: nn.Module) -> bool:
     if "peft" not in sys.modules:
         return False
-    kinds = {type(module) for _, module in named_modules_of(model)}
+    with resting_collector():
+        kinds = {type(module) for _, module in named_modules_of(model)}
     return any(base.__module__.partition(".")[0] == "peft" for kind in kinds for base in kind.__mro__)
 
 

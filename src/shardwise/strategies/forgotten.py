@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from shardwise.errors import OptimizerError
-from shardwise.materialization import parameters_of, stand_ins_among
+from shardwise.materialization import parameters_of, resting_collector, stand_ins_among
 from shardwise.strategies.first_step import check_first_steps, parameters_held
 
 _MARK = "_shardwise_replaced"
@@ -26,14 +26,16 @@ _wrapped: WeakSet[nn.Module] = WeakSet()
 @contextmanager
 def replaced_parameters_marked(model: nn.Module) -> Iterator[None]:
     """Mark the parameters of a model that are not in it any more when the body ends."""
-    for parameter in parameters_of(model):
-        parameter.__dict__.pop(_AWAITS, None)
-        setattr(parameter, _MARK, True)
+    with resting_collector():
+        for parameter in parameters_of(model):
+            parameter.__dict__.pop(_AWAITS, None)
+            setattr(parameter, _MARK, True)
     try:
         yield
     finally:
-        for parameter in parameters_of(model):
-            parameter.__dict__.pop(_MARK, None)
+        with resting_collector():
+            for parameter in parameters_of(model):
+                parameter.__dict__.pop(_MARK, None)
         check_first_steps(_refuse_forgotten)
     _wrapped.add(model)
     check_first_steps(_refuse_stand_ins)
@@ -41,8 +43,9 @@ def replaced_parameters_marked(model: nn.Module) -> Iterator[None]:
 
 def note_unwrapped(model: nn.Module) -> None:
     """Have the first step of an optimizer on a model refused as long as the model is on meta."""
-    for parameter in parameters_of(model):
-        setattr(parameter, _AWAITS, True)
+    with resting_collector():
+        for parameter in parameters_of(model):
+            setattr(parameter, _AWAITS, True)
     check_first_steps(_refuse_unwrapped)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from shardwise.errors import CallOrderError, ConfigurationError, ShapeMismatchError
-from shardwise.materialization import Bound, Entry, named_modules_of
+from shardwise.materialization import Bound, Entry, named_modules_of, resting_collector
 from shardwise.plan import StoredPiece
 from shardwise.tensors import Region
 
@@ -118,10 +118,11 @@ def _inside(model: nn.Module, method: str) -> nn.Module | None:
 
 def _replace(model: nn.Module, names: tuple[str, ...], method: Any) -> None:
     # On the object, where transformers looks them up: it offers no hook between the old rows and the new ones.
-    for _, module in named_modules_of(model):
-        for name in names:
-            if hasattr(type(module), name):
-                setattr(module, name, method)
+    with resting_collector():
+        for _, module in named_modules_of(model):
+            for name in names:
+                if hasattr(type(module), name):
+                    setattr(module, name, method)
 
 
 def _refuse(*_: Any, **__: Any) -> None:

@@ -98,7 +98,7 @@ def wrap(
             prepare()
             own = json.dumps(origins) if agreement.rank == source_rank_of(options.mesh) else None
             known: dict[str, str] = json.loads(agreement.publish("origins", own))
-    with agreement.phase("report"):
+    with agreement.phase("report"), resting_collector():
         entries = entries_of(model, roles=("parameter", "buffer"))
         parameters = [entry.tensor for entry in entries if entry.role == "parameter"]
         return collect_report(
