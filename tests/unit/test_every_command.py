@@ -225,6 +225,19 @@ def test_a_wrong_option_is_status_2_before_ranks_are_started(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("accelerators", "status"), [(2, 0), (1, 2)])
+def test_a_launchers_ranks_have_the_devices_that_it_started_them_for(
+    accelerators: int, status: int, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not as many as the command would start itself; float16 needs an accelerator."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: accelerators)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = runner.invoke(app, ["load", "m", "--ranks", "4", "--mixed-precision", "fp16"])
+    assert done.exit_code == status, done.output
+
+
 @pytest.mark.parametrize("line", ["load m", "train m text.txt --output-dir out"])
 def test_a_strategy_whose_library_is_not_installed_names_the_extra(
     line: str, work: Work, monkeypatch: pytest.MonkeyPatch

@@ -75,16 +75,17 @@ def check_strategy_options(strategy: str, *, mixed_precision: str, ranks: int) -
     Args:
         strategy: Its name.
         mixed_precision: Compute dtype.
-        ranks: On this machine.
+        ranks: That this machine would start; a launcher's are as many as it says.
 
     Raises:
         ConfigurationError: One of them is unknown, or not possible on the devices that the ranks will have.
         MissingDependencyError: Naming the extra.
     """
-    from shardwise.compare.devices import accelerator_of_ranks
+    from shardwise.compare.devices import accelerator_of_ranks, launched_ranks_here
+    from shardwise.compare.launch import is_rank
     from shardwise.strategies import check_strategy_here
 
-    accelerator = accelerator_of_ranks(ranks)
+    accelerator = accelerator_of_ranks(launched_ranks_here() if is_rank(os.environ) else ranks)
     check_strategy_here(
         strategy,
         mixed_precision=mixed_precision,

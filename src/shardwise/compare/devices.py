@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
+
+
+def launched_ranks_here() -> int:
+    """Return how many ranks the launcher of this one has started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
 
 
 def accelerator_of_ranks(local_ranks: int) -> torch.device | None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from shardwise.compare.announce import announce
-from shardwise.compare.devices import accelerator_of_ranks
+from shardwise.compare.devices import accelerator_of_ranks, launched_ranks_here
 from shardwise.compare.fingerprint import check_same_on_all_ranks, model_digests, tensor_digest
 from shardwise.compare.modes import MODES, Mode
 from shardwise.compare.peers import PEERS, Peer, report_of_peer
@@ -146,8 +146,7 @@ def _look(
 def join_group() -> torch.device:
     """Make the default group, on the accelerators where each local rank can have one of its own."""
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    accelerator = accelerator_of_ranks(local_ranks)
+    accelerator = accelerator_of_ranks(launched_ranks_here())
     if accelerator is None:
         dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
         return torch.device("cpu")
