@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,16 +36,8 @@ MIB = 1 << 20
 TOUCHED_BYTES = 64 * MIB
 SLACK_BYTES = 8 * MIB
 
+pytestmark = pytest.mark.usefixtures("nothing_is_collected")
 needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux's /proc")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _nothing_is_collected_meanwhile() -> Iterator[None]:
-    """What earlier tests have left goes now, and not between two readings of memory."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def touch(count_bytes: int) -> mmap.mmap:

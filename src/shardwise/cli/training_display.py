@@ -32,9 +32,8 @@ def training_display() -> Iterator[Callable[[str], None]]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn(
-            "{task.fields[figures]}", table_column=Column(overflow="fold")
-        ),  # wraps, and is not cut, in a narrow terminal
+        # It wraps, and is not cut, in a narrow terminal.
+        TextColumn("{task.fields[figures]}", table_column=Column(overflow="fold")),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:

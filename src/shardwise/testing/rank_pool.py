@@ -328,7 +328,6 @@ def _forget_meshes() -> None:
 
         _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         _redistribute._gen_transform_infos.cache_clear()
-        if hasattr(
-            _redistribute, "clear_redistribute_planner_cache"
-        ):  # a planner keeps its mesh, and so its groups
+        # A planner keeps its mesh, and so its groups.
+        if hasattr(_redistribute, "clear_redistribute_planner_cache"):
             _redistribute.clear_redistribute_planner_cache()
